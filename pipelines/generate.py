@@ -1,0 +1,140 @@
+"""Sampling with vLLM: the only file that imports it.
+
+The engine lives in the trainer's process (one engine a rank), on CPU and GPU alike, so new weights pass
+as tensors. A run is reproducible because the process's generator, from which vLLM samples, is seeded
+before each call: seeds in `SamplingParams` crash the CPU engine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.config import Generation, Model
+from pipelines.data import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response."""
+
+    token_ids: list[int]
+    """Response tokens, the end of turn included when it was sampled."""
+    logprobs: list[float]
+    """Of each token, at the sampling temperature, as vLLM computed them."""
+    text: str
+    """Decoded without special tokens."""
+    finished: bool
+    """False when cut off by max_new_tokens."""
+
+
+class Generator:
+    """vLLM behind `generate`, `sync`, `sleep` and `wake`.
+
+    In a torch.distributed program every rank makes one: each samples its own prompts.
+    """
+
+    def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer):
+        from vllm import LLM
+
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.seconds = {"generate": 0.0, "sync": 0.0}
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        cuda = torch.cuda.is_available()
+        engine = cfg.vllm
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(engine.cpu_kvcache_gib))
+        self._sleeps = cuda and engine.sleep
+        options = {"block_size": engine.block_size} if engine.block_size and not cuda else {}
+        if cuda:
+            options |= {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+        self._llm = LLM(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            enforce_eager=engine.enforce_eager,
+            # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
+            distributed_executor_backend="external_launcher" if ranks > 1 else None,
+            # Log-probs of the distribution that is sampled from, temperature included.
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            **options,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
+        """`n` responses to each prompt of token ids, at the configured temperature over the whole vocabulary.
+
+        top_p = 1 and top_k = 0 always: log-probs of a cut distribution are not those of the policy.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            n=n,
+            temperature=self.cfg.temperature,
+            max_tokens=self.cfg.max_new_tokens,
+            stop_token_ids=self.tokenizer.stop_ids,
+            logprobs=0,
+            detokenize=False,
+        )
+        torch.manual_seed(seed)
+        return self._run(prompts, sampling)
+
+    def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
+        """The most probable tokens and their log-probs at T = 1: for comparisons with another implementation."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, ignore_eos=True, detokenize=False)
+        return [group[0] for group in self._run(prompts, sampling)]
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the engine's weights; names and shapes are those of the Hugging Face model.
+
+        Tied LM heads are skipped by name and repacked on CPU, where vLLM keeps a packed copy that its reload
+        forgets; the prefix cache is dropped, since it holds keys and values of the old weights. Whether the
+        engine now computes the trainer's numbers is proved by the log-probs of the next samples.
+        """
+        started = time.perf_counter()
+        tied = self._llm.llm_engine.model_config.hf_config.tie_word_embeddings
+        weights = ((name, t) for name, t in named_tensors if not (tied and name == "lm_head.weight"))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.apply_model(_repack_tied_lm_head)
+        self._llm.reset_prefix_cache()
+        self.seconds["sync"] += time.perf_counter() - started
+
+    def sleep(self) -> None:
+        """Give the GPU memory of weights and KV cache to the trainer; nothing on CPU."""
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def _run(self, prompts, sampling) -> list[list[Completion]]:
+        started = time.perf_counter()
+        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling, use_tqdm=False)
+        self.seconds["generate"] += time.perf_counter() - started
+        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+
+    def _completion(self, sample) -> Completion:
+        ids = list(sample.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+        return Completion(ids, logprobs, self.tokenizer.decode(ids), sample.finish_reason == "stop")
+
+
+def _repack_tied_lm_head(model) -> None:
+    from vllm.platforms import current_platform
+
+    head = getattr(model, "lm_head", None)
+    if current_platform.is_cpu() and hasattr(head, "cpu_linear") and model.config.tie_word_embeddings:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)

@@ -1,0 +1,78 @@
+"""Stage `prompts`: read, check, deduplicate and split the prompts by hash."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from pipelines.artefacts import ArtefactError, read_jsonl, read_table, write_jsonl, write_table
+from pipelines.config import Config, Splits
+from pipelines.data import ChatTokenizer, DataError, Message, check_prompt, prompt_id, unit_interval
+
+
+def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    tokenizer = ChatTokenizer(cfg.policy)
+    kept, rejected = {}, []
+    for number, row in enumerate(read_jsonl(cfg.data.prompts), start=1):
+        try:
+            messages = _messages(row, cfg.data.system)
+            num_tokens = len(tokenizer.prompt_ids(messages))
+            if num_tokens > cfg.data.max_prompt_tokens:
+                raise DataError(f"longer than data.max_prompt_tokens ({num_tokens} > {cfg.data.max_prompt_tokens})")
+            identity = prompt_id(messages)
+            if identity in kept:
+                raise DataError("stands twice")
+        except DataError as error:
+            rejected.append({"line": number, "reason": str(error), "row": row})
+            continue
+        # Prompts alike but for case, space and punctuation share a key, so they share a split.
+        key = "".join(c for c in messages[-1]["content"].lower() if c.isalnum())
+        kept[identity] = {
+            "prompt_id": identity,
+            "prompt": messages,
+            "num_tokens": num_tokens,
+            "split": split_of(key, cfg.data.splits),
+            "order": unit_interval(identity, salt=f"order/{cfg.run.seed}"),
+        }
+    if not kept:
+        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt; first fault: {rejected[:1]}")
+    write_jsonl(out / "rejected.jsonl", rejected)
+    write_table(out / "prompts.parquet", sorted(kept.values(), key=lambda row: row["order"]))
+    counts = Counter(row["split"] for row in kept.values())
+    sizes = ", ".join(f"{name} {counts[name]}" for name in Splits.model_fields)
+    return {
+        "headline": f"{len(kept)} prompts ({sizes}), {len(rejected)} rejected",
+        "prompts": dict(counts),
+        "rejected": dict(Counter(r["reason"].split(" (")[0] for r in rejected)),
+    }
+
+
+def split_of(key: str, splits: Splits) -> str:
+    """The split of a prompt, fixed by its text: shares are cut from a hash in [0, 1)."""
+    u, edge = unit_interval(key, salt="split"), 0.0
+    names = list(Splits.model_fields)
+    for name in names:
+        edge += getattr(splits, name)
+        if u < edge:
+            return name
+    return names[-1]
+
+
+def read_split(folder: Path, split: str, limit: int | None = None) -> list[dict]:
+    """Rows of one split in the run's order; ArtefactError when there are fewer than two."""
+    rows = [row for row in read_table(folder / "prompts.parquet") if row["split"] == split]
+    if len(rows) < 2:
+        raise ArtefactError(f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}")
+    return rows[:limit]
+
+
+def _messages(row: dict, system: str | None) -> list[Message]:
+    if isinstance(row.get("prompt"), str):
+        messages = check_prompt([{"role": "user", "content": row["prompt"]}])
+    elif "messages" in row:
+        messages = check_prompt(row["messages"])
+    else:
+        raise DataError("no `prompt` (a string) and no `messages`")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages

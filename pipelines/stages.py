@@ -1,0 +1,159 @@
+"""The table of stages, and how one is run: check the inputs, decide freshness, run, publish."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.artefacts import (
+    ArtefactError,
+    Fingerprint,
+    manifest_digest,
+    open_partial,
+    path_digest,
+    publish,
+    read_manifest,
+)
+from pipelines.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    module: str
+    """Its `run(cfg, inputs, out) -> metrics` is the stage; imported only when it runs."""
+    inputs: tuple[str, ...]
+    """Stages whose folders it reads."""
+    reads: tuple[str, ...]
+    """Config sections or fields (dotted) that decide its result."""
+    files: tuple[str, ...] = ()
+    """Config fields that hold paths of external files, checked by content."""
+    distributed: bool = False
+    """Run on every rank of `engine.processes`."""
+    makes: str = ""
+    """What it leaves, for `grm status`."""
+
+
+_SAMPLING = ("policy", "generation", "run.seed")
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"), ("data.prompts", "policy.path"),
+              makes="prompts, split by hash"),
+        Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
+              ("policy.path", "gold.path"), makes="pairs of samples, labelled by gold"),
+        Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
+              makes="reward models"),
+        Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon", "eval.bootstrap"),
+              ("policy.path", "gold.path"), makes="pools of samples, best-of-n curves"),
+        Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
+              makes="policies, metrics.jsonl, TensorBoard"),
+        Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"), (*_SAMPLING, "gold", "eval", "ppo.proxy"),
+              ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
+        Stage("report", "pipelines.report", ("preferences", "rm", "bon", "ppo", "eval"), ("run",), makes="report.html, report.md"),
+    )
+}  # fmt: skip
+
+
+def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
+    """What the stage would run on now; raises ArtefactError naming the stage to run when an input is missing or stale."""
+    inputs = {}
+    for name in stage.inputs:
+        manifest = read_manifest(cfg.run_dir / name)
+        if manifest is None:
+            raise ArtefactError(f"stage {stage.name!r} needs {name!r}, which has not run: run `grm {name}` first")
+        changed = fingerprint(STAGES[name], cfg).differences(manifest)
+        if changed:
+            raise ArtefactError(
+                f"stage {stage.name!r} needs {name!r}, which is out of date ({changed[0]}): run `grm {name}` first"
+            )
+        inputs[name] = manifest_digest(manifest)
+    plain = json.loads(cfg.model_dump_json())
+    sections = {field: _get(plain, field) for field in stage.reads}
+    for field in stage.files:
+        if field == "gold.path" and not cfg.gold.is_local:
+            continue
+        path = Path(_get(plain, field))
+        if path.exists():
+            inputs[f"{field}={path}"] = _cached_digest(path)
+        elif field == "data.prompts" or _looks_local(path):
+            raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field))
+    return Fingerprint(sections, inputs)
+
+
+def run(name: str, cfg: Config, *, force: bool = False) -> str:
+    """Run one stage in this process unless it is up to date; the line to print at its end (rank 0)."""
+    stage, folder = STAGES[name], cfg.run_dir / name
+    asked = fingerprint(stage, cfg)
+    module = importlib.import_module(stage.module)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        if force:
+            (folder.with_name(folder.name + ".partial") / "fingerprint.json").unlink(missing_ok=True)
+        partial = open_partial(folder, asked)
+    else:
+        partial = folder.with_name(folder.name + ".partial")
+    started = time.time()
+    metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial)
+    if rank != 0:
+        return ""
+    seconds = time.time() - started
+    publish(partial, folder, name, asked, seed=cfg.run.seed, seconds=seconds, metrics=metrics)
+    return f"{name}: {metrics.get('headline', 'done')} ({seconds:.0f} s) -> {folder}"
+
+
+def staleness(name: str, cfg: Config) -> list[str] | None:
+    """None: never ran. Empty: up to date. Else what changed since, one line each."""
+    manifest = read_manifest(cfg.run_dir / name)
+    return None if manifest is None else fingerprint(STAGES[name], cfg).differences(manifest)
+
+
+def status(cfg: Config) -> list[str]:
+    """One line a stage: its state and headline."""
+    lines = []
+    for name, stage in STAGES.items():
+        manifest = read_manifest(cfg.run_dir / name)
+        try:
+            changed = staleness(name, cfg)
+            state = "not run" if changed is None else ("stale: " + changed[0] if changed else "up to date")
+        except ArtefactError as error:
+            state = f"waits: {error}" if manifest is None else f"stale: {error}"
+        headline = manifest["metrics"].get("headline", "") if manifest else stage.makes
+        lines.append(f"{name:<12} {state:<12} {headline}")
+    return lines
+
+
+def say(*words: object) -> None:
+    """One line to the user, from the first rank only, never mixed into a progress bar's line."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*words, file=sys.stderr, flush=True)
+
+
+_digests: dict[Path, str] = {}
+
+
+def _cached_digest(path: Path) -> str:
+    if path not in _digests:
+        _digests[path] = path_digest(path)
+    return _digests[path]
+
+
+def _get(tree: dict, field: str):
+    for key in field.split("."):
+        tree = tree[key]
+    return tree
+
+
+def _looks_local(path: Path) -> bool:
+    """A hub id has one slash and no such folder here; anything else can only be a path."""
+    return path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("models", "runs", ".", "..")
+
+
+def _hint(field: str) -> str:
+    return "; `make setup` prepares the offline models" if field != "data.prompts" else ""

@@ -1,0 +1,1 @@
+"""Reward models: Bradley-Terry and GRM training, scoring and evaluation."""
