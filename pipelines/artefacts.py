@@ -57,9 +57,15 @@ class Fingerprint:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Which keys or inputs differ from those of a manifest, one line each."""
         new, old = _flat(self.sections), _flat(other.get("config", {}))
-        lines = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(new.keys() | old.keys()) if new.get(k) != old.get(k)]
+        lines = [
+            f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+            for k in sorted(new.keys() | old.keys())
+            if new.get(k) != old.get(k)
+        ]
         seen = other.get("inputs", {})
-        return lines + [f"input {k} changed" for k in sorted(self.inputs.keys() | seen.keys()) if self.inputs.get(k) != seen.get(k)]
+        return lines + [
+            f"input {k} changed" for k in sorted(self.inputs.keys() | seen.keys()) if self.inputs.get(k) != seen.get(k)
+        ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -97,10 +103,17 @@ def open_partial(folder: Path, fingerprint: Fingerprint) -> Path:
     return partial
 
 
-def publish(partial: Path, folder: Path, stage: str, fingerprint: Fingerprint, *, seed: int, seconds: float, metrics: dict) -> None:
+def publish(
+    partial: Path, folder: Path, stage: str, fingerprint: Fingerprint, *, seed: int, seconds: float, metrics: dict
+) -> None:
     """Write the manifest and put the finished folder in place of the old one."""
     outputs = [
-        {"path": str(p.relative_to(partial)), "rows": count_rows(p), "bytes": p.stat().st_size, "sha256": file_digest(p)}
+        {
+            "path": str(p.relative_to(partial)),
+            "rows": count_rows(p),
+            "bytes": p.stat().st_size,
+            "sha256": file_digest(p),
+        }
         for p in sorted(partial.rglob("*"))
         if p.is_file() and p.name not in (MANIFEST, "fingerprint.json")
     ]
@@ -134,6 +147,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict]:

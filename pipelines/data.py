@@ -65,7 +65,9 @@ class ChatTokenizer:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         if not self.hf.chat_template:
-            raise DataError(f"{model.path} has no chat template: set `chat_template` in its tokenizer, or use a chat model")
+            raise DataError(
+                f"{model.path} has no chat template: set `chat_template` in its tokenizer, or use a chat model"
+            )
         end = self._end_of_turn()
         self.eot_id = self._single_id(end)
         self.stop_ids = sorted({self.eot_id, *filter(None, [self.hf.eos_token_id])})
@@ -105,9 +107,7 @@ class ChatTokenizer:
         return self.hf(text, add_special_tokens=False).input_ids
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def _end_of_turn(self) -> str:
         """What the template writes after an answer, from a probe conversation."""

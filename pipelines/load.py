@@ -74,7 +74,9 @@ def read_yaml(file: Path) -> dict:
 
 def merge(base: dict, extra: dict) -> dict:
     """`base` with `extra` laid over it, key by key, at every depth."""
-    laid = {k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()}
+    laid = {
+        k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
+    }
     return {**base, **laid}
 
 

@@ -62,7 +62,6 @@ def require(condition: bool, message: str) -> None:
         raise OfflineModelError(message)
 
 
-
 def package_folder(package: str) -> Path:
     """The folder of an installed package, found without importing it.
 
@@ -76,8 +75,8 @@ def package_folder(package: str) -> Path:
 
 
 def gguf_file() -> Path:
-    files = sorted(package_folder(POLICY_PACKAGE).glob("*.gguf"))
-    require(len(files) == 1, f"expected one GGUF file in {POLICY_PACKAGE}, found {[f.name for f in files]}")
+    files = sorted(package_folder(POLICY_PACKAGE).glob("*.Q4_1.gguf"))
+    require(len(files) == 1, f"expected one Q4_1 GGUF file in {POLICY_PACKAGE}, found {[f.name for f in files]}")
     return files[0]
 
 
@@ -109,7 +108,6 @@ def is_current(folder: Path, facts: dict[str, Any]) -> bool:
         return False
     found = json.loads(record.read_text())
     return {k: found.get(k) for k in facts} == facts and found.get("weights_bytes") == weights.stat().st_size
-
 
 
 def fix_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -170,7 +168,6 @@ def write_policy(folder: Path, source: str) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     check_policy(folder)
-
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -240,7 +237,6 @@ def check_policy(folder: Path) -> None:
     check_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
 
 
-
 def write_embedder(folder: Path) -> None:
     shutil.copytree(package_folder(EMBEDDER_PACKAGE) / "model", folder)
     check_embedder(folder)
@@ -258,7 +254,6 @@ def check_embedder(folder: Path) -> None:
         vectors = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
     near, far = torch.nn.functional.cosine_similarity(vectors[:1], vectors[1:]).tolist()
     require(near > far + 0.2, f"embeddings do not tell related from unrelated texts: {near:.2f} against {far:.2f}")
-
 
 
 def prepare_one(name: str, source: str, out: Path) -> Path:

@@ -62,7 +62,9 @@ def read_split(folder: Path, split: str, limit: int | None = None) -> list[dict]
     """Rows of one split in the run's order; ArtefactError when there are fewer than two."""
     rows = [row for row in read_table(folder / "prompts.parquet") if row["split"] == split]
     if len(rows) < 2:
-        raise ArtefactError(f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}")
+        raise ArtefactError(
+            f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}"
+        )
     return rows[:limit]
 
 

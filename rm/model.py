@@ -1,0 +1,150 @@
+"""The reward model: a causal LM's trunk, a reward head on the last real token, and the LM head for GRM's regulariser.
+
+The critic of PPO is the same module read at other positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.artefacts import ArtefactError, write_json
+from pipelines.config import Model
+from pipelines.data import ChatTokenizer, Message
+from pipelines.models import hidden_states, load_causal_lm, token_logprobs
+
+HEAD_FILE = "head.safetensors"
+ABOUT_FILE = "reward_model.json"
+MLP_WIDTH = 1024
+
+
+class Float32Linear(nn.Linear):
+    """Computes in float32 whatever the type its weights are kept in: bf16 rewards tie in masses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def make_head(kind: str, hidden_size: int) -> nn.Module:
+    """`linear`: Linear(H, 1) without bias. `mlp`: Linear(H, 1024), ReLU, Linear(1024, 1) as in GRM (2406.10216)."""
+    if kind == "linear":
+        head = Float32Linear(hidden_size, 1, bias=False)
+        nn.init.normal_(head.weight, std=1 / (hidden_size + 1) ** 0.5)
+        return head
+    if kind == "mlp":
+        return nn.Sequential(Float32Linear(hidden_size, MLP_WIDTH), nn.ReLU(), Float32Linear(MLP_WIDTH, 1))
+    raise ValueError(f"head {kind!r}: known are linear, mlp")
+
+
+class RewardModel(nn.Module):
+    """B conversations, L tokens, H hidden size.
+
+    Attributes:
+        lm: the causal LM (its LM head is used only for log-probs that are asked for).
+        head: maps hidden states to rewards, in float32.
+        mean, std: of this model's rewards on samples of the reference policy; `normalise` uses them.
+    """
+
+    def __init__(self, lm: nn.Module, head_kind: str, tokenizer: ChatTokenizer, *, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.lm, self.head_kind, self.tokenizer = lm, head_kind, tokenizer
+        self.head = make_head(head_kind, lm.config.hidden_size)
+        self.mean, self.std = mean, std
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *, read: Tensor | None = None, predict: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rewards, and log-probs where asked.
+
+        Args:
+            input_ids, attention_mask: [B, L], padded on any side.
+            read: [B, L] True where the head is read; default the last real token of each row.
+            predict: [B, L] True on the tokens whose log-probs are summed; only their logits are computed.
+
+        Returns:
+            float32 rewards [number of True in `read`] ([B] by default), and summed log-probs [B] or None.
+        """
+        hidden = hidden_states(self.lm, input_ids, attention_mask)
+        if read is None:
+            rewards = self.head(hidden[torch.arange(len(hidden)), last_real_token(attention_mask)]).squeeze(-1)
+        else:
+            rewards = self.head(hidden[read]).squeeze(-1)
+        if predict is None:
+            return rewards, None
+        target = predict[:, 1:]
+        logps, _ = token_logprobs(_lm_head(self.lm), hidden[:, :-1][target], input_ids[:, 1:][target])
+        row = target.nonzero()[:, 0]
+        return rewards, logps.new_zeros(len(hidden)).index_add(0, row, logps)
+
+    def normalise(self, rewards: Tensor) -> Tensor:
+        """Rewards in standard deviations from the mean of the reference policy's samples."""
+        return (rewards - self.mean) / self.std
+
+    def score(
+        self, conversations: Sequence[Sequence[Message]], *, batch_tokens: int = 8192, progress: str = ""
+    ) -> Tensor:
+        """Float32 rewards [n] of conversations, in their order."""
+        from rm.score import score
+
+        return score(self, self.tokenizer, conversations, batch_tokens=batch_tokens, progress=progress)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa") -> RewardModel:
+        """A reward model saved by `save_reward_model`; ArtefactError when anything does not fit."""
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if not (folder / ABOUT_FILE).is_file():
+            raise ArtefactError(f"{folder} holds no reward model (no {ABOUT_FILE}): run `grm rm` first")
+        about = json.loads((folder / ABOUT_FILE).read_text())
+        where = Model(path=str(folder), attention=attention)
+        tokenizer = ChatTokenizer(where)
+        if tokenizer.fingerprint != about["tokenizer"]:
+            raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
+        model = cls(load_causal_lm(where, dtype=dtype), about["head"], tokenizer, mean=about["mean"], std=about["std"])
+        weights = load_file(folder / HEAD_FILE)
+        wanted = model.head.state_dict()
+        if wrong := sorted({k for k in wanted.keys() | weights.keys()
+                            if k not in wanted or k not in weights or wanted[k].shape != weights[k].shape}):  # fmt: skip
+            raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {about['head']} head: {', '.join(wrong)}")
+        model.head.load_state_dict(weights)
+        return model.eval()
+
+
+def save_reward_model(
+    folder: Path, model: RewardModel, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
+) -> None:
+    """Write the layout that `from_pretrained` reads: the LM as Hugging Face saves it, the head, the tokenizer, facts."""
+    from safetensors.torch import save_file
+
+    save_lm(folder, model.lm.config, named_weights, model.tokenizer)
+    save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
+    facts = {"head": model.head_kind, "tokenizer": model.tokenizer.fingerprint, "mean": model.mean, "std": model.std}
+    write_json(folder / ABOUT_FILE, {"format": 1, **facts, **about})
+
+
+def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:
+    """A folder that transformers and vLLM load as it is."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = config.tie_word_embeddings
+    weights = {k: v.contiguous().cpu() for k, v in named_weights if not (tied and k == "lm_head.weight")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    tokenizer.hf.save_pretrained(folder)
+
+
+def last_real_token(attention_mask: Tensor) -> Tensor:
+    """Column of the last 1 in each row [B], for left and right padding alike."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * columns).argmax(-1)
+
+
+def _lm_head(lm: nn.Module) -> nn.Module:
+    return lm.get_output_embeddings()
