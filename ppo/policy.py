@@ -1,0 +1,64 @@
+"""The actor as a module: log-probs of sampled tokens, of the policy or of its reference."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipelines import engine
+from pipelines.models import hidden_states, token_logprobs
+
+
+class PolicyModule(nn.Module):
+    """B responses, L columns (prompt + response). With adapters the reference is the same module without them."""
+
+    def __init__(self, lm: nn.Module, temperature: float):
+        super().__init__()
+        self.lm, self.temperature = lm, temperature
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        is_response: Tensor,
+        *,
+        reference: bool = False,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [B, L-1] of token t+1 at column t, 0 outside responses, float32; entropy alike or None.
+
+        is_response: [B, L-1], True where the predicted token belongs to a response.
+        """
+        with self.lm.disable_adapter() if reference and hasattr(self.lm, "peft_config") else nullcontext():
+            hidden = hidden_states(self.lm, input_ids, attention_mask)
+            logps, entropy = token_logprobs(
+                self.lm.get_output_embeddings(),
+                hidden[:, :-1][is_response],
+                input_ids[:, 1:][is_response],
+                self.temperature,
+                with_entropy=with_entropy,
+            )
+        return scatter(logps, is_response), None if entropy is None else scatter(entropy, is_response)
+
+
+def scatter(flat: Tensor, mask: Tensor) -> Tensor:
+    """`flat` [number of True in mask] -> [B, T] with zeros elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def save_adapter(folder: Path, lm: nn.Module) -> None:
+    """The trained adapter as peft's own folder; every rank must call it, the first writes."""
+    from safetensors.torch import save_file
+
+    weights = {}
+    for name, weight in lm.named_parameters():
+        if "lora_" in name:
+            with engine.gathered([weight]):
+                weights[name.replace(".default.", ".")] = weight.detach().cpu().contiguous().clone()
+    if engine.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        lm.peft_config["default"].save_pretrained(folder)
