@@ -1,0 +1,141 @@
+"""Stage `preferences`: two samples of each prompt, labelled by the gold reward model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.artefacts import ArtefactError, write_table
+from pipelines.config import Config
+from pipelines.data import ChatTokenizer, stream_seed
+from pipelines.generate import Generator
+from pipelines.gold import load_gold, score_samples
+from pipelines.pool import sample_pool
+from pipelines.prompts import read_split
+
+PAIR_SPLITS = ("rm_train", "rm_val")
+SAMPLES = 2
+
+
+def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Writes `samples/`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`."""
+    tokenizer, asked = ChatTokenizer(cfg.policy), cfg.preferences
+    limits = {
+        "rm_train": asked.max_train_pairs,
+        "rm_val": asked.max_val_pairs,
+        "calibration": asked.max_calibration_prompts,
+    }
+    prompts = [row for split, limit in limits.items() for row in read_split(inputs["prompts"], split, limit)]
+    generator = Generator(cfg.policy, cfg.generation, tokenizer)
+    samples = sample_pool(
+        generator, tokenizer, prompts, SAMPLES,
+        out=out, shard_prompts=asked.shard_prompts, seed=cfg.run.seed, name="preferences",
+    )  # fmt: skip
+    scores = score_samples(load_gold(cfg.gold), samples)
+
+    pairs, dropped, noise = [], {}, {}
+    for split in PAIR_SPLITS:
+        clean, dropped[split] = clean_pairs(samples, scores, split)
+        if len(clean) < 2:
+            raise ArtefactError(f"split {split!r} keeps {len(clean)} pairs; dropped: {dropped[split]}")
+        rng = np.random.default_rng(stream_seed(cfg.run.seed, "label_noise", split))
+        labelled = flip_labels(clean, asked.label_noise, rng)
+        noise[split] = {"requested": asked.label_noise, "realised": sum(p["flipped"] for p in labelled) / len(labelled)}
+        pairs += labelled
+    _write(out, samples, scores, pairs)
+    return _metrics(samples, scores, pairs, dropped, noise)
+
+
+def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[list[dict], dict[str, int]]:
+    """Pairs of one split with the better sample by gold as chosen, and how many were dropped by reason.
+
+    Args:
+        samples: rows of the pool, the two of a prompt side by side.
+        scores: gold, one a sample.
+    """
+    pairs, dropped = [], Counter({"identical": 0, "empty": 0, "gold tie": 0})
+    for start in range(0, len(samples), SAMPLES):
+        two = samples[start : start + SAMPLES]
+        if two[0]["split"] != split:
+            continue
+        gold = scores[start : start + SAMPLES]
+        if reason := _unusable([s["response"] for s in two], gold):
+            dropped[reason] += 1
+            continue
+        best, worst = int(np.argmax(gold)), int(np.argmin(gold))
+        pairs.append(
+            {
+                "prompt_id": two[0]["prompt_id"],
+                "split": split,
+                "prompt": two[0]["prompt"],
+                "chosen": two[best]["response"],
+                "rejected": two[worst]["response"],
+                "flipped": False,
+                "gold_chosen": float(gold[best]),
+                "gold_rejected": float(gold[worst]),
+            }
+        )
+    return pairs, dict(dropped)
+
+
+def flip_labels(pairs: list[dict], rate: float, rng: np.random.Generator) -> list[dict]:
+    """The pairs with exactly floor(N * rate) of them, drawn uniformly, labelled the wrong way round."""
+    # The product of a decimal rate can fall just short of an integer: 100 * 0.29 is 28.999999999999996.
+    count = int(np.floor(len(pairs) * rate + 1e-9))
+    wrong = set(rng.choice(len(pairs), size=count, replace=False).tolist())
+    return [_swapped(pair) if i in wrong else pair for i, pair in enumerate(pairs)]
+
+
+def _swapped(pair: dict) -> dict:
+    other = {"chosen": pair["rejected"], "rejected": pair["chosen"], "flipped": True}
+    return pair | other | {"gold_chosen": pair["gold_rejected"], "gold_rejected": pair["gold_chosen"]}
+
+
+def _unusable(texts: list[str], gold: np.ndarray) -> str | None:
+    """Why two responses make no pair; None when they do."""
+    if not all(text.strip() for text in texts):
+        return "empty"
+    if texts[0] == texts[1]:
+        return "identical"
+    return "gold tie" if gold[0] == gold[1] else None
+
+
+def _write(out: Path, samples: list[dict], scores: np.ndarray, pairs: list[dict]) -> None:
+    ids = [{"prompt_id": s["prompt_id"], "sample_id": s["sample_id"]} for s in samples]
+    calibration = [
+        key | {"prompt": s["prompt"], "response": s["response"]}
+        for key, s in zip(ids, samples, strict=True)
+        if s["split"] == "calibration"
+    ]
+    (out / "scores").mkdir(exist_ok=True)
+    write_table(out / "pairs.parquet", pairs)
+    # Without gold: PPO reads this table to standardise its proxy, and may not see what it is measured by.
+    write_table(out / "calibration.parquet", calibration)
+    write_table(out / "scores" / "gold.parquet", [k | {"score": float(x)} for k, x in zip(ids, scores, strict=True)])
+
+
+def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped: dict, noise: dict) -> dict:
+    sizes = Counter(pair["split"] for pair in pairs)
+    gap = float(np.median([abs(p["gold_chosen"] - p["gold_rejected"]) for p in pairs]))
+    calibration = scores[[s["split"] == "calibration" for s in samples]]
+    words = np.array([len(s["response"].split()) for s in samples], dtype=float)
+    varied = words.std() > 0 and scores.std() > 0
+    realised = sum(p["flipped"] for p in pairs) / len(pairs)
+    lost = sum(sum(reasons.values()) for reasons in dropped.values())
+    return {
+        "headline": (
+            f"{'+'.join(str(sizes[split]) for split in PAIR_SPLITS)} pairs, gold gap median {gap:.2f}, "
+            f"noise {realised:.1%} (asked {noise['rm_train']['requested']:.0%}), {lost} dropped"
+        ),
+        "pairs": dict(sizes),
+        "dropped": dropped,
+        "noise": noise,
+        "gold_gap_median": gap,
+        "gold_mean": float(calibration.mean()),
+        "gold_std": float(calibration.std()),
+        "gold_length_correlation": float(np.corrcoef(words, scores)[0, 1]) if varied else None,
+        "response_tokens": float(np.mean([s["n_tokens"] for s in samples])),
+        "finished": float(np.mean([s["finished"] for s in samples])),
+    }

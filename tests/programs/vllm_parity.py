@@ -1,0 +1,54 @@
+"""vLLM in float32 against transformers in float32: greedy tokens and log-probs, before and after a weight sync."""
+
+import json
+import os
+import sys
+
+import torch
+
+from pipelines.config import Generation, Model, Vllm
+from pipelines.data import ChatTokenizer
+from pipelines.generate import Generator
+from pipelines.models import hidden_states, load_causal_lm, token_logprobs
+
+QUESTIONS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting to a friend.", "What is two plus two?"]
+NEW = 12
+
+
+@torch.no_grad()
+def compare(lm, prompts, completions) -> dict:
+    agree, worst = 0, 0.0
+    for prompt, done in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt + done.token_ids])
+        hidden = hidden_states(lm, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+        agree += int((lm.lm_head(hidden).argmax(-1) == ids[0, len(prompt) :]).sum())
+        logps, _ = token_logprobs(lm.lm_head, hidden, ids[0, len(prompt) :])
+        worst = max(worst, float((logps - torch.tensor(done.logprobs)).abs().max()))
+    return {"agree": agree / (len(prompts) * NEW), "worst": worst}
+
+
+def main(path: str) -> None:
+    model = Model(path=path, attention="eager")
+    tokenizer = ChatTokenizer(model)
+    generator = Generator(model, Generation(vllm=Vllm(dtype="float32", max_model_len=256)), tokenizer)
+    lm = load_causal_lm(model, dtype="float32").eval()
+    prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
+    found = {"before": compare(lm, prompts, generator.greedy(prompts, NEW))}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if "layers" in name and weight.ndim == 2:
+                weight.add_(torch.randn_like(weight) * weight.std() * 0.2)
+        lm.model.embed_tokens.weight.mul_(1.1)  # tied: the LM head must change with it
+    found["stale"] = compare(lm, prompts, generator.greedy(prompts, NEW))
+    generator.sync((name, w.detach()) for name, w in lm.named_parameters())
+    found["after"] = compare(lm, prompts, generator.greedy(prompts, NEW))
+    one, two, other = (generator.generate(prompts, n=2, seed=s) for s in (7, 7, 8))
+    ids = lambda groups: [c.token_ids for g in groups for c in g]  # noqa: E731
+    found["seeded"] = [ids(one) == ids(two), ids(one) == ids(other)]
+    print(json.dumps(found), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,66 @@
+"""Actor and critic under ZeRO-3 on the ranks of torchrun: partitioning, independence, and the numbers of 3 steps."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipelines import config, engine
+
+# A large eps: Adam divides by it where a gradient is nearly 0, and rounding there would decide the sign of a step.
+OPTIM = config.Optim(lr=1e-2, schedule="constant", warmup=0.0, max_grad_norm=1.0, eps=1e-3)
+
+
+def tiny(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def whole(trained: engine.Engine) -> dict[str, torch.Tensor]:
+    return dict(trained.named_weights(trained.module))
+
+
+def changed(old, new) -> int:
+    return sum(not torch.equal(old[k], new[k]) for k in old)
+
+
+def main(out: str) -> None:
+    cfg = config.Engine(dtype="float32", overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    engine.init_distributed()
+    world, rank = engine.world_size(), engine.rank()
+    actor, critic = (
+        engine.Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3) for seed in (1, 2)
+    )
+    sizes = [(p.ds_tensor.numel(), p.ds_numel) for p in actor.module.parameters()]
+    facts = {"world": world, "local": sum(a for a, _ in sizes), "total": sum(b for _, b in sizes), "crossed": 0}
+    data = torch.randint(1, 64, (3, 8, 10), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for step in range(3):
+        mine = data[step].chunk(world)[rank].split(2)
+        for trained, other in ((actor, critic), (critic, actor)):
+            before, bystander = whole(trained), whole(other)
+            for micro in mine:
+                loss = trained(input_ids=micro, labels=micro).loss
+                trained.backward(loss)
+                trained.step()
+                losses.append(float(loss.detach()))
+            facts["crossed"] += changed(bystander, whole(other))
+            assert changed(before, whole(trained)) == len(before)
+    facts["grad_norm"] = [actor.grad_norm, critic.grad_norm]
+    weights = {f"{n}.{k}": v.tolist() for n, e in (("actor", actor), ("critic", critic)) for k, v in whole(e).items()}
+    if rank == 0:
+        Path(out).write_text(json.dumps({**facts, "weights": weights}))
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,16 @@
+"""vLLM against transformers, on the real model."""
+
+import json
+
+from tests.conftest import run_program
+
+
+def test_vllm_equals_transformers_before_and_after_sync(policy_path):
+    found = json.loads(run_program("tests/programs/vllm_parity.py", policy_path).splitlines()[-1])
+    # float32 on both sides: only the order of sums differs
+    for when in ("before", "after"):
+        assert found[when]["agree"] == 1.0, found
+        assert found[when]["worst"] < 2e-3, found
+    # the comparison can tell old weights from new
+    assert found["stale"]["worst"] > 0.1, found
+    assert found["seeded"] == [True, False]

@@ -1,0 +1,100 @@
+"""The reward model on the real backbone, in float32: one text, one score, however it is batched or stored."""
+
+import math
+
+import pytest
+import torch
+
+from pipelines.artefacts import ArtefactError
+from pipelines.config import Model, RewardVariant
+from pipelines.data import ChatTokenizer
+from pipelines.engine import named_weights
+from pipelines.models import load_causal_lm, pad_right, train_top_layers
+from rm.model import RewardModel, last_real_token, save_reward_model
+from rm.train import Pair, pair_losses
+
+CHATS = [
+    [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    for q, a in (
+        ("Name a fruit.", "An apple is a fruit."),
+        ("Why do cats purr?", "Often because they are content; sometimes to calm themselves when they are hurt."),
+        ("Say hello.", ""),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def model(policy_path):
+    where = Model(path=str(policy_path), attention="eager")
+    torch.manual_seed(0)
+    return RewardModel(load_causal_lm(where, dtype="float32", num_layers=4), "mlp", ChatTokenizer(where)).eval()
+
+
+def test_scores_do_not_depend_on_the_batch(model):
+    together = model.score(CHATS)
+    alone = torch.cat([model.score([chat]) for chat in CHATS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert len(set(together.tolist())) == 3
+    assert torch.equal(model.score(CHATS), together)
+    torch.testing.assert_close(model.score(CHATS[::-1]).flip(0), together, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_left_and_right_padding_agree(model):
+    rows = [model.tokenizer.conversation_ids(chat) for chat in CHATS]
+    ids, mask = pad_right(rows, model.tokenizer.pad_id)
+    left = torch.stack([row.roll(ids.shape[1] - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
+    left_mask = mask.flip(1)
+    assert last_real_token(mask).tolist() == [len(r) - 1 for r in rows]
+    torch.testing.assert_close(model(left, left_mask)[0], model(ids, mask)[0], atol=1e-5, rtol=1e-4)
+    # what stands in the padding is of no account
+    poisoned = ids.masked_fill(mask == 0, model.tokenizer.eot_id)
+    assert torch.equal(model(poisoned, mask)[0], model(ids, mask)[0])
+
+
+def test_saved_and_loaded_scores_are_equal(model, tmp_path):
+    model.mean, model.std = 0.25, 2.0
+    save_reward_model(tmp_path, model, named_weights(model.lm), model.head.state_dict())
+    loaded = RewardModel.from_pretrained(tmp_path, dtype="float32", attention="eager")
+    assert torch.equal(loaded.score(CHATS), model.score(CHATS))
+    assert float(loaded.normalise(torch.tensor(2.25))) == 1.0
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(model, tmp_path):
+    head = model.head.state_dict()
+    head.pop("2.bias")
+    save_reward_model(tmp_path, model, named_weights(model.lm), head)
+    with pytest.raises(ArtefactError, match=r"mlp head: 2\.bias"):
+        RewardModel.from_pretrained(tmp_path, dtype="float32")
+    save_reward_model(tmp_path, model, [w for w in named_weights(model.lm) if "layers.2.mlp.up" not in w[0]], head)
+    with pytest.raises(ArtefactError, match="layers.2.mlp.up_proj"):
+        RewardModel.from_pretrained(tmp_path, dtype="float32")
+    with pytest.raises(ArtefactError, match="run `grm rm` first"):
+        RewardModel.from_pretrained(tmp_path / "nothing")
+
+
+def test_grm_loss_by_hand(model):
+    """One pair: (1 - a) * BT + a * -logsigmoid(b * sum log pi(chosen | prompt)), from full logits in float64."""
+    tok = model.tokenizer
+    pair = Pair(tok.prompt_ids(CHATS[1][:1]), tok.response_ids("They are content."), tok.response_ids("No idea."))
+    variant = RewardVariant(text_regulariser="sft", alpha=0.2, beta=0.1)
+    with torch.no_grad():
+        found = float(pair_losses(model, tok, variant, [pair])["loss"])
+        rewards = []
+        for response in (pair.chosen, pair.rejected):
+            ids = torch.tensor([pair.prompt + response])
+            hidden = model.lm.model(ids).last_hidden_state
+            rewards.append(float(model.head(hidden[0, -1])))
+            if response is pair.chosen:
+                logps = model.lm.lm_head(hidden)[0].double().log_softmax(-1)
+                total = sum(float(logps[t - 1, ids[0, t]]) for t in range(len(pair.prompt), ids.shape[1]))
+    log_sigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    expected = -0.8 * log_sigmoid(rewards[0] - rewards[1]) - 0.2 * log_sigmoid(0.1 * total)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_top_layers_learn(model, policy_path):
+    lm = load_causal_lm(Model(path=str(policy_path)), dtype="float32", num_layers=4)
+    train_top_layers(lm, 1)
+    trained = {n.split(".")[2] if "layers" in n else n for n, p in lm.named_parameters() if p.requires_grad}
+    assert trained == {"3", "model.norm.weight"}
