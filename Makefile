@@ -4,6 +4,8 @@ SHELL := bash
 CONFIG ?= configs/offline.yaml
 SET ?=
 GRM := .venv/bin/grm
+# DeepSpeed builds its op with the `ninja` of the environment and looks for it on the PATH only.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 STAGES := prompts preferences rm bon ppo eval report
 

@@ -48,9 +48,14 @@ def environment(ranks: int) -> dict[str, str]:
     import torch
 
     settings = {STARTED: "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # DeepSpeed compiles an operation on first use, with the ninja of this environment.
+    settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    # Libraries' notices would hide ours: one line a backward pass from torch alone.
+    settings |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DEEPSPEED_LOG_LEVEL": "error"}
+    settings |= {"DS_LOG_LEVEL": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # vLLM in the trainer's own process: weights pass without a copy between processes.
     settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    settings.setdefault("VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+    settings["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     settings["VLLM_NO_USAGE_STATS"] = "1"
     if torch.cuda.is_available():
         return settings

@@ -76,7 +76,7 @@ install_packages() {
     if [[ $DEVICE == cpu ]]; then
         say "torch $TORCH for CPU"
         install_torch_cpu
-        say "$(grep -c == $LOCK) packages of $LOCK (a few minutes)"
+        say "$(grep -c '^[^#].*==' $LOCK) packages of $LOCK (a few minutes)"
         pip_install --no-deps -r "$LOCK"
         say "this project, editable"
         # with the setuptools of the lock: asks no index

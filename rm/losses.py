@@ -1,0 +1,75 @@
+"""Losses of reward models: pure functions of rewards and log-probs, in float32. B pairs.
+
+log-probs are sums over response tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+    """Mean of -(1-e) log sigma(d - m) - e log sigma(-(d - m)), d = chosen - rejected [B].
+
+    Margin m as in Llama 2 (2307.09288); label smoothing e as in conservative DPO.
+    """
+    delta = chosen.float() - rejected.float()
+    if margin is not None:
+        delta = delta - margin.float()
+    return (-(1 - label_smoothing) * F.logsigmoid(delta) - label_smoothing * F.logsigmoid(-delta)).mean()
+
+
+def positive_regularised(chosen: Tensor, rejected: Tensor, weight: float = 0.1) -> Tensor:
+    """Bradley-Terry plus -w log sigma(mean chosen), the batch mean inside, as the authors' code of 2406.10216 has it."""
+    return bradley_terry(chosen, rejected) - weight * F.logsigmoid(chosen.float().mean())
+
+
+def center_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """mean (chosen + rejected)^2: pins the offset that Bradley-Terry leaves free (2312.09244)."""
+    return (chosen.float() + rejected.float()).square().mean()
+
+
+def text_regulariser(
+    kind: str,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor | None = None,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    beta: float,
+) -> Tensor:
+    """GRM's regulariser of the shared hidden states (2406.10216, section 3), from log-probs [B] in nats.
+
+    sft: -log sigma(b log pi(chosen)); sft_plain: -log pi(chosen); dpo_noref: -log sigma(b (chosen - rejected));
+    dpo: the same of log-ratios to a reference.
+    """
+    needs = {
+        "sft": {},
+        "sft_plain": {},
+        "dpo_noref": {"rejected_logps": rejected_logps},
+        "dpo": {
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
+        },
+    }
+    if kind not in needs:
+        raise ValueError(f"text regulariser {kind!r}: known are {', '.join(needs)}")
+    if missing := [name for name, value in needs[kind].items() if value is None]:
+        raise ValueError(f"text regulariser {kind!r} needs {', '.join(missing)}")
+    chosen = chosen_logps.float()
+    if kind == "sft":
+        return -F.logsigmoid(beta * chosen).mean()
+    if kind == "sft_plain":
+        return -chosen.mean()
+    delta = chosen - rejected_logps.float()
+    if kind == "dpo":
+        delta = delta - (ref_chosen_logps.float() - ref_rejected_logps.float())
+    return -F.logsigmoid(beta * delta).mean()
+
+
+def total_loss(reward_loss: Tensor, regulariser: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) * reward loss + alpha * regulariser; alpha = 0 is plain Bradley-Terry."""
+    return (1 - alpha) * reward_loss + alpha * regulariser if alpha else reward_loss
