@@ -313,7 +313,7 @@ class Config(Section):
         longest = self.data.max_prompt_tokens + self.generation.max_new_tokens
         if longest > self.generation.vllm.max_model_len:
             faults.append(
-                f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is less than data.max_prompt_tokens"
+                f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is below data.max_prompt_tokens"
                 f" + generation.max_new_tokens = {longest}"
             )
         if self.engine.processes != "auto":

@@ -76,7 +76,7 @@ class ChatTokenizer:
             unused = self.hf.unk_token_id
             if unused is None or unused in self.stop_ids:
                 raise DataError(
-                    f"{model.path}: the pad token ({self.hf.pad_token!r}) is an end-of-turn token; set another in its tokenizer"
+                    f"{model.path}: the pad token ({self.hf.pad_token!r}) ends turns; set another in its tokenizer"
                 )
             self.hf.pad_token = self.hf.unk_token
         self.pad_id = self.hf.pad_token_id

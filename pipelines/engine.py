@@ -204,7 +204,7 @@ def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_ba
 
 
 def _schedule(optim: config.Optim, step: int, total: int) -> float:
-    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, then constant, linear or cosine."""
+    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, then the schedule."""
     warm = math.ceil(optim.warmup * total)
     if step < warm:
         return (step + 1) / (warm + 1)

@@ -34,11 +34,9 @@ def num_processes(cfg: Config) -> int:
 def run_stage_process(cfg: Config, arguments: list[str], *, distributed: bool) -> int:
     """Run `python -m pipelines ARGUMENTS`, on every rank when `distributed`; the exit status."""
     ranks = num_processes(cfg) if distributed else 1
-    if distributed:
-        # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    else:
-        launcher = []
+    # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = torchrun if distributed else []
     command = [sys.executable, *launcher, "-m", "pipelines", *arguments]
     return subprocess.run(command, env={**os.environ, **environment(ranks)}).returncode
 

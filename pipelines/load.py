@@ -122,7 +122,8 @@ def _known_paths(location: tuple) -> list[str]:
     known = []
     for path in _paths(Config):
         parts = path.split(".")
-        known.append(".".join(str(b) if a == "*" else a for a, b in zip(parts, (*location, *parts[len(location) :]))))
+        names = (*location, *parts[len(location) :])
+        known.append(".".join(str(b) if a == "*" else a for a, b in zip(parts, names, strict=False)))
     return known
 
 

@@ -56,13 +56,14 @@ STAGES = {
               makes="policies, metrics.jsonl, TensorBoard"),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"), (*_SAMPLING, "gold", "eval", "ppo.proxy"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
-        Stage("report", "pipelines.report", ("preferences", "rm", "bon", "ppo", "eval"), ("run",), makes="report.html, report.md"),
+        Stage("report", "pipelines.report", ("preferences", "rm", "bon", "ppo", "eval"), ("run",),
+              makes="report.html, report.md"),
     )
 }  # fmt: skip
 
 
 def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
-    """What the stage would run on now; raises ArtefactError naming the stage to run when an input is missing or stale."""
+    """What the stage would run on now; ArtefactError names the stage to run when an input is missing or stale."""
     inputs = {}
     for name in stage.inputs:
         manifest = read_manifest(cfg.run_dir / name)

@@ -1,4 +1,6 @@
-"""The mathematics of PPO: pure torch. B responses, T tokens, V vocabulary; masks are True on response tokens, EOS included.
+"""The mathematics of PPO: pure torch. B responses, T tokens, V vocabulary.
+
+Masks are True on response tokens, EOS included.
 
 Masked positions may hold anything, NaN too: they change neither values nor gradients.
 """

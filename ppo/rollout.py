@@ -54,7 +54,7 @@ class Rollout:
 
 
 def prompts_of_step(rows: list[dict], step: int, count: int, seed: int) -> list[dict]:
-    """`count` prompts for `step` (from 1): epochs without replacement, each in an order of its own; this rank's share."""
+    """`count` prompts for `step` (from 1): epochs without replacement, each reordered; this rank's share."""
     first = (step - 1) * count
     chosen = []
     for position in range(first, first + count):

@@ -126,7 +126,7 @@ class Trainer:
         """The log-probs of each step's samples prove that vLLM ran the actor's weights."""
         if stats["mismatch_mean_abs"] > MAX_MISMATCH:
             raise DataError(
-                f"ppo step {step}: vLLM's and the trainer's log-probs differ by {stats['mismatch_mean_abs']:.3f} nats a token"
+                f"ppo step {step}: log-probs of vLLM and trainer differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): the weights of the last sync did not arrive"
             )
 
@@ -149,7 +149,7 @@ class Trainer:
             m.advantages = scatter(part, m.is_response)
 
     def _update(self, rollout: Rollout, step: int) -> dict[str, float]:
-        """Epochs of minibatches over the rollout; metrics are means over all updates (clipfrac, losses) of all ranks."""
+        """Epochs of minibatches over the rollout; metrics are means over all updates and ranks."""
         ppo, sums, count = self.cfg.ppo, {}, 0
         size = len(rollout.micros) // ppo.minibatches
         for epoch in range(ppo.epochs):
@@ -210,8 +210,8 @@ class Trainer:
             self.writer.add_scalar(f"ppo/{name}", value, step)
         self.writer.flush()
         tqdm.write(
-            f"ppo {step:>4}: proxy {stats['proxy_mean']:+.3f} +- {stats['proxy_se']:.3f}  KL {stats['kl_nats_per_response']:.2f}"
-            f"  tokens {stats['response_tokens']:.0f}  EOS {stats['eos_rate']:.0%}  {stats['seconds_total']:.0f} s"
+            "ppo {step:>4}: proxy {proxy_mean:+.3f} +- {proxy_se:.3f}  KL {kl_nats_per_response:.2f}  tokens "
+            "{response_tokens:.0f}  EOS {eos_rate:.0%}  {seconds_total:.0f} s".format(step=step, **stats)
         )
 
     def _checkpoint(self, step: int) -> None:
@@ -283,8 +283,10 @@ def summary(metrics: Path) -> dict:
     change = last["proxy_mean"] - first["proxy_mean"]
     error = (first["proxy_se"] ** 2 + last["proxy_se"] ** 2) ** 0.5
     return {
-        "headline": f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f}) "
-        f"over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats a response",
+        "headline": (
+            f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f})"
+            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats a response"
+        ),
         "first": first,
         "last": last,
         "proxy_change_over_se": change / error if error else None,

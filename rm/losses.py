@@ -5,12 +5,13 @@ log-probs are sums over response tokens.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Mean of -(1-e) log sigma(d - m) - e log sigma(-(d - m)), d = chosen - rejected [B].
 
     Margin m as in Llama 2 (2307.09288); label smoothing e as in conservative DPO.
@@ -22,7 +23,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
 
 
 def positive_regularised(chosen: Tensor, rejected: Tensor, weight: float = 0.1) -> Tensor:
-    """Bradley-Terry plus -w log sigma(mean chosen), the batch mean inside, as the authors' code of 2406.10216 has it."""
+    """Bradley-Terry plus -w log sigma(mean chosen), the batch mean inside, as in the authors' code of 2406.10216."""
     return bradley_terry(chosen, rejected) - weight * F.logsigmoid(chosen.float().mean())
 
 
@@ -42,8 +43,8 @@ def text_regulariser(
 ) -> Tensor:
     """GRM's regulariser of the shared hidden states (2406.10216, section 3), from log-probs [B] in nats.
 
-    sft: -log sigma(b log pi(chosen)); sft_plain: -log pi(chosen); dpo_noref: -log sigma(b (chosen - rejected));
-    dpo: the same of log-ratios to a reference.
+    sft: -log sigma(b log pi(chosen)); sft_plain: -log pi(chosen); dpo_noref:
+    -log sigma(b (chosen - rejected)); dpo: the same of log-ratios to a reference.
     """
     needs = {
         "sft": {},

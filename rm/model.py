@@ -108,9 +108,8 @@ class RewardModel(nn.Module):
             raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
         model = cls(load_causal_lm(where, dtype=dtype), about["head"], tokenizer, mean=about["mean"], std=about["std"])
         weights = load_file(folder / HEAD_FILE)
-        wanted = model.head.state_dict()
-        if wrong := sorted({k for k in wanted.keys() | weights.keys()
-                            if k not in wanted or k not in weights or wanted[k].shape != weights[k].shape}):  # fmt: skip
+        shapes = ({k: v.shape for k, v in state.items()} for state in (model.head.state_dict(), weights))
+        if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
             raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {about['head']} head: {', '.join(wrong)}")
         model.head.load_state_dict(weights)
         return model.eval()
@@ -119,7 +118,7 @@ class RewardModel(nn.Module):
 def save_reward_model(
     folder: Path, model: RewardModel, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
 ) -> None:
-    """Write the layout that `from_pretrained` reads: the LM as Hugging Face saves it, the head, the tokenizer, facts."""
+    """Write what `from_pretrained` reads: the LM as Hugging Face saves it, the head, the tokenizer, facts."""
     from safetensors.torch import save_file
 
     save_lm(folder, model.lm.config, named_weights, model.tokenizer)

@@ -67,9 +67,7 @@ def assert_mean_is(samples, expected, num_se=4):
 @pytest.mark.parametrize("N", range(1, 8))
 def test_equals_brute_force_over_all_subsets(N, levels):
     proxy, gold = pools(N, levels)
-    expected = np.array(
-        [[brute_force(p, g, n) for n in range(1, N + 1)] for p, g in zip(proxy, gold, strict=True)]
-    )
+    expected = np.array([[brute_force(p, g, n) for n in range(1, N + 1)] for p, g in zip(proxy, gold, strict=True)])
     ns = np.arange(1, N + 1)
     np.testing.assert_allclose(best_of_n(proxy, gold, ns), expected[..., 0], **EXACT)
     np.testing.assert_allclose(win_rate(proxy, gold, ns[:-1]), expected[:, :-1, 1], **EXACT)
@@ -97,9 +95,7 @@ def test_subset_weights_equal_exact_integers(n):
 
 def test_all_n_of_a_coste_pool_need_few_terms_and_keep_their_mass():
     N = 12_600
-    lengths, mass = np.transpose(
-        [(w.size, w.sum()) for w in map(subset_weights, [N] * N, range(1, N + 1))]
-    )
+    lengths, mass = np.transpose([(w.size, w.sum()) for w in map(subset_weights, [N] * N, range(1, N + 1))])
     harmonic = sum(1 / n for n in range(1, N + 1))
     assert lengths.sum() <= N * (math.log(1e16) * harmonic + 1) < N**2 / 30
     np.testing.assert_allclose(mass, 1, rtol=0, atol=1e-11)
@@ -160,9 +156,7 @@ def test_pools_do_not_mix_and_scalar_n_is_one_column():
     proxy, gold = pools(30, 3)
     for estimate in (best_of_n, win_rate):
         together = estimate(proxy, gold, [2, 9])
-        apart = np.concatenate(
-            [estimate(proxy[p : p + 1], gold[p : p + 1], [2, 9]) for p in range(4)]
-        )
+        apart = np.concatenate([estimate(proxy[p : p + 1], gold[p : p + 1], [2, 9]) for p in range(4)])
         np.testing.assert_allclose(together, apart, **EXACT)
         np.testing.assert_array_equal(estimate(proxy, gold, 9), together[:, 1:])
 
@@ -327,9 +321,7 @@ def test_bootstrap_draws_are_paired_by_seed_and_whole_across_chunks(monkeypatch)
     first = bootstrap_ci(data, 200, np.random.default_rng(4))
     shifted = bootstrap_ci(data + 10, 200, np.random.default_rng(4))
     np.testing.assert_allclose(np.array(shifted) - first, 10, **EXACT)
-    assert (
-        np.abs(np.subtract(bootstrap_ci(data, 200, np.random.default_rng(5)), first)).max() > 1e-3
-    )
+    assert np.abs(np.subtract(bootstrap_ci(data, 200, np.random.default_rng(5)), first)).max() > 1e-3
     monkeypatch.setattr("bon.estimators.MAX_WEIGHTS", 50 * 7)  # 200 draws in chunks of 7
     np.testing.assert_allclose(bootstrap_ci(data, 200, np.random.default_rng(4)), first, **EXACT)
 

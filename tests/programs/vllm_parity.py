@@ -11,7 +11,12 @@ from pipelines.data import ChatTokenizer
 from pipelines.generate import Generator
 from pipelines.models import hidden_states, load_causal_lm, token_logprobs
 
-QUESTIONS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting to a friend.", "What is two plus two?"]
+QUESTIONS = [
+    "Name three fruits.",
+    "Why is the sky blue?",
+    "Write a short greeting to a friend.",
+    "What is two plus two?",
+]
 NEW = 12
 
 

@@ -37,7 +37,8 @@ def main(out: str) -> None:
     engine.init_distributed()
     world, rank = engine.world_size(), engine.rank()
     actor, critic = (
-        engine.Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3) for seed in (1, 2)
+        engine.Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3)
+        for seed in (1, 2)
     )
     sizes = [(p.ds_tensor.numel(), p.ds_numel) for p in actor.module.parameters()]
     facts = {"world": world, "local": sum(a for a, _ in sizes), "total": sum(b for _, b in sizes), "crossed": 0}
