@@ -1,0 +1,102 @@
+"""Stage `bon`: pools of samples of the reference policy, scored by every proxy and by gold; best-of-n curves."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+
+from bon.estimators import best_of_n, kl_bound, oracle
+from pipelines.artefacts import join, read_table, write_table
+from pipelines.config import Config
+from pipelines.curves import curve, matrix, write_curves
+from pipelines.data import ChatTokenizer, stream_seed
+from pipelines.generate import Generator
+from pipelines.gold import load_gold, score_samples
+from pipelines.pool import conversation, sample_pool
+from pipelines.prompts import read_split
+from rm.model import RewardModel
+
+
+def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    samples = _sample(cfg, inputs["prompts"], out)
+    gc.collect()  # the engine's memory, before reward models are loaded
+    norms = {}
+    for name in cfg_variants(inputs["rm"]):
+        model = RewardModel.from_pretrained(inputs["rm"] / name, attention=cfg.policy.attention)
+        norms[name] = (model.mean, model.std)
+        if not (out / "scores" / f"{name}.parquet").exists():
+            scores = model.score([conversation(s) for s in samples], progress=f"bon: {name}")
+            write_scores(out / "scores" / f"{name}.parquet", samples, scores.tolist())
+    if not (out / "scores" / "gold.parquet").exists():
+        write_scores(out / "scores" / "gold.parquet", samples, score_samples(load_gold(cfg.gold), samples).tolist())
+    return analyse(cfg, out, samples, norms)
+
+
+def cfg_variants(rm_folder: Path) -> list[str]:
+    """Names of the reward models in the folder of stage `rm`."""
+    return sorted(p.parent.name for p in rm_folder.glob("*/reward_model.json"))
+
+
+def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
+    tokenizer = ChatTokenizer(cfg.policy)
+    rows = read_split(prompts, "eval", cfg.bon.prompts)
+    generator = Generator(cfg.policy, cfg.generation, tokenizer)
+    return sample_pool(
+        generator, tokenizer, rows, cfg.bon.samples,
+        out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="bon",
+    )  # fmt: skip
+
+
+def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = ("prompt_id", "sample_id")
+    write_table(path, [{**{k: s[k] for k in ids}, "score": x} for s, x in zip(samples, scores, strict=True)])
+
+
+def analyse(cfg: Config, out: Path, samples: list[dict], norms: dict[str, tuple[float, float]]) -> dict:
+    """Curves for every n from the scores on disk, joined by id, and the headline."""
+    joined = {
+        name: matrix(join(samples, read_table(out / "scores" / f"{name}.parquet")), "score")
+        for name in ("gold", *norms)
+    }
+    gold_mean, gold_std = float(joined["gold"].mean()), float(joined["gold"].std(ddof=1))
+    gold = (joined["gold"] - gold_mean) / gold_std
+    length = matrix(samples, "n_tokens")
+    ns = np.arange(1, (cfg.bon.n_max or cfg.bon.samples) + 1)
+    common = {
+        "method": "bon", "xs": ns, "kl": kl_bound(ns), "kl_kind": "bound", "pool": cfg.bon.samples,
+        "draws": cfg.eval.bootstrap, "seed": stream_seed(cfg.run.seed, "bootstrap"),
+    }  # fmt: skip
+    rows, found = [], {}
+    for name, (mean, std) in norms.items():
+        proxy = joined[name]
+        values = {"proxy": (proxy - mean) / std, "gold": gold, "length": length}
+        curves = {m: curve(best_of_n(proxy, v, ns), rm=name, metric=m, **common) for m, v in values.items()}
+        rows += [row for part in curves.values() for row in part]
+        last = curves["gold"][-1]
+        found[name] = {
+            "gold_at_n_max": {k: last[k] for k in ("mean", "lo", "hi")},
+            "within_prompt_correlation": within_prompt_correlation(proxy, joined["gold"]),
+        }
+    rows += curve(oracle(gold, ns), rm="oracle", metric="gold", **common)
+    write_curves(out / "curves.csv", rows)
+    best = rows[-1]["mean"]
+    parts = [f"{k} {v['gold_at_n_max']['mean']:+.2f}" for k, v in found.items()]
+    return {
+        "headline": f"gold at n={ns[-1]} of {len(gold)} prompts, in SD of the reference: " + ", ".join(parts)
+        + f", oracle {best:+.2f}",
+        "gold_mean": gold_mean,
+        "gold_std": gold_std,
+        "variants": found,
+        "oracle_at_n_max": best,
+        "duplicates": 1 - len({(s["prompt_id"], s["response"]) for s in samples}) / len(samples),
+    }  # fmt: skip
+
+
+def within_prompt_correlation(proxy: np.ndarray, gold: np.ndarray) -> float | None:
+    """Pearson correlation of deviations from the prompt's mean, [P, N] pooled; None when one does not vary."""
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (proxy, gold))
+    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum() / scale) if scale else None

@@ -1,0 +1,87 @@
+"""What the evaluation allows to say, in sentences, and the checks without which it should not be believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bon.estimators import bootstrap_ci
+from pipelines.artefacts import read_table
+
+ENOUGH_PROMPTS = 500
+"""Below it intervals of the gold change are wide (docs of the study); the report says so."""
+
+
+def verdicts(
+    table: list[dict], proxy: dict, gold: dict, gold_values: np.ndarray, steps: list[int], draws: int, seed: int
+) -> list[str]:
+    """Sentences for the first screen; `gold_values` is [P, steps]."""
+    last = table[-1]
+    said = [
+        f"Proxy reward {direction(proxy)} by {abs(proxy['mean']):.2f} SD (95% interval {interval(proxy)}) "
+        f"at KL {last['kl']:.2f} nats a response."
+    ]
+    if gold["lo"] <= 0 <= gold["hi"]:
+        said.append(f"Gold: cannot tell; its change of {gold['mean']:+.2f} SD has the interval {interval(gold)}.")
+    else:
+        said.append(f"Gold {direction(gold)} by {abs(gold['mean']):.2f} SD (95% interval {interval(gold)}).")
+    drop = cross_fitted_drop(gold_values, draws, seed)
+    if drop["lo"] > 0:
+        said.append(f"Over-optimised: gold fell by {drop['mean']:.2f} SD from its best checkpoint {interval(drop)}.")
+    else:
+        said.append(
+            f"No over-optimisation shown: drop from the best checkpoint {drop['mean']:+.2f} SD {interval(drop)}."
+        )
+    if last["prompts"] < ENOUGH_PROMPTS:
+        said.append(
+            f"{last['prompts']} prompts and one seed: too few to conclude about the method (use {ENOUGH_PROMPTS}+ and 3+)."
+        )
+    return said
+
+
+def cross_fitted_drop(values: np.ndarray, draws: int, seed: int) -> dict[str, float]:
+    """Best minus last checkpoint [P, steps], the best chosen on one half of the prompts and measured on the other.
+
+    Choosing and measuring on the same prompts finds a drop in pure noise.
+    """
+    half = np.random.default_rng(seed).permutation(len(values)) % 2
+    parts = []
+    for fold in (0, 1):
+        best = values[half == fold].mean(axis=0).argmax()
+        parts.append(values[half != fold][:, best] - values[half != fold][:, -1])
+    mean, lo, hi = bootstrap_ci(np.concatenate(parts)[:, None], draws, np.random.default_rng(seed))
+    return {"mean": float(mean[0]), "lo": float(lo[0]), "hi": float(hi[0])}
+
+
+def checks(prompts: Path, rows: list[dict], table: list[dict], bon_rows: list[dict]) -> list[dict]:
+    """Name, verdict and detail of what would invalidate the figures."""
+    texts: dict[str, set[str]] = {}
+    for row in read_table(prompts / "prompts.parquet"):
+        key = "".join(c for c in row["prompt"][-1]["content"].lower() if c.isalnum())
+        texts.setdefault(key, set()).add(row["split"])
+    leaked = sum(len(splits) > 1 for splits in texts.values())
+    bon = [row for row in bon_rows if row["method"] == "bon"]
+    n, pool = max(row["x"] for row in bon), bon[0]["pool"]
+    duplicates = 1 - len({(r["step"], r["prompt_id"], r["sample_id"], r["response"]) for r in rows}) / len(rows)
+    empty = sum(not r["response"].strip() for r in rows) / len(rows)
+    asked = [
+        ("prompts of different splits are disjoint", leaked == 0, f"{leaked} shared"),
+        ("KL of checkpoints is positive", all(t["kl"] > 0 for t in table[1:]), f"last {table[-1]['kl']:.2f} nats"),
+        ("KL of the reference to itself is zero", abs(table[0]["kl"]) < 1e-3, f"{table[0]['kl']:.1e} nats"),
+        ("best-of-n pools are at least 4 n", pool >= 4 * n, f"n up to {n} from pools of {pool}; trust n <= {pool // 4}"),
+        ("at least 3 seeds", False, "one seed of the reward model and of PPO"),
+        (f"at least {ENOUGH_PROMPTS} prompts", table[-1]["prompts"] >= ENOUGH_PROMPTS, f"{table[-1]['prompts']}"),
+        ("responses end by themselves", table[-1]["eos_rate"] > 0.5, f"{table[-1]['eos_rate']:.0%} end, the rest is cut"),
+        ("few empty responses", empty < 0.02, f"{empty:.1%}"),
+        ("no row twice", duplicates == 0, f"{duplicates:.1%}"),
+    ]  # fmt: skip
+    return [{"name": name, "ok": bool(ok), "detail": detail} for name, ok, detail in asked]
+
+
+def direction(change: dict) -> str:
+    return "rose" if change["mean"] > 0 else "fell"
+
+
+def interval(x: dict) -> str:
+    return f"[{x['lo']:+.2f}, {x['hi']:+.2f}]"

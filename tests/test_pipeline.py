@@ -1,0 +1,101 @@
+"""The main job on the real model, vLLM and two ZeRO-3 ranks: `make rm ppo eval`, small. Some five minutes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.artefacts import read_table
+from tests.conftest import ROOT
+
+SCRIPT = "import sys, time; t = time.time(); import rm, ppo, bon, pipelines; print(time.time() - t, *sys.modules)"
+
+
+def make(*arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess:
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def run_dir(policy_path, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    job = ["rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}"]
+    make(*job)
+    again = make(*job, timeout=120).stderr
+    assert again.count("up to date") == 7, again
+    return runs / "smoke"
+
+
+def metrics(run_dir, stage):
+    return json.loads((run_dir / stage / "manifest.json").read_text())["metrics"]
+
+
+@pytest.mark.e2e
+def test_ppo_trained_on_policy_with_synced_weights(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["kl_nats_per_response"] == 0.0  # the first rollout is the reference's own
+    assert all(row["mismatch_mean_abs"] < 0.1 for row in rows)
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    assert rows[-1]["kl_k3_nats_per_response"] > 0
+    assert list((run_dir / "ppo" / "tensorboard").iterdir())
+
+
+@pytest.mark.e2e
+def test_evaluation_measures_what_was_trained(run_dir):
+    rows = read_table(run_dir / "eval" / "rl_eval.parquet")
+    steps = {row["step"] for row in rows}
+    assert steps == {0, 2, 3}
+    assert all(row["kl_rb"] == pytest.approx(0, abs=1e-4) for row in rows if row["step"] == 0)
+    assert sum(row["kl_rb"] for row in rows if row["step"] == 3) > 0
+    eval_prompts = {r["prompt_id"] for r in read_table(run_dir / "prompts" / "prompts.parquet") if r["split"] == "eval"}
+    assert {row["prompt_id"] for row in rows} <= eval_prompts
+    trained_on = {row["prompt_id"] for row in read_table(run_dir / "preferences" / "pairs.parquet")}
+    assert not trained_on & eval_prompts
+
+
+@pytest.mark.e2e
+def test_the_result_loads_as_it_is(run_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm, info = AutoModelForCausalLM.from_pretrained(run_dir / "ppo" / "policy", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(run_dir / "ppo" / "policy").chat_template
+
+
+@pytest.mark.e2e
+def test_report_is_one_page(run_dir):
+    page = (run_dir / "report" / "report.html").read_text()
+    assert "<svg" in page and 'src="http' not in page and "grm" in page
+    assert (run_dir / "report" / "report.md").is_file()
+
+
+def test_import_is_light():
+    seconds, *modules = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"vllm", "deepspeed", "torch"} & set(modules)
+
+
+def grm(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+
+
+def test_bad_input_is_one_message_and_exit_2(tmp_path):
+    done = grm("ppo", "--config", "configs/smoke.yaml", "ppo.kl.coeff=1", "bon.n_max=99")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the nearest is ppo.kl.coef" in done.stderr and "n_max 99 exceeds the pool" in done.stderr
+
+
+def test_missing_inputs_name_the_stage_to_run(tmp_path):
+    done = grm("rm", "--config", "configs/smoke.yaml", f"run.dir={tmp_path}")
+    assert done.returncode == 2 and "run `grm preferences` first" in done.stderr
+    missing = grm("prompts", "--config", "configs/smoke.yaml", "data.prompts=no/such.jsonl")
+    assert missing.returncode == 2 and "no/such.jsonl" in missing.stderr and "Traceback" not in missing.stderr
