@@ -26,9 +26,13 @@ from pipelines.gold import load_gold, score_samples
 from pipelines.models import LOGIT_ROWS, hidden_states, load_causal_lm, pad_right
 from pipelines.pool import conversation
 from pipelines.prompts import read_split
-from pipelines.verdicts import checks, verdicts
+from pipelines.verdicts import checks, interval, verdicts
 from ppo.math import exact_kl, kl_k1, kl_k3
 from rm.model import RewardModel
+
+
+ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
+"""Suffix of a column of the table -> column of the curve."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -167,7 +171,7 @@ def analyse(
     table = [
         {
             "step": s, "kl": float(kls[:, j].mean()), "kl_se": float(kls[:, j].std(ddof=1) / math.sqrt(len(kls))),
-            **{f"{m}{end}": curves[m][j][k] for m in ("proxy", "gold") for end, k in (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))},
+            **{f"{m}{end}": curves[m][j][k] for m in ("proxy", "gold") for end, k in ENDS},
             "tokens": float(values["length"][:, j].mean()),
             "eos_rate": float(np.mean([r["finished"] for r in by_step[s]])), "prompts": len(kls),
         }
@@ -177,7 +181,7 @@ def analyse(
     p, g = changes["proxy"], changes["gold"]
     return {
         "headline": f"step {steps[-1]} against the reference on {len(kls)} prompts, in SD: proxy {p['mean']:+.2f} "
-        f"[{p['lo']:+.2f}, {p['hi']:+.2f}], gold {g['mean']:+.2f} [{g['lo']:+.2f}, {g['hi']:+.2f}], KL {table[-1]['kl']:.2f}",
+        f"{interval(p)}, gold {g['mean']:+.2f} {interval(g)}, KL {table[-1]['kl']:.2f}",
         "table": table,
         "proxy_change": p,
         "gold_change": g,

@@ -30,12 +30,10 @@ def verdicts(
     if drop["lo"] > 0:
         said.append(f"Over-optimised: gold fell by {drop['mean']:.2f} SD from its best checkpoint {interval(drop)}.")
     else:
-        said.append(
-            f"No over-optimisation shown: drop from the best checkpoint {drop['mean']:+.2f} SD {interval(drop)}."
-        )
+        said.append(f"No over-optimisation shown: drop from the best step {drop['mean']:+.2f} SD {interval(drop)}.")
     if last["prompts"] < ENOUGH_PROMPTS:
         said.append(
-            f"{last['prompts']} prompts and one seed: too few to conclude about the method (use {ENOUGH_PROMPTS}+ and 3+)."
+            f"Cannot conclude on the method: {last['prompts']} prompts, one seed ({ENOUGH_PROMPTS} and 3 needed)."
         )
     return said
 
@@ -69,10 +67,10 @@ def checks(prompts: Path, rows: list[dict], table: list[dict], bon_rows: list[di
         ("prompts of different splits are disjoint", leaked == 0, f"{leaked} shared"),
         ("KL of checkpoints is positive", all(t["kl"] > 0 for t in table[1:]), f"last {table[-1]['kl']:.2f} nats"),
         ("KL of the reference to itself is zero", abs(table[0]["kl"]) < 1e-3, f"{table[0]['kl']:.1e} nats"),
-        ("best-of-n pools are at least 4 n", pool >= 4 * n, f"n up to {n} from pools of {pool}; trust n <= {pool // 4}"),
+        ("best-of-n pools are at least 4 n", pool >= 4 * n, f"n to {n}, pools of {pool}: trust n <= {pool // 4}"),
         ("at least 3 seeds", False, "one seed of the reward model and of PPO"),
         (f"at least {ENOUGH_PROMPTS} prompts", table[-1]["prompts"] >= ENOUGH_PROMPTS, f"{table[-1]['prompts']}"),
-        ("responses end by themselves", table[-1]["eos_rate"] > 0.5, f"{table[-1]['eos_rate']:.0%} end, the rest is cut"),
+        ("responses end by themselves", table[-1]["eos_rate"] > 0.5, f"{table[-1]['eos_rate']:.0%} do"),
         ("few empty responses", empty < 0.02, f"{empty:.1%}"),
         ("no row twice", duplicates == 0, f"{duplicates:.1%}"),
     ]  # fmt: skip

@@ -204,8 +204,12 @@ def measure(
     answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
     texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
     texts += [answered(r, r["response"]) for r in calibration]
-    # Every rank scores everything: ZeRO-3 needs the same calls on all, and the sets are small.
-    rewards = score(trainer, tokenizer, texts, batch_rows=4 * micro, device=engine.device()).tolist()
+    # Each rank scores as many, so that ZeRO-3 sees the same calls: the last ones are repeated to fill up.
+    share = -(-len(texts) // engine.world_size())
+    filled = texts + texts[-1:] * (share * engine.world_size() - len(texts))
+    mine = filled[engine.rank() * share : (engine.rank() + 1) * share]
+    scored = score(trainer, tokenizer, mine, batch_rows=4 * micro, device=engine.device()).tolist()
+    rewards = engine.gather_rows(scored)[: len(texts)]
     n = len(val)
     chosen, rejected, sampled = np.array(rewards[:n]), np.array(rewards[n : 2 * n]), np.array(rewards[2 * n :])
     model.mean, model.std = float(sampled.mean()), float(sampled.std(ddof=1))
