@@ -30,7 +30,6 @@ from pipelines.verdicts import checks, interval, verdicts
 from ppo.math import exact_kl, kl_k1, kl_k3
 from rm.model import RewardModel
 
-
 ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
 """Suffix of a column of the table -> column of the curve."""
 

@@ -1,0 +1,124 @@
+"""The report's figures. Okabe-Ito colours, told apart without colour too: proxy is dashed, gold solid."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+plt.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "grm-rlhf",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def overoptimisation(curves: list[dict]) -> Figure:
+    """Gold (solid) and proxy (dashed), in the same units, against sqrt(KL): best-of-n left, PPO right."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, method, title in zip(
+        axes, ("bon", "ppo"), ("Best-of-n (KL: analytic bound)", "PPO (KL: measured)"), strict=True
+    ):
+        rows = [r for r in curves if r["method"] == method and r["metric"] in ("proxy", "gold")]
+        for colour, rm in zip(COLOURS, sorted({r["rm"] for r in rows}), strict=False):
+            for metric, style in (("gold", "-"), ("proxy", "--")):
+                line = sorted((r for r in rows if r["rm"] == rm and r["metric"] == metric), key=lambda r: r["x"])
+                if not line:
+                    continue
+                d, mean, lo, hi = ([r[k] for r in line] for k in ("d", "mean", "lo", "hi"))
+                marker = "o" if method == "ppo" else None
+                axis.plot(d, mean, style, color=colour, marker=marker, markersize=4, label=f"{rm}: {metric}")
+                axis.fill_between(d, lo, hi, color=colour, alpha=0.15 if metric == "gold" else 0.07, linewidth=0)
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.set(title=title, xlabel="sqrt(KL from the reference), nats$^{1/2}$")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("SD of the reference's samples")
+    return figure
+
+
+def accuracy(variants: dict, longest: float | None) -> Figure:
+    """Held-out pairwise accuracy against gold with 95% intervals, beside a coin and the longest-answer rule."""
+    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.45 * len(variants)))
+    for y, m in enumerate(variants.values()):
+        a = m["accuracy_gold"]
+        span = [[a["mean"] - a["lo"]], [a["hi"] - a["mean"]]]
+        axis.errorbar(a["mean"], y, xerr=span, fmt="o", color=COLOURS[y % 7], capsize=3)
+    axis.set_yticks(range(len(variants)), list(variants))
+    axis.axvline(0.5, color="0.4", linewidth=1, label="coin")
+    if longest is not None:
+        axis.axvline(longest, color="0.4", linestyle=":", label="longest answer")
+    axis.set(xlim=(0.4, 1.0), ylim=(-0.6, len(variants) - 0.4), xlabel="held-out accuracy against gold")
+    axis.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def reward_training(logs: dict[str, list[dict]]) -> Figure:
+    """Loss and training accuracy of each reward model."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3))
+    for colour, (name, rows) in zip(COLOURS, logs.items(), strict=False):
+        for axis, key in zip(axes, ("reward_loss", "accuracy"), strict=True):
+            axis.plot([r["step"] for r in rows], [r[key] for r in rows], color=colour, label=name)
+    axes[0].set(xlabel="optimiser step", ylabel="Bradley-Terry loss, nats")
+    axes[1].set(xlabel="optimiser step", ylabel="accuracy of the batch")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+PPO_PANELS = (
+    ("proxy reward (raw)", ("proxy_mean",)),
+    ("KL, nats a response", ("kl_nats_per_response",)),
+    ("response tokens", ("response_tokens",)),
+    ("share ended by EOS", ("eos_rate",)),
+    ("value loss", ("value_loss",)),
+    ("explained variance", ("explained_variance",)),
+    ("entropy, nats a token", ("entropy_nats",)),
+    ("clipped share", ("clipfrac",)),
+    ("vLLM / trainer log-prob gap", ("mismatch_mean_abs",)),
+)
+
+
+def ppo_training(rows: list[dict]) -> Figure:
+    figure, axes = plt.subplots(2, 5, figsize=(14, 5.2))
+    steps = [r["step"] for r in rows]
+    for axis, (title, keys) in zip(axes.flat, PPO_PANELS, strict=False):
+        for key in keys:
+            axis.plot(steps, [r.get(key, float("nan")) for r in rows], color=COLOURS[0])
+        if title.startswith("proxy"):
+            lo, hi = ([r["proxy_mean"] + s * 1.96 * r["proxy_se"] for r in rows] for s in (-1, 1))
+            axis.fill_between(steps, lo, hi, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=9)
+    axis, bottom = axes.flat[-1], [0.0] * len(rows)
+    for colour, phase in zip(COLOURS, ("generate", "score", "logprobs", "train", "sync"), strict=False):
+        heights = [r.get(f"seconds_{phase}", 0.0) for r in rows]
+        axis.bar(steps, heights, bottom=bottom, color=colour, label=phase)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    axis.set_title("seconds per phase", fontsize=9)
+    axis.legend(fontsize=6)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Write `name`.svg and .png; the SVG element for the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=130)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    (folder / f"{name}.svg").write_text(text)
+    return text[text.index("<svg") :]
