@@ -51,7 +51,7 @@ def overoptimisation(curves: list[dict]) -> Figure:
 
 def accuracy(variants: dict, longest: float | None) -> Figure:
     """Held-out pairwise accuracy against gold with 95% intervals, beside a coin and the longest-answer rule."""
-    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.45 * len(variants)))
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.45 * len(variants)))
     for y, m in enumerate(variants.values()):
         a = m["accuracy_gold"]
         span = [[a["mean"] - a["lo"]], [a["hi"] - a["mean"]]]
