@@ -127,7 +127,7 @@ class Gold(Section):
 
 class Preferences(Section):
     label_noise: Fraction = Field(0.0, le=0.5)
-    """Share of training pairs whose label is flipped. Validation labels get the same noise in a column of their own."""
+    """Share of pairs whose label is flipped; flips are marked, so held-out accuracy is known against both."""
     shard_prompts: int = Field(256, ge=1)
     """Prompts sampled between two writes to disk: what a killed stage loses at most."""
     max_train_pairs: int | None = Field(None, ge=2)
