@@ -46,13 +46,18 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         "config": yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
         "packages": yaml.safe_dump({**manifests["eval"]["code"], **manifests["eval"]["packages"]}, sort_keys=False),
     }
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    (out / "report.html").write_text(environment.get_template("report.html.j2").render(page), encoding="utf-8")
+    (out / "report.html").write_text(render(page), encoding="utf-8")
     (out / "report.md").write_text(markdown(page), encoding="utf-8")
     return {
         "headline": f"{out.with_name('report') / 'report.html'}: {len(page['failed'])} of {len(checks)} checks failed"
     }
+
+
+def render(page: dict) -> str:
+    """The page as HTML; everything but our own figures is escaped, since responses may hold any text."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.j2").render(page)
 
 
 def asked(cfg: Config, facts: dict) -> str:
