@@ -42,7 +42,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     proxy = RewardModel.from_pretrained(inputs["rm"] / cfg.ppo.proxy, attention=cfg.policy.attention)
     rewards = proxy.score([conversation(r) for r in rows], progress="eval: proxy").tolist()
     golds = score_samples(load_gold(cfg.gold), rows).tolist()
-    drop = ("split", "token_ids", "logp_sampler")
+    drop = ("split", "token_ids")
     table = [
         {"run": cfg.run.name, **{k: v for k, v in row.items() if k not in drop}, "proxy": p, "gold": g}
         for row, p, g in zip(rows, rewards, golds, strict=True)
@@ -136,13 +136,14 @@ def measure_kl(
 
 def response_kl(policy, reference, hidden, ref_hidden, tokens: list[int], temperature: float) -> dict[str, float]:
     """Sums over one response from hidden states [T, H] of both models, logits LOGIT_ROWS rows at a time."""
-    sums = {"kl_k1": 0.0, "kl_k3": 0.0, "kl_rb": 0.0}
+    sums = {"logp": 0.0, "kl_k1": 0.0, "kl_k3": 0.0, "kl_rb": 0.0}
     for start in range(0, len(tokens), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
         logits = policy.get_output_embeddings()(hidden[rows]).float() / temperature
         ref_logits = reference.get_output_embeddings()(ref_hidden[rows]).float() / temperature
         ids = torch.tensor(tokens[rows], device=hidden.device)[:, None]
         logp, ref = (x.log_softmax(-1).gather(-1, ids).squeeze(-1) for x in (logits, ref_logits))
+        sums["logp"] += float(logp.sum())
         sums["kl_k1"] += float(kl_k1(logp, ref).sum())
         sums["kl_k3"] += float(kl_k3(logp, ref).sum())
         sums["kl_rb"] += float(exact_kl(logits, ref_logits).sum())

@@ -17,24 +17,15 @@ def verdicts(
     table: list[dict], proxy: dict, gold: dict, gold_values: np.ndarray, steps: list[int], draws: int, seed: int
 ) -> list[str]:
     """Sentences for the first screen; `gold_values` is [P, steps]."""
-    last = table[-1]
-    said = [
-        f"Proxy reward {direction(proxy)} by {abs(proxy['mean']):.2f} SD (95% interval {interval(proxy)}) "
-        f"at KL {last['kl']:.2f} nats a response."
-    ]
-    if gold["lo"] <= 0 <= gold["hi"]:
-        said.append(f"Gold: cannot tell; its change of {gold['mean']:+.2f} SD has the interval {interval(gold)}.")
-    else:
-        said.append(f"Gold {direction(gold)} by {abs(gold['mean']):.2f} SD (95% interval {interval(gold)}).")
+    at = f" at KL {table[-1]['kl']:.2f} nats a response"
+    said = [sentence("Proxy reward", proxy) + at + ".", sentence("Gold", gold) + "."]
     drop = cross_fitted_drop(gold_values, draws, seed)
     if drop["lo"] > 0:
         said.append(f"Over-optimised: gold fell by {drop['mean']:.2f} SD from its best checkpoint {interval(drop)}.")
     else:
         said.append(f"No over-optimisation shown: drop from the best step {drop['mean']:+.2f} SD {interval(drop)}.")
-    if last["prompts"] < ENOUGH_PROMPTS:
-        said.append(
-            f"Cannot conclude on the method: {last['prompts']} prompts, one seed ({ENOUGH_PROMPTS} and 3 needed)."
-        )
+    prompts = table[-1]["prompts"]
+    said.append(f"Cannot conclude on the method: {prompts} prompts, one seed ({ENOUGH_PROMPTS} and 3 needed).")
     return said
 
 
@@ -61,24 +52,33 @@ def checks(prompts: Path, rows: list[dict], table: list[dict], bon_rows: list[di
     leaked = sum(len(splits) > 1 for splits in texts.values())
     bon = [row for row in bon_rows if row["method"] == "bon"]
     n, pool = max(row["x"] for row in bon), bon[0]["pool"]
-    duplicates = 1 - len({(r["step"], r["prompt_id"], r["sample_id"], r["response"]) for r in rows}) / len(rows)
+    last = [r for r in rows if r["step"] == table[-1]["step"]]
+    distinct = len({r["response"] for r in last}) / len(last)
     empty = sum(not r["response"].strip() for r in rows) / len(rows)
+    # Two unbiased estimates of one KL: a wrong sign, span or temperature drives them apart.
+    gap = np.array([r["kl_k1"] - r["kl_rb"] for r in rows if r["step"] > 0])
+    error = gap.std(ddof=1) / len(gap) ** 0.5
+    mismatch = sum(abs(r["logp"] - r["logp_sampler"]) for r in rows) / sum(r["n_tokens"] for r in rows)
     asked = [
         ("prompts of different splits are disjoint", leaked == 0, f"{leaked} shared"),
-        ("KL of checkpoints is positive", all(t["kl"] > 0 for t in table[1:]), f"last {table[-1]['kl']:.2f} nats"),
-        ("KL of the reference to itself is zero", abs(table[0]["kl"]) < 1e-3, f"{table[0]['kl']:.1e} nats"),
+        ("two estimates of KL agree", abs(gap.mean()) <= 4 * error, f"k1 - exact {gap.mean():+.3f}, SE {error:.3f}"),
+        ("vLLM sampled from the weights evaluated", mismatch < 0.1, f"log-prob gap {mismatch:.3f} nats a token"),
         ("best-of-n pools are at least 4 n", pool >= 4 * n, f"n to {n}, pools of {pool}: trust n <= {pool // 4}"),
         ("at least 3 seeds", False, "one seed of the reward model and of PPO"),
         (f"at least {ENOUGH_PROMPTS} prompts", table[-1]["prompts"] >= ENOUGH_PROMPTS, f"{table[-1]['prompts']}"),
         ("responses end by themselves", table[-1]["eos_rate"] > 0.5, f"{table[-1]['eos_rate']:.0%} do"),
         ("few empty responses", empty < 0.02, f"{empty:.1%}"),
-        ("no row twice", duplicates == 0, f"{duplicates:.1%}"),
+        ("responses differ", distinct > 0.9, f"{distinct:.0%} distinct at the last step"),
     ]  # fmt: skip
     return [{"name": name, "ok": bool(ok), "detail": detail} for name, ok, detail in asked]
 
 
-def direction(change: dict) -> str:
-    return "rose" if change["mean"] > 0 else "fell"
+def sentence(what: str, change: dict) -> str:
+    """Rose, fell, or cannot be told, with the interval."""
+    if change["lo"] <= 0 <= change["hi"]:
+        return f"{what}: cannot tell; its change of {change['mean']:+.2f} SD has the 95% interval {interval(change)}"
+    verb = "rose" if change["mean"] > 0 else "fell"
+    return f"{what} {verb} by {abs(change['mean']):.2f} SD (95% interval {interval(change)})"
 
 
 def interval(x: dict) -> str:

@@ -43,7 +43,8 @@ def page(tmp_path_factory):
     side = {"label": "step 4", "proxy": "+1.00", "gold": "-1.00", "kl": "3.1", "response": EVIL}
     check = {"name": "at least 3 seeds", "ok": False, "detail": "one"}
     return {
-        "run": "unit", "asked": "A policy.", "verdicts": [EVIL], "failed": [check], "num_checks": 1, "all_checks": [check],
+        "run": "unit", "asked": "A policy.", "verdicts": [EVIL],
+        "failed": [check], "num_checks": 1, "all_checks": [check],
         "figures": {name: figures.save(figure, out, name) for name, figure in drawn.items()},
         "table": checkpoint_table(rows), "rm_table": reward_table(variants),
         "samples": [{"prompt": EVIL, "before": side, "after": side}],
@@ -79,6 +80,7 @@ def test_verdicts_say_what_the_intervals_allow():
     up, none = ({"mean": m, "lo": m - 0.1, "hi": m + 0.1} for m in (0.5, 0.05))
     said = verdicts(table, up, none, noise, [0, 1, 2, 3], 200, 1)
     assert "Proxy reward rose by 0.50" in said[0] and said[1].startswith("Gold: cannot tell")
+    assert "cannot tell" in verdicts(table, none, up, noise, [0, 1, 2, 3], 200, 1)[0]
     assert said[2].startswith("No over-optimisation shown")
     falls = noise + np.array([0.0, 1.0, 0.5, 0.0])
     assert verdicts(table, up, up, falls, [0, 1, 2, 3], 200, 1)[2].startswith("Over-optimised")
