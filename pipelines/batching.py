@@ -36,12 +36,19 @@ class Batch(NamedTuple):
     starts: Tensor  # [R] likewise: its first token
     before: Tensor  # [R] likewise: the last token of its prompt
 
-    def targets(self, wanted: Sequence[int]) -> Targets:
-        """All tokens of the responses `wanted` (numbers below R)."""
+    def targets(self, wanted: Sequence[int], turns: Sequence[Sequence[tuple[int, int]]] | None = None) -> Targets:
+        """All tokens of the responses `wanted` (numbers below R).
+
+        turns: for each of `wanted`, further spans [start, stop) of its prompt that count for it.
+        """
         parts = []
-        for r in wanted:
+        for i, r in enumerate(wanted):
             token = torch.arange(int(self.starts[r]), int(self.ends[r]) + 1)
             parts.append((torch.cat([self.before[r : r + 1], token[:-1]]), token, torch.full_like(token, r)))
+            row = int(self.before[r]) // self.input_ids.shape[1] * self.input_ids.shape[1]
+            for start, stop in turns[i] if turns else ():
+                token = torch.arange(row + start, row + stop)
+                parts.append((token - 1, token, torch.full_like(token, r)))
         source, token, response = (torch.cat(part) for part in zip(*parts, strict=True))
         where = self.input_ids.device
         return Targets(source.to(where), self.input_ids.flatten()[token.to(where)], response.to(where))

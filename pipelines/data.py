@@ -95,6 +95,25 @@ class ChatTokenizer:
             raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
         return self.prompt_ids(messages[:-1]) + self.response_ids(messages[-1]["content"])
 
+    def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
+        """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
+
+        Raises:
+            DataError: a template that writes earlier turns otherwise than it generates them.
+        """
+        whole, spans = self.prompt_ids(prompt), []
+        for i, message in enumerate(prompt):
+            if message["role"] != "assistant":
+                continue
+            start, turn = len(self.prompt_ids(prompt[:i])), self.response_ids(message["content"])
+            if whole[start : start + len(turn)] != turn:
+                raise DataError(
+                    f"{self.name}: its chat template has no span that is the assistant's turn {message['content']!r} "
+                    "as it was generated: set rm.variants.*.regularise to last, or use another template"
+                )
+            spans.append((start, start + len(turn)))
+        return spans
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.hf.decode(ids, skip_special_tokens=True)
 

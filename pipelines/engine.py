@@ -104,6 +104,7 @@ class Engine:
             module.requires_grad_(False).eval()
             self._engine, *_ = deepspeed.initialize(model=module, config=settings)
             return
+        module.train()  # gradient checkpointing works in this mode only; dropout is 0 but in adapters
         if cfg.gradient_checkpointing:
             module.lm.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in module.parameters() if p.requires_grad]

@@ -51,18 +51,20 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "attention_dropout"):  # a number, applied inside the attention kernels
+            module.attention_dropout = 0.0
     return lm
 
 
 def train_top_layers(lm: nn.Module, count: int | None) -> None:
-    """Freeze all but the last `count` layers and the final norm; None trains everything."""
+    """Freeze all but the last `count` layers and the final norm; None trains everything, 0 nothing."""
     if count is None:
         return
     layers = lm.base_model.layers
     if count > len(layers):
         raise ArtefactError(f"trainable_layers {count} exceeds the model's {len(layers)} layers")
     lm.requires_grad_(False)
-    for module in (*layers[len(layers) - count :], lm.base_model.norm):
+    for module in (*layers[len(layers) - count :], lm.base_model.norm) if count else ():
         module.requires_grad_(True)
 
 

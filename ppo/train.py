@@ -126,7 +126,7 @@ class Trainer:
 
     def values(self, micro: Micro) -> torch.Tensor:
         """Critic values [B, L-1] in units of the normalised reward, 0 outside responses."""
-        raw, _ = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, lower=micro.lower)
+        raw = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, lower=micro.lower)[0]
         return scatter(self.critic.module.normalise(raw), micro.is_response)
 
     def _check(self, stats: dict, step: int) -> None:

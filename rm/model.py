@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.artefacts import ArtefactError, write_json
@@ -19,38 +18,10 @@ from pipelines.config import Model
 from pipelines.data import ChatTokenizer, Message
 from pipelines.engine import device
 from pipelines.models import Lower, hidden_states, load_causal_lm, token_logprobs
+from rm.heads import make_head
 
 HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
-MLP_WIDTH = 1024
-
-
-class Float32Linear(nn.Linear):
-    """Computes in float32 whatever the type its weights are kept in: bf16 rewards tie in masses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-
-
-def make_head(kind: str, hidden_size: int) -> nn.Module:
-    """`linear`: Linear(H, 1) without bias. `mlp`: Linear(H, 1024), ReLU, Linear(1024, 1) as in GRM (2406.10216).
-
-    Forms that only checkpoints have: `linear_bias`; `mlp:512x2`, two times [Linear(., 512), ReLU], then Linear(512, 1).
-    """
-    if kind == "linear_bias":
-        return Float32Linear(hidden_size, 1)
-    if kind.startswith("mlp:"):
-        width, depth = map(int, kind.removeprefix("mlp:").split("x"))
-        sizes = [hidden_size, *[width] * depth]
-        hidden = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (Float32Linear(a, b), nn.ReLU())]
-        return nn.Sequential(*hidden, Float32Linear(width, 1))
-    if kind == "linear":
-        head = Float32Linear(hidden_size, 1, bias=False)
-        nn.init.normal_(head.weight, std=1 / (hidden_size + 1) ** 0.5)
-        return head
-    if kind == "mlp":
-        return nn.Sequential(Float32Linear(hidden_size, MLP_WIDTH), nn.ReLU(), Float32Linear(MLP_WIDTH, 1))
-    raise ValueError(f"head {kind!r}: known are linear, mlp")
 
 
 class RewardModel(nn.Module):
@@ -77,26 +48,32 @@ class RewardModel(nn.Module):
         read: Tensor | None = None,
         targets: Targets | None = None,
         lower: Lower | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        head_terms: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rewards, and log-probs where asked; inputs as in `pipelines.models.hidden_states`.
 
         Args:
             input_ids: [B, L].
             read: [R] into the flattened [B * L], where the head is read; default the last real token of each row.
             targets: tokens whose log-probs are summed by response; only their logits are computed.
+            head_terms: run the head's `training_pass`, where it has one.
 
         Returns:
-            float32 rewards [R] ([B] by default), and summed log-probs [R] or None.
+            float32 rewards [R] ([B] by default), summed log-probs [R] or None, the head's terms [R, .] or None.
         """
         hidden = hidden_states(self.lm, input_ids, attention_mask, positions=positions, lower=lower)
         if read is None:
             read = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1] + last_real_token(attention_mask)
         flat = hidden.flatten(0, 1)
-        rewards = self.head(flat[read]).squeeze(-1)
+        if head_terms and hasattr(self.head, "training_pass"):
+            rewards, terms = self.head.training_pass(flat[read])
+        else:
+            rewards, terms = self.head(flat[read]), None
+        rewards = rewards.squeeze(-1)
         if targets is None:
-            return rewards, None
+            return rewards, None, terms
         logps, _ = token_logprobs(_lm_head(self.lm), flat[targets.source], targets.token)
-        return rewards, logps.new_zeros(len(read)).index_add(0, targets.response, logps)
+        return rewards, logps.new_zeros(len(read)).index_add(0, targets.response, logps), terms
 
     def normalise(self, rewards: Tensor) -> Tensor:
         """Rewards in standard deviations from the mean of the reference policy's samples."""

@@ -8,45 +8,25 @@ accelerate with DeepSpeed reports one process on every CPU rank.
 from __future__ import annotations
 
 import json
-import random
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import engine
 from pipelines.artefacts import ArtefactError, read_json, read_table, write_json, write_table
-from pipelines.batching import Batch, balanced, pack
+from pipelines.batching import balanced
 from pipelines.config import Config, RewardVariant
 from pipelines.data import ChatTokenizer, stream_seed
-from pipelines.models import Lower, LowerLayers, add_lora, load_causal_lm, train_top_layers
+from pipelines.models import LowerLayers, add_lora, load_causal_lm, train_top_layers
 from rm.evaluate import accuracy_with_interval, pair_accuracy
-from rm.losses import bradley_terry, center_penalty, text_regulariser, total_loss
 from rm.model import RewardModel, save_reward_model
+from rm.objective import LowerCache, pair_logprobs, pair_losses
+from rm.pairs import Pair, batch_plan, seed_name, tokenise
 from rm.score import score
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Token ids of a labelled pair; the prompt is common."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-    @property
-    def length(self) -> int:
-        """Of the longer conversation."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-    @property
-    def row(self) -> int:
-        """Tokens of the row that both responses share."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -88,28 +68,30 @@ def train_variant(
     """Train one reward model and write its folder, `metrics.json` last."""
     started = time.time()
     model, tokenizer = build(cfg, variant)
-    pairs, dropped = tokenise(train, tokenizer, cfg.rm.max_tokens)
-    batches = batch_plan(pairs, cfg)
+    pairs, counts = tokenise(train, tokenizer, cfg, variant)
+    batches = batch_plan(pairs, cfg, variant)
     trainer = engine.Engine(
         model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
         accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * engine.world_size()),
     )  # fmt: skip
+    if variant.text_regulariser == "dpo" and variant.alpha > 0:
+        pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch)
+    if lower and not _lower_fits(cfg, variant):
+        lower = None
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if engine.rank() == 0 else None
     for step, batch in enumerate(tqdm(batches, desc=f"rm {name}", unit="step", disable=engine.rank() != 0), start=1):
-        row = {"step": step, **train_step(trainer, model, variant, batch, lower), "lr": trainer.lr}
+        # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
+        torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, engine.rank(), *seed_name(variant)))
+        row = {"step": step, **train_step(trainer, model, variant, [pairs[i] for i in batch], lower), "lr": trainer.lr}
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()
+    model.eval()
     found = measure(trainer, model, val, calibration, out, lower)
     save(trainer, model, variant, out)
     if engine.rank() == 0:
-        found |= {
-            "pairs": len(pairs),
-            "dropped": dropped,
-            "steps": len(batches),
-            "seconds": round(time.time() - started, 1),
-        }
+        found |= {"pairs": len(pairs), **counts, "steps": len(batches), "seconds": round(time.time() - started, 1)}
         write_json(out / "metrics.json", found)
 
 
@@ -117,38 +99,34 @@ def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokeniz
     """The untrained model; heads of all variants of one seed start from the same numbers."""
     tokenizer = ChatTokenizer(cfg.rm.base)
     lm = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=cfg.rm.num_layers)
-    if cfg.rm.lora:
+    torch.manual_seed(stream_seed(cfg.run.seed, "rm", "head", *seed_name(variant)))
+    if cfg.rm.lora and variant.trainable_layers is None:
         lm = add_lora(lm, cfg.rm.lora)
     else:
-        train_top_layers(lm, cfg.rm.trainable_layers)
-    torch.manual_seed(stream_seed(cfg.run.seed, "rm", "head"))
+        train_top_layers(lm, _trainable(cfg, variant))
     return RewardModel(lm, variant.head, tokenizer), tokenizer
 
 
-def tokenise(rows: list[dict], tokenizer: ChatTokenizer, max_tokens: int) -> tuple[list[Pair], int]:
-    """Pairs within `max_tokens`, and how many were longer."""
-    pairs = [
-        Pair(
-            tokenizer.prompt_ids(row["prompt"]),
-            tokenizer.response_ids(row["chosen"]),
-            tokenizer.response_ids(row["rejected"]),
-        )
-        for row in rows
-    ]
-    kept = [pair for pair in pairs if pair.length <= max_tokens]
-    return kept, len(pairs) - len(kept)
+def _trainable(cfg: Config, variant: RewardVariant) -> int | None:
+    return cfg.rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
 
 
-def batch_plan(pairs: list[Pair], cfg: Config) -> list[list[Pair]]:
-    """Global batches of every epoch, each epoch in an order of its own; the incomplete last batch is left out."""
-    size = cfg.rm.global_batch
-    if len(pairs) < size:
-        raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
-    batches = []
-    for epoch in range(cfg.rm.epochs):
-        order = random.Random(stream_seed(cfg.run.seed, "rm", "order", epoch)).sample(pairs, len(pairs))
-        batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-    return batches
+def _lower_fits(cfg: Config, variant: RewardVariant) -> bool:
+    """Whether the layers that are cached are frozen in this variant too."""
+    return _trainable(cfg, variant) <= cfg.rm.trainable_layers
+
+
+def with_reference(trainer: engine.Engine, model: RewardModel, pairs: list[Pair], micro: int) -> list[Pair]:
+    """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
+    model.eval()
+    world = engine.world_size()
+    parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
+    mine = []
+    for part in tqdm(parts[engine.rank() :: world], desc="rm: reference", disable=engine.rank() != 0):
+        mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part]), strict=True)
+    model.train()
+    found = dict(engine.gather_rows(mine))
+    return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]
 
 
 def train_step(
@@ -173,69 +151,13 @@ def train_step(
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": trainer.grad_norm}
 
 
-def pair_losses(
-    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], lower: LowerCache | None = None
-) -> dict[str, Tensor]:
-    """Loss and its parts on one micro-batch, one forward pass.
-
-    Args:
-        forward: `model`, or the engine that trains it.
-    """
-    n, pad = len(pairs), model.tokenizer.pad_id
-    if model.shares_prompts:
-        batch = pack([(p.prompt, [p.chosen, p.rejected]) for p in pairs], pad, engine.device())
-        chosen_rows, rejected_rows = range(0, 2 * n, 2), range(1, 2 * n, 2)
-    else:
-        batch = pack([(p.prompt, [r]) for r in ("chosen", "rejected") for p in pairs], pad, engine.device())
-        chosen_rows, rejected_rows = range(n), range(n, 2 * n)
-    kind = variant.text_regulariser
-    targets = None
-    if kind != "none" and variant.alpha > 0:  # no logits of rejected responses unless the loss reads them
-        targets = batch.targets([*chosen_rows, *(() if kind.startswith("sft") else rejected_rows)])
-    rewards, logps = forward(
-        batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets, lower=lower(batch) if lower else None,
-    )  # fmt: skip
-    chosen, rejected = rewards[list(chosen_rows)], rewards[list(rejected_rows)]
-    reward_loss = bradley_terry(chosen, rejected, label_smoothing=variant.label_smoothing)
-    if variant.center:
-        reward_loss = reward_loss + variant.center * center_penalty(chosen, rejected)
-    regulariser = torch.zeros((), device=rewards.device)
-    loss = reward_loss
-    if targets is not None:
-        regulariser = text_regulariser(kind, logps[list(chosen_rows)], logps[list(rejected_rows)], beta=variant.beta)
-        loss = total_loss(reward_loss, regulariser, variant.alpha)
-    return {
-        "loss": loss,
-        "reward_loss": reward_loss,
-        "regulariser": regulariser,
-        "accuracy": (chosen > rejected).float().mean(),
-    }
-
-
-class LowerCache:
-    """Output of the frozen lower layers by row of tokens: for every variant, epoch and validation."""
-
-    def __init__(self, layers: LowerLayers):
-        self.layers = layers
-        self._rows: dict[bytes, Tensor] = {}
-
-    def __call__(self, batch: Batch) -> Lower:
-        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
-        # Positions tell where a response begins, so equal keys are equal rows.
-        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
-        if any(key not in self._rows for key in keys):
-            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
-            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
-        rows = [self._rows[key].to(where) for key in keys]
-        return Lower(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-
-
 def lower_cache(cfg: Config) -> LowerCache | None:
     """The cache that the configuration asks for; every rank holds the layers whole, so that it needs no other."""
     if not cfg.rm.cache_frozen_layers:
         return None
     base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=cfg.rm.num_layers).to(engine.device())
+    if base.config._attn_implementation.startswith("flash"):
+        raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
     layers = LowerLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
     layers.check(base)
     return LowerCache(layers)

@@ -12,7 +12,8 @@ from pipelines.data import ChatTokenizer
 from pipelines.engine import named_weights
 from pipelines.models import LowerLayers, load_causal_lm, shared_depth, train_top_layers
 from rm.model import RewardModel, last_real_token, save_reward_model
-from rm.train import Pair, pair_losses
+from rm.objective import pair_losses
+from rm.pairs import Pair
 
 CHATS = [
     [{"role": "user", "content": q}, {"role": "assistant", "content": a}]

@@ -1,0 +1,117 @@
+"""The loss of one micro-batch of pairs: one forward pass, and what each variant makes of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipelines import engine
+from pipelines.batching import Batch, pack
+from pipelines.config import RewardVariant
+from pipelines.models import Lower, LowerLayers
+from rm.losses import (
+    bradley_terry,
+    center_penalty,
+    length_disentangling,
+    positive_penalty,
+    text_regulariser,
+    total_loss,
+)
+from rm.model import RewardModel
+from rm.pairs import Pair
+
+
+class LowerCache:
+    """Output of the frozen lower layers by row of tokens: for every variant, epoch and validation."""
+
+    def __init__(self, layers: LowerLayers):
+        self.layers = layers
+        self._rows: dict[bytes, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> Lower:
+        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
+        # Positions tell where a response begins, so equal keys are equal rows.
+        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
+        if any(key not in self._rows for key in keys):
+            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
+            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
+        rows = [self._rows[key].to(where) for key in keys]
+        return Lower(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], list[int]]:
+    """The batch of these pairs, and the numbers of their chosen and rejected responses in it."""
+    n, pad = len(pairs), model.tokenizer.pad_id
+    if model.shares_prompts:
+        batch = pack([(p.prompt, [p.chosen, p.rejected]) for p in pairs], pad, engine.device())
+        return batch, list(range(0, 2 * n, 2)), list(range(1, 2 * n, 2))
+    rows = [(p.prompt, [p.chosen]) for p in pairs] + [(p.prompt, [p.rejected]) for p in pairs]
+    return pack(rows, pad, engine.device()), list(range(n)), list(range(n, 2 * n))
+
+
+def pair_losses(
+    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], lower: LowerCache | None = None
+) -> dict[str, Tensor]:
+    """Loss and its parts on one micro-batch.
+
+    Args:
+        forward: `model`, or the engine that trains it.
+    """
+    batch, first, second = packed(model, pairs)
+    kind = variant.text_regulariser
+    targets = None
+    if kind != "none" and variant.alpha > 0:  # no logits of rejected responses unless the loss reads them
+        wanted = first if kind.startswith("sft") else [*first, *second]
+        targets = batch.targets(wanted, [p.turns for p in pairs] * (len(wanted) // len(pairs)))
+    rewards, logps, terms = forward(
+        batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
+        targets=targets, lower=lower(batch) if lower else None, head_terms=True,
+    )  # fmt: skip
+    chosen, rejected = rewards[first], rewards[second]
+    reward_loss = _reward_loss(variant, chosen, rejected, pairs)
+    if terms is not None:
+        reward_loss = reward_loss + variant.head_weight * _head_penalty(model, batch, terms)
+    regulariser = torch.zeros((), device=rewards.device)
+    loss = reward_loss
+    if targets is not None:
+        ref = torch.tensor([p.reference for p in pairs], device=rewards.device).unbind(-1) if kind == "dpo" else ()
+        regulariser = text_regulariser(kind, logps[first], logps[second], *ref, beta=variant.beta)
+        loss = total_loss(reward_loss, regulariser, variant.alpha)
+    return {
+        "loss": loss,
+        "reward_loss": reward_loss,
+        "regulariser": regulariser,
+        "accuracy": (chosen > rejected).float().mean(),
+    }
+
+
+def _reward_loss(variant: RewardVariant, chosen: Tensor, rejected: Tensor, pairs: list[Pair]) -> Tensor:
+    margin = torch.tensor([p.margin for p in pairs], device=chosen.device) if variant.margin else None
+    loss = bradley_terry(
+        chosen, rejected, margin=margin, label_smoothing=variant.label_smoothing, noise_rate=variant.noise_rate
+    )
+    if variant.positive:
+        loss = loss + variant.positive * positive_penalty(chosen)
+    if variant.center:
+        loss = loss + variant.center * center_penalty(chosen, rejected)
+    return loss
+
+
+def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
+    """InfoRM: mean KL of the latents. ODIN: its correlations with the token count, and the overlap of its heads."""
+    if model.head_kind == "inform":
+        return terms.mean()
+    tokens = (batch.ends - batch.starts + 1).to(terms.device)
+    return length_disentangling(terms[:, 0], terms[:, 1], tokens) + model.head.overlap()
+
+
+@torch.no_grad()
+def pair_logprobs(forward, model: RewardModel, pairs: list[Pair]) -> list[tuple[float, float]]:
+    """Summed log-probs of chosen and rejected by the weights as they are, nats."""
+    batch, first, second = packed(model, pairs)
+    targets = batch.targets([*first, *second], [p.turns for p in pairs] * 2)
+    logps = forward(
+        batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
+        targets=targets,
+    )[1].tolist()  # fmt: skip
+    return [(logps[i], logps[j]) for i, j in zip(first, second, strict=True)]

@@ -1,0 +1,91 @@
+"""Preference pairs as token ids, and their order in training."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from pipelines.artefacts import ArtefactError
+from pipelines.config import Config, RewardVariant
+from pipelines.data import ChatTokenizer, DataError, stream_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Token ids of a labelled pair; the prompt is common."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    turns: tuple[tuple[int, int], ...] = ()
+    """Spans of the prompt that the text regulariser reads too."""
+    margin: float = 0.0
+    reference: tuple[float, float] = (0.0, 0.0)
+    """Log-probs of chosen and rejected by the untrained base, nats; `dpo` only."""
+
+    @property
+    def length(self) -> int:
+        """Of the longer conversation."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
+    def row(self) -> int:
+        """Tokens of the row that both responses share."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def tokenise(
+    rows: list[dict], tokenizer: ChatTokenizer, cfg: Config, variant: RewardVariant
+) -> tuple[list[Pair], dict[str, int]]:
+    """Pairs within `rm.max_tokens`, and how many were dropped or truncated.
+
+    Raises:
+        DataError: a margin is asked of rows that have none, or spans of a template that has none.
+    """
+    pairs, counts = [], {"dropped": 0, "truncated": 0}
+    for row in rows:
+        spans = tokenizer.assistant_spans(row["prompt"]) if variant.regularise == "every_turn" else ()
+        pair = Pair(
+            tokenizer.prompt_ids(row["prompt"]),
+            tokenizer.response_ids(row["chosen"]),
+            tokenizer.response_ids(row["rejected"]),
+            tuple(spans),
+            variant.margin * _gap(row) if variant.margin else 0.0,
+        )
+        over = pair.length - cfg.rm.max_tokens
+        if over > 0 and (cfg.rm.overlong == "drop" or over >= len(pair.prompt)):
+            counts["dropped"] += 1
+            continue
+        if over > 0:
+            counts["truncated"] += 1
+            kept = tuple((max(a - over, 1), b - over) for a, b in pair.turns if b - over > 1)
+            pair = replace(pair, prompt=pair.prompt[over:], turns=kept)
+        pairs.append(pair)
+    return pairs, counts
+
+
+def batch_plan(pairs: list[Pair], cfg: Config, variant: RewardVariant) -> list[list[int]]:
+    """Numbers of the pairs of every global batch, each epoch in an order of its own; an incomplete last one is left
+    out. Variants of one seed see the same batches."""
+    size = cfg.rm.global_batch
+    if len(pairs) < size:
+        raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
+    batches = []
+    for epoch in range(cfg.rm.epochs):
+        rng = random.Random(stream_seed(cfg.run.seed, "rm", "order", epoch, *seed_name(variant)))
+        order = rng.sample(range(len(pairs)), len(pairs))
+        batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+    return batches
+
+
+def seed_name(variant: RewardVariant) -> tuple[int, ...]:
+    """What the variant's seed adds to the names of its random streams."""
+    return (variant.seed,) if variant.seed else ()
+
+
+def _gap(row: dict) -> float:
+    if row.get("margin") is not None:
+        return float(row["margin"])
+    if row.get("gold_chosen") is not None:
+        return abs(row["gold_chosen"] - row["gold_rejected"])
+    raise DataError(f"pair of prompt {row['prompt_id']} has no rating gap: set rm.variants.*.margin to 0")
