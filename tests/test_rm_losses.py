@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from rm.losses import bradley_terry, center_penalty, positive_regularised, text_regulariser, total_loss
+from rm.heads import LATENT, InformHead, OdinHead
+from rm.losses import (
+    bradley_terry,
+    center_penalty,
+    correlation,
+    length_disentangling,
+    positive_regularised,
+    text_regulariser,
+    total_loss,
+)
 
 C, R = torch.tensor([0.3, -1.2, 2.0]), torch.tensor([-0.5, 0.4, 1.9])
 
@@ -79,3 +88,61 @@ def test_text_regularisers():
 def test_total():
     assert float(total_loss(torch.tensor(2.0), torch.tensor(10.0), 0.25)) == 4.0
     assert float(total_loss(torch.tensor(2.0), torch.tensor(float("inf")), 0.0)) == 2.0
+
+
+def test_noise_corrected_loss_is_unbiased():
+    """Its expectation over flipped labels is the loss of the clean ones, and its gradient too (2403.00409)."""
+    n = 0.2
+    expected = mean(
+        (-(1 - n) * log_sigmoid(c - r) + n * log_sigmoid(r - c)) / (1 - 2 * n)
+        for c, r in zip(C.tolist(), R.tolist(), strict=True)
+    )
+    assert float(bradley_terry(C, R, noise_rate=n)) == pytest.approx(expected)
+    flipped = (1 - n) * bradley_terry(C, R, noise_rate=n) + n * bradley_terry(R, C, noise_rate=n)
+    assert float(flipped) == pytest.approx(float(bradley_terry(C, R)))
+    with pytest.raises(ValueError, match="below 0.5"):
+        bradley_terry(C, R, noise_rate=0.5)
+    with pytest.raises(ValueError, match="excludes"):
+        bradley_terry(C, R, noise_rate=0.1, label_smoothing=0.1)
+
+
+def test_odin_penalty_is_pearson_of_length():
+    tokens = torch.tensor([3, 9, 4, 12])
+    quality, length = torch.tensor([0.1, -0.4, 0.9, 0.3]), torch.tensor([1.0, 2.0, 1.5, 2.5])
+    pearson = lambda a, b: float(torch.corrcoef(torch.stack([a, b.float()]))[0, 1])  # noqa: E731
+    assert float(length_disentangling(quality, length, tokens)) == pytest.approx(
+        abs(pearson(quality, tokens)) - pearson(length, tokens), rel=1e-5
+    )
+    assert float(length_disentangling(-quality, length, tokens)) == pytest.approx(
+        float(length_disentangling(quality, length, tokens))
+    )
+    assert float(correlation(quality, torch.full((4,), 7.0))) == 0.0
+
+
+def test_inform_head_against_torch_distributions():
+    torch.manual_seed(0)
+    head, hidden = InformHead(16), torch.randn(5, 16)
+    mu, log_std = head.encoder(hidden).split(LATENT, dim=-1)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, log_std.exp()), normal(0.0, 1.0)).sum(-1, keepdim=True)
+    torch.testing.assert_close(head.training_pass(hidden)[1], expected)
+    assert torch.equal(head(hidden), head(hidden))
+    draws = torch.stack([head.training_pass(hidden)[0] for _ in range(4000)])
+    assert float(draws.std(0).min()) > 0.1
+    # the reward at inference is the mean of the sampled ones
+    standard_error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - head(hidden)).abs() < 5 * standard_error).all()
+
+
+def test_odin_head_is_used_without_its_length_part():
+    torch.manual_seed(0)
+    head, hidden = OdinHead(16), torch.randn(5, 16)
+    total, parts = head.training_pass(hidden)
+    assert torch.equal(head(hidden), parts[:, :1])
+    torch.testing.assert_close(total, parts.sum(-1, keepdim=True))
+    with torch.no_grad():
+        head.length.weight.copy_(2 * head.quality.weight)
+        assert float(head.overlap()) == pytest.approx(1.0)
+        head.quality.weight.copy_(torch.eye(1, 16))
+        head.length.weight.copy_(torch.eye(2, 16)[1:])
+        assert float(head.overlap()) == 0.0
