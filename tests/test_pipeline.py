@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,6 +46,38 @@ def test_ppo_trained_on_policy_with_synced_weights(run_dir):
     assert all(math.isfinite(v) for row in rows for v in row.values())
     assert rows[-1]["kl_k3_nats_per_response"] > 0
     assert list((run_dir / "ppo" / "tensorboard").iterdir())
+
+
+@pytest.mark.e2e
+def test_a_killed_ppo_goes_on_to_the_unbroken_result(run_dir, tmp_path):
+    from safetensors.torch import load_file
+
+    for stage in ("prompts", "preferences", "rm"):
+        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
+    job = [sys.executable, "-m", "pipelines", "ppo", "-c", "configs/smoke.yaml", f"run.dir={tmp_path}"]
+    saved = tmp_path / "smoke" / "ppo.partial" / "state" / "last.json"
+    with (tmp_path / "log").open("w") as log:
+        broken = subprocess.Popen(job, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.time() + 400
+            while not saved.is_file() and broken.poll() is None and time.time() < deadline:
+                time.sleep(0.05)
+        finally:
+            os.killpg(broken.pid, signal.SIGKILL)
+            broken.wait()
+    assert saved.is_file() and not (tmp_path / "smoke" / "ppo").exists(), (tmp_path / "log").read_text()[-3000:]
+    time.sleep(2)  # the ranks are in groups of their own where torchrun put them there
+    subprocess.run(["pkill", "-9", "-f", f"run.dir={tmp_path}"], check=False)
+    resumed = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    untimed = lambda row: {k: v for k, v in row.items() if "second" not in k}  # noqa: E731
+    unbroken, found = (
+        [untimed(json.loads(line)) for line in (at / "ppo" / "metrics.jsonl").read_text().splitlines()]
+        for at in (run_dir, tmp_path / "smoke")
+    )
+    assert found == unbroken
+    unbroken, found = (load_file(at / "ppo" / "policy" / "model.safetensors") for at in (run_dir, tmp_path / "smoke"))
+    assert unbroken.keys() == found.keys() and all(bool((unbroken[k] == found[k]).all()) for k in found)
 
 
 @pytest.mark.e2e

@@ -11,8 +11,9 @@ from pipelines.config import Model, RewardVariant
 from pipelines.data import ChatTokenizer
 from pipelines.engine import named_weights
 from pipelines.models import LowerLayers, load_causal_lm, shared_depth, train_top_layers
+from rm.losses import bradley_terry, text_regulariser, total_loss
 from rm.model import RewardModel, last_real_token, save_reward_model
-from rm.objective import pair_losses
+from rm.objective import LowerCache, pair_logprobs, pair_losses
 from rm.pairs import Pair
 
 CHATS = [
@@ -171,3 +172,127 @@ def test_only_the_top_layers_learn(model, policy_path):
     train_top_layers(lm, 1)
     trained = {n.split(".")[2] if "layers" in n else n for n, p in lm.named_parameters() if p.requires_grad}
     assert trained == {"3", "model.norm.weight"}
+
+
+def pairs_of(tokenizer, margins=(0.5, 2.0)) -> list[Pair]:
+    answers = (("Blue, mostly.", "No."), ("Because of the wind and the moon.", "Waves are made of water, I think."))
+    questions = ("What colour is the sky?", "Why are there waves?")
+    return [
+        Pair(
+            tokenizer.prompt_ids([{"role": "user", "content": q}]), *map(tokenizer.response_ids, a), margin=m,
+            reference=(-20.0 - i, -15.0),
+        )
+        for i, (q, a, m) in enumerate(zip(questions, answers, margins, strict=True))
+    ]  # fmt: skip
+
+
+def plainly(model, pair: Pair, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reward and summed log-prob of one conversation by itself, without anything of rm.objective."""
+    answer = getattr(pair, side)
+    out = model.lm(torch.tensor([pair.prompt + answer]), output_hidden_states=True)
+    logps = out.logits[0].float().log_softmax(-1)
+    first = len(pair.prompt)
+    return model.head(out.hidden_states[-1][0, -1:]).squeeze(), sum(
+        logps[first + i - 1, token] for i, token in enumerate(answer)
+    )
+
+
+VARIANTS = [
+    {},
+    {"margin": 1.0},
+    {"label_smoothing": 0.1},
+    {"noise_rate": 0.2},
+    {"positive": 0.1, "center": 0.01},
+    {"text_regulariser": "sft", "alpha": 0.3},
+    {"text_regulariser": "sft_plain", "alpha": 0.01},
+    {"text_regulariser": "dpo_noref", "alpha": 0.3},
+    {"text_regulariser": "dpo", "alpha": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_the_loss_of_every_variant_from_conversations_one_by_one(model, options):
+    variant = RewardVariant(**options)
+    pairs = pairs_of(model.tokenizer)
+    with torch.no_grad():
+        (c, lc), (r, lr) = (
+            map(torch.stack, zip(*(plainly(model, p, side) for p in pairs), strict=True))
+            for side in ("chosen", "rejected")
+        )
+    margin = torch.tensor([p.margin for p in pairs]) if variant.margin else None
+    expected = bradley_terry(
+        c, r, margin=margin, label_smoothing=variant.label_smoothing, noise_rate=variant.noise_rate
+    )
+    if variant.positive:
+        expected = expected + 0.1 * math.log1p(math.exp(-float(c.mean()))) + 0.01 * ((c + r) ** 2).mean()
+    if variant.text_regulariser != "none":
+        ref = torch.tensor([p.reference for p in pairs]).unbind(-1)
+        term = text_regulariser(variant.text_regulariser, lc, lr, *ref, beta=variant.beta)
+        expected = total_loss(expected, term, variant.alpha)
+    found = pair_losses(model, model, variant, pairs)
+    assert float(found["loss"].detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "inform", "odin"])
+def test_every_head_learns_a_pair(policy_path, head):
+    where = Model(path=str(policy_path), attention="eager")
+    torch.manual_seed(0)
+    lm = load_causal_lm(where, dtype="float32", num_layers=2)
+    train_top_layers(lm, 0)
+    model = RewardModel(lm, head, ChatTokenizer(where))
+    assert not any(p.requires_grad for p in lm.parameters())  # a frozen backbone
+    pairs, variant = pairs_of(model.tokenizer), RewardVariant(head=head, head_weight=0.01)
+    optimiser = torch.optim.Adam(model.head.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        pair_losses(model, model, variant, pairs)["loss"].backward()
+        optimiser.step()
+    chats = lambda side: [(p.prompt, [getattr(p, side)]) for p in pairs]  # noqa: E731
+    with torch.no_grad():
+        chosen, rejected = (
+            model(b.input_ids, b.attention_mask, read=b.ends)[0]
+            for b in (pack(chats(side), model.tokenizer.pad_id) for side in ("chosen", "rejected"))
+        )
+    assert (chosen > rejected).all()
+
+
+@torch.no_grad()
+def test_cached_lower_layers_give_the_same_loss(model, policy_path):
+    base = load_causal_lm(Model(path=str(policy_path), attention="eager"), dtype="float32", num_layers=4)
+    layers, passes = LowerLayers(base, 2), []
+    cache = LowerCache(layers)
+    base.register_forward_pre_hook(lambda *_: passes.append(1))
+    base.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    pairs, variant = pairs_of(model.tokenizer), RewardVariant(text_regulariser="dpo_noref", alpha=0.2)
+    plain = float(pair_losses(model, model, variant, pairs)["loss"])
+    assert float(pair_losses(model, model, variant, pairs, cache)["loss"]) == pytest.approx(plain, rel=1e-5)
+    computed = len(passes)
+    assert float(pair_losses(model, model, variant, pairs[::-1], cache)["loss"]) == pytest.approx(plain, rel=1e-5)
+    assert computed and len(passes) == computed  # the second pass read what the first had kept
+    other = [Pair(pairs[0].prompt[:-1], pairs[0].chosen, pairs[0].rejected)]
+    expected = float(pair_losses(model, model, variant, other)["loss"])
+    assert float(pair_losses(model, model, variant, other, cache)["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert len(passes) > computed
+
+
+@torch.no_grad()
+def test_reference_log_probs_and_every_assistant_turn(model):
+    pair = pairs_of(model.tokenizer)[1]
+    [(chosen, rejected)] = pair_logprobs(model, model, [pair])
+    assert chosen == pytest.approx(float(plainly(model, pair, "chosen")[1]), rel=1e-4)
+    assert rejected == pytest.approx(float(plainly(model, pair, "rejected")[1]), rel=1e-4)
+    tok = model.tokenizer
+    chat = [
+        {"role": "user", "content": "Name a fruit."},
+        {"role": "assistant", "content": "Apple."},
+        {"role": "user", "content": "Another."},
+    ]
+    [(start, stop)] = tok.assistant_spans(chat)
+    prompt = tok.prompt_ids(chat)
+    assert prompt[start:stop] == tok.response_ids("Apple.") and tok.decode(prompt[start:stop]) == "Apple."
+    whole = Pair(prompt, tok.response_ids("Pear."), tok.response_ids("A chair."), ((start, stop),))
+    [(found, _)] = pair_logprobs(model, model, [whole])
+    answer = Pair(prompt, whole.chosen, whole.rejected)
+    earlier = Pair(prompt[:start], prompt[start:stop], whole.rejected)
+    parts = sum(float(plainly(model, p, "chosen")[1]) for p in (answer, earlier))
+    assert found == pytest.approx(parts, rel=1e-4)
