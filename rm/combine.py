@@ -1,0 +1,144 @@
+"""One reward from the rewards of an ensemble: pure functions over rewards [k, n] of k members and n conversations.
+
+Members are brought to one scale first, since Bradley-Terry leaves the offset of each reward model free: a minimum of
+raw rewards is little more than the member with the lowest offset. `standardise` does it against samples of the
+reference policy (PPO), `centre_by_prompt` within each prompt (best-of-n, where even an offset of each prompt is free).
+
+All combiners keep type and device, do not depend on the order of the members, and give the member back where k = 1.
+They raise DataError on rewards that are not [k, n] with k >= 1 or not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipelines.data import DataError
+
+Combiner = Callable[[Tensor], Tensor]
+"""Standardised rewards [k, n] -> rewards [n]."""
+
+
+def standardise(rewards: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(r_i - mean_i) / std_i [k, n], with mean and standard deviation of each member's rewards under pi_0 [k].
+
+    Raises:
+        DataError: not one mean and one positive standard deviation a member.
+    """
+    _check(rewards)
+    if len(mean) != len(rewards) or len(std) != len(rewards) or not all(s > 0 for s in std):
+        raise DataError(f"{len(rewards)} members need a mean and a positive std each, not {mean} and {std}")
+    columns = (torch.tensor(x, dtype=rewards.dtype, device=rewards.device)[:, None] for x in (list(mean), list(std)))
+    return (rewards - next(columns)) / next(columns)
+
+
+def centre_by_prompt(rewards: Tensor, prompts: Sequence, std: Sequence[float]) -> Tensor:
+    """(r_i - mean of r_i over the samples of the same prompt) / std_i [k, n].
+
+    Args:
+        prompts: [n], which prompt a sample belongs to.
+        std: [k] of `within_prompt_std`, of calibration prompts rather than those that are evaluated.
+    """
+    _check(rewards)
+    return standardise(rewards - _prompt_means(rewards, prompts), [0.0] * len(rewards), std)
+
+
+def within_prompt_std(rewards: Tensor, prompts: Sequence) -> list[float]:
+    """Pooled standard deviation of each member within prompts [k]: squared deviations over n - (number of prompts)."""
+    _check(rewards)
+    free = rewards.shape[1] - len(set(prompts))
+    if free < 1:
+        raise DataError("no prompt has two samples, so there is no spread within prompts")
+    squares = (rewards - _prompt_means(rewards, prompts)).double().square()
+    return (squares.sum(1) / free).sqrt().tolist()
+
+
+def mean(rewards: Tensor) -> Tensor:
+    """(1/k) sum_i r_i: Coste et al. (2310.02743)."""
+    _check(rewards)
+    return rewards.mean(0)
+
+
+def minimum(rewards: Tensor) -> Tensor:
+    """WCO, worst-case optimisation, min_i r_i: Coste et al. (2310.02743)."""
+    _check(rewards)
+    return rewards.amin(0)
+
+
+def uncertainty_weighted(rewards: Tensor, weight: float) -> Tensor:
+    """UWO, mean_i r_i - weight * (1/k) sum_i (r_i - mean)^2: Coste et al. (2310.02743).
+
+    The variance is the paper's, over k (not k - 1, which is what the PPO part of their code has and which makes the
+    same weight k / (k - 1) times as strong). The paper uses 0.5 for best-of-n and 0.1 for PPO.
+    """
+    _check(rewards)
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise DataError(f"the weight of the variance must be 0 or more, not {weight}")
+    return rewards.mean(0) - weight * rewards.var(0, correction=0)
+
+
+def quantile(rewards: Tensor, q: float) -> Tensor:
+    """The q-quantile over members, linear between neighbours: 0 is the minimum, 0.5 the median."""
+    _check(rewards)
+    if not 0 <= q <= 1:
+        raise DataError(f"a quantile lies between 0 and 1, not at {q}")
+    ordered = rewards.sort(0).values
+    place = q * (len(ordered) - 1)
+    low = min(int(place), len(ordered) - 1)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low].lerp(ordered[high], place - low)
+
+
+def soft_minimum(rewards: Tensor, beta: float) -> Tensor:
+    """-beta log((1/k) sum_i exp(-r_i / beta)): the worst case over members within a KL ball (2606.09073).
+
+    It falls from the mean (beta -> infinity) to the minimum (beta -> 0).
+    """
+    _check(rewards)
+    if not (beta > 0 and math.isfinite(beta)):
+        raise DataError(f"beta must be positive, not {beta}")
+    return -beta * (torch.logsumexp(-rewards / beta, dim=0) - math.log(len(rewards)))
+
+
+PLAIN: dict[str, Combiner] = {"mean": mean, "min": minimum, "median": lambda rewards: quantile(rewards, 0.5)}
+WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "uwo": uncertainty_weighted,
+    "quantile": quantile,
+    "soft_min": soft_minimum,
+}
+KNOWN = "mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA"
+
+
+def combiner(text: str) -> Combiner:
+    """The combiner that `text` names, as in `mean` or `uwo:0.5`; DataError for another name or number."""
+    name, _, number = text.partition(":")
+    if name in PLAIN and not number:
+        return PLAIN[name]
+    try:
+        value = float(number)
+        function = WITH_NUMBER[name]
+    except (KeyError, ValueError):
+        raise DataError(f"no combiner {text!r}: known are {KNOWN}") from None
+    function(torch.zeros(1, 1), value)  # a number that it refuses is told at once
+    return lambda rewards: function(rewards, value)
+
+
+def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
+    """[k, n], at each sample the mean over the samples of its prompt."""
+    if len(prompts) != rewards.shape[1]:
+        raise DataError(f"{rewards.shape[1]} samples need as many prompts, not {len(prompts)}")
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([number[p] for p in prompts], dtype=torch.long, device=rewards.device)
+    sums = rewards.new_zeros(len(rewards), len(number)).index_add(1, group, rewards)
+    counts = torch.bincount(group, minlength=len(number))
+    return (sums / counts)[:, group]
+
+
+def _check(rewards: Tensor) -> None:
+    if rewards.ndim != 2 or not len(rewards) or not rewards.is_floating_point():
+        raise DataError(f"rewards of an ensemble are floats [members, conversations], not {list(rewards.shape)}")
+    if bad := (~rewards.isfinite()).nonzero().tolist():
+        raise DataError(f"{len(bad)} rewards of the ensemble are not finite; the first is [member, row] {bad[0]}")
