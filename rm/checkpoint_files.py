@@ -60,6 +60,17 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def types(folder: Path) -> set[str]:
+    """Types of the tensors, as safetensors writes them (`BF16`, `F16`, `F32`), from the headers."""
+    from safetensors import safe_open
+
+    found = set()
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as weights:
+            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    return found
+
+
 def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors named by the values of `names`, under its keys."""
     from safetensors import safe_open
