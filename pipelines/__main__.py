@@ -18,6 +18,7 @@ from pipelines.load import ConfigError, load
 TOOLS = {
     "rm-eval": ("rm.benchmarks", "accuracy of a reward model on benchmark files"),
     "rm-merge": ("rm.merge", "the weights of reward models averaged (WARM)"),
+    "rm-serve": ("rm.serve", "rewards over HTTP, of one model or an ensemble"),
     "rm-export": ("rm.export", "a reward model as a standard transformers folder"),
 }
 """Command -> (module whose `main(argv)` it is, what it does); each has options of its own, outside any run."""

@@ -89,6 +89,10 @@ class ChatTokenizer:
         """Tokens of an answer and its end of turn."""
         return [*self._encode(text), self.eot_id]
 
+    def rendered_ids(self, text: str) -> list[int]:
+        """Tokens of a text in which the template's special tokens stand already; none is added."""
+        return self._encode(text)
+
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt answered by the last message; the last token is the end of turn."""
         if messages[-1]["role"] != "assistant":

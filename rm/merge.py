@@ -28,7 +28,7 @@ NO_SETTING = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     weights = _weights(options.weights, len(options.models))
-    rows = _calibration(options.calibrate) if options.calibrate else []
+    rows = read_calibration(options.calibrate) if options.calibrate else []
     model, facts = merge(options.models, weights)
     if rows:
         model.mean, model.std = calibrate(model, rows, batch_tokens=options.batch_tokens)
@@ -92,6 +92,16 @@ def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[Reward
         "head_distance": head.distance(),
     }
     return model, facts
+
+
+def read_calibration(path: Path) -> list[dict]:
+    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
+    if not path.is_file():
+        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
+    rows = read_table(path)
+    if not rows or not {"prompt", "response"} <= rows[0].keys():
+        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
+    return rows
 
 
 def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
@@ -185,15 +195,6 @@ def _weights(text: str | None, count: int) -> list[float]:
     if len(given) != count or not all(w >= 0 and math.isfinite(w) for w in given) or total <= 0:
         raise ArtefactError(f"--weights {text}: give {count} numbers, none negative, one for each model")
     return [w / total for w in given]
-
-
-def _calibration(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
-    rows = read_table(path)
-    if not rows or not {"prompt", "response"} <= rows[0].keys():
-        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
-    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

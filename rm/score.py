@@ -18,11 +18,29 @@ ROW_TOKENS = 1024
 """Responses share a row with their prompt up to this length: attention grows with its square."""
 
 
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+"""A prompt (it may be empty) and the response after it; the reward is read at the last token."""
+
+
+def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[Sequence[Message]], **options) -> Tensor:
+    """Float32 rewards [n] on the CPU, in the order given; `options` are those of `score_tokens`.
+
+    Raises:
+        DataError: a conversation that does not end with the assistant; rewards that are not finite.
+    """
+    return score_tokens(forward, tokenizer, [tokens_of(tokenizer, c) for c in conversations], **options)
+
+
+def tokens_of(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> Tokens:
+    """What the model reads of a conversation; DataError when it does not end with the assistant."""
+    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(_answer(conversation)))
+
+
 @torch.no_grad()
-def score(
+def score_tokens(
     forward: Callable,
     tokenizer: ChatTokenizer,
-    conversations: Sequence[Sequence[Message]],
+    tokens: Sequence[Tokens],
     *,
     batch_tokens: int = 8192,
     share: bool = True,
@@ -33,17 +51,16 @@ def score(
 ) -> Tensor:
     """Float32 rewards [n] on the CPU, in the order given.
 
-    Identical conversations are scored once, so that they tie exactly. Batches hold rows of similar length, up to
+    Identical rows are scored once, so that they tie exactly. Batches hold rows of similar length, up to
     `batch_tokens` padded tokens.
 
     Args:
         forward: a `RewardModel`, or an engine that holds one.
         share: compute a prompt once for several of its responses.
-        together: all ranks give the same conversations and divide the work, with equally many calls each (as
+        together: all ranks give the same rows and divide the work, with equally many calls each (as
             ZeRO-3 needs); each gets all rewards.
         lower: gives the output of the model's lower layers, where that is known.
     """
-    tokens = [(tuple(tokenizer.prompt_ids(c[:-1])), tuple(tokenizer.response_ids(_answer(c)))) for c in conversations]
     rows = _rows(sorted(set(tokens)), share)
     batches = _batches(rows, batch_tokens)
     if together:
@@ -69,7 +86,8 @@ def score(
     result = torch.tensor([found[t] for t in tokens], dtype=torch.float32)
     if bad := (~result.isfinite()).nonzero().flatten().tolist():
         raise DataError(
-            f"{len(bad)} of {len(result)} rewards are not finite; the first is of {conversations[bad[0]][-1]!r}"
+            f"{len(bad)} of {len(result)} rewards are not finite; the first is of the response "
+            f"{tokenizer.decode(tokens[bad[0]][1])!r}"
         )
     return result
 
