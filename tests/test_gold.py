@@ -1,11 +1,20 @@
-"""The judge on the real embedding model, and the gold of known slope."""
+"""The judge on the real embedding model, the gold of known slope, and trained reward models as gold."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
+from pipelines.artefacts import ArtefactError
 from pipelines.config import Gold
 from pipelines.data import DataError
+from pipelines.engine import named_weights
 from pipelines.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
+from rm.model import RewardModel, save_reward_model
+from tests.foreign import CHATS, batch, edit, edit_json, tiny_config
+from tests.test_export import own
 
 QUESTION = "Why do ships made of heavy steel float?"
 ANSWER = "A hull pushes aside so much water that its weight exceeds the vessel, and buoyancy holds it up."
@@ -107,3 +116,47 @@ def test_gold_that_is_not_finite_names_the_conversation():
     broken = LinearGold(lambda m: float("nan") if "odd" in m[-1]["content"] else 0.0, slope=1.0, noise=0.0)
     with pytest.raises(DataError, match="number 1.*odd one"):
         broken.score([asked("fine"), asked("odd one")])
+
+
+def trained(policy_path, folder: Path) -> RewardModel:
+    """A tiny reward model in its folder, as the stage `rm` leaves one."""
+    model = own(policy_path, "mlp")
+    model.lm.to(torch.bfloat16)
+    save_reward_model(folder, model, named_weights(model.lm), model.head.state_dict())
+    return model
+
+
+def test_a_trained_reward_model_is_gold(policy_path, tmp_path):
+    model = trained(policy_path, tmp_path / "gold")
+    scores = load_gold(Gold(kind="checkpoint", path=str(tmp_path / "gold"), batch_tokens=64)).score(CHATS)
+    assert scores.dtype == np.float64 and scores.shape == (3,)
+    np.testing.assert_allclose(scores, model.score(CHATS).numpy(), atol=0.05, rtol=0.02)  # bf16, other batches
+    assert len(set(scores.tolist())) == 3
+
+
+def test_gold_in_the_layout_of_a_sequence_classifier(policy_path, tmp_path):
+    torch.manual_seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    network = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).eval()
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids, mask = batch(tokenizer, policy_path)
+    with torch.no_grad():
+        expected = network(input_ids=ids, attention_mask=mask).logits[:, 0]
+    for kind in ("checkpoint", "hub"):
+        found = load_gold(Gold(kind=kind, path=str(tmp_path))).score(CHATS)
+        np.testing.assert_allclose(found, expected.numpy(), atol=0.1, rtol=0.05)  # gold runs in bf16
+
+
+def test_gold_that_does_not_fit_is_refused(policy_path, tmp_path):
+    folder = tmp_path / "gold"
+    trained(policy_path, folder)
+    edit(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ArtefactError, match="layers.1.mlp.up_proj"):
+        load_gold(Gold(kind="checkpoint", path=str(folder)))
+    trained(policy_path, folder)
+    edit_json(folder / "reward_model.json", tokenizer="another")
+    with pytest.raises(ArtefactError, match="tokenizer or chat template"):
+        load_gold(Gold(kind="checkpoint", path=str(folder)))
+    with pytest.raises(ArtefactError, match="holds no reward model"):
+        load_gold(Gold(kind="checkpoint", path=str(tmp_path / "none")))
