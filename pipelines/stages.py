@@ -84,7 +84,7 @@ def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
         if path.exists():
             inputs[f"{field}={path}"] = _cached_digest(path)
         elif field == "data.prompts" or _looks_local(path):
-            raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field))
+            raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
     return Fingerprint(sections, inputs)
 
 
@@ -156,5 +156,7 @@ def _looks_local(path: Path) -> bool:
     return path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("models", "runs", ".", "..")
 
 
-def _hint(field: str) -> str:
+def _hint(field: str, cfg: Config) -> str:
+    if field == "gold.path" and cfg.gold.kind == "checkpoint":
+        return "; it is a reward model of a run of its own: `make rm CONFIG=...` with that run's configuration"
     return "; `make setup` prepares the offline models" if field != "data.prompts" else ""

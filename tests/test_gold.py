@@ -8,10 +8,11 @@ import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from pipelines.artefacts import ArtefactError
-from pipelines.config import Gold
+from pipelines.config import Config, Gold
 from pipelines.data import DataError
 from pipelines.engine import named_weights
 from pipelines.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
+from pipelines.stages import Stage, fingerprint
 from rm.model import RewardModel, save_reward_model
 from tests.foreign import CHATS, batch, edit, edit_json, tiny_config
 from tests.test_export import own
@@ -160,3 +161,10 @@ def test_gold_that_does_not_fit_is_refused(policy_path, tmp_path):
         load_gold(Gold(kind="checkpoint", path=str(folder)))
     with pytest.raises(ArtefactError, match="holds no reward model"):
         load_gold(Gold(kind="checkpoint", path=str(tmp_path / "none")))
+
+
+def test_gold_that_is_not_trained_yet_is_told(tmp_path):
+    stage = Stage("label", "module", (), (), ("gold.path",))
+    cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))
+    with pytest.raises(ArtefactError, match="a run of its own: `make rm CONFIG"):
+        fingerprint(stage, cfg)
