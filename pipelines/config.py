@@ -125,7 +125,34 @@ class Gold(Section):
         return self.kind != "hub"
 
 
+class PreferenceSource(Section):
+    """A set of labelled pairs, local or on the hub."""
+
+    path: Path
+    """A .jsonl, .json or .parquet file, a folder of such, or a hub id."""
+    layout: Literal["auto", "unified", "trl", "hh", "ratings"] = "auto"
+    """auto: told from the columns. The layouts are described in `pipelines/sources.py`."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Of a hub dataset."""
+    revision: str | None = None
+    """Hub revision; pin one for a run that others shall repeat."""
+    stride: int = Field(1, ge=1)
+    """Take every so manieth pair, ties not counted: 20 and 2 are the 40K and 400K of Unified-Feedback."""
+    max_pairs: int | None = Field(None, ge=2)
+    """At most so many, chosen by hash."""
+    weight: float = Field(1.0, gt=0)
+    """How often a training pair of this source is seen in an epoch; a fraction is the share of pairs seen."""
+
+
 class Preferences(Section):
+    sources: dict[str, PreferenceSource] = {}
+    """Pairs of others in place of sampled ones; their labels then stand for gold in held-out accuracy."""
+    max_rejected_share: Fraction = 0.01
+    """Malformed rows of a source beyond this share are an error; all of them are listed in `rejected.jsonl`."""
+    decontaminate: tuple[Path, ...] = ()
+    """Evaluation sets (what `grm rm-eval --set` reads) whose prompts no pair may have."""
     label_noise: Fraction = Field(0.0, le=0.5)
     """Share of pairs whose label is flipped; flips are marked, so held-out accuracy is known against both."""
     shard_prompts: int = Field(256, ge=1)

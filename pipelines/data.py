@@ -22,6 +22,12 @@ def prompt_id(messages: Sequence[Message]) -> str:
     return digest([[m["role"], m["content"]] for m in messages])
 
 
+def normalised(messages: Sequence[Message]) -> str:
+    """The turns of a prompt without case, space, punctuation and system message: what two prompts are compared by."""
+    turns = [m["content"] for m in messages if m["role"] != "system"]
+    return "\n".join("".join(c for c in turn.lower() if c.isalnum()) for turn in turns)
+
+
 def unit_interval(key: str, salt: str = "") -> float:
     """A number in [0, 1) fixed by `key`; independent of every other key, so splits never reshuffle."""
     return int.from_bytes(hashlib.sha256(f"{salt}\0{key}".encode()).digest()[:8], "big") / 2**64

@@ -29,11 +29,14 @@ plt.rcParams.update(
 def overoptimisation(curves: list[dict]) -> Figure:
     """Gold (solid) and proxy (dashed), in the same units, against sqrt(KL): best-of-n left, PPO right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    names = sorted({r["rm"] for r in curves if r["metric"] in ("proxy", "gold")})
+    colours = {rm: COLOURS[i % len(COLOURS)] for i, rm in enumerate(names)}  # one colour in both panels
     for axis, method, title in zip(
         axes, ("bon", "ppo"), ("Best-of-n (KL: analytic bound)", "PPO (KL: measured)"), strict=True
     ):
         rows = [r for r in curves if r["method"] == method and r["metric"] in ("proxy", "gold")]
-        for colour, rm in zip(COLOURS, sorted({r["rm"] for r in rows}), strict=False):
+        for rm in sorted({r["rm"] for r in rows}):
+            colour = colours[rm]
             for metric, style in (("gold", "-"), ("proxy", "--")):
                 line = sorted((r for r in rows if r["rm"] == rm and r["metric"] == metric), key=lambda r: r["x"])
                 if not line:
@@ -49,8 +52,8 @@ def overoptimisation(curves: list[dict]) -> Figure:
     return figure
 
 
-def accuracy(variants: dict, longest: float | None) -> Figure:
-    """Held-out pairwise accuracy against gold with 95% intervals, beside a coin and the longest-answer rule."""
+def accuracy(variants: dict, judge: str, longest: float | None) -> Figure:
+    """Held-out pairwise accuracy against `judge` with 95% intervals, beside a coin and the longest-answer rule."""
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.45 * len(variants)))
     for y, m in enumerate(variants.values()):
         a = m["accuracy_gold"]
@@ -60,7 +63,7 @@ def accuracy(variants: dict, longest: float | None) -> Figure:
     axis.axvline(0.5, color="0.4", linewidth=1, label="coin")
     if longest is not None:
         axis.axvline(longest, color="0.4", linestyle=":", label="longest answer")
-    axis.set(xlim=(0.4, 1.0), ylim=(-0.6, len(variants) - 0.4), xlabel="held-out accuracy against gold")
+    axis.set(xlim=(0.4, 1.0), ylim=(-0.6, len(variants) - 0.4), xlabel=f"held-out accuracy against {judge}")
     axis.legend(fontsize=8, loc="upper right")
     return figure
 

@@ -1,4 +1,4 @@
-"""Stage `preferences`: two samples of each prompt, labelled by the gold reward model."""
+"""Stage `preferences`: two samples of each prompt, labelled by the gold reward model; or pairs of others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.artefacts import ArtefactError, write_table
+from pipelines.artefacts import ArtefactError, digest, write_jsonl, write_table
 from pipelines.config import Config
 from pipelines.data import ChatTokenizer, stream_seed
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
+from pipelines.imported import import_pairs, repeated
 from pipelines.pool import sample_pool
 from pipelines.prompts import read_split
+from pipelines.sources import Malformed
 
 PAIR_SPLITS = ("rm_train", "rm_val")
 SAMPLES = 2
@@ -22,29 +24,36 @@ SAMPLES = 2
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     """Writes `samples.parquet`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`."""
     tokenizer, asked = ChatTokenizer(cfg.policy), cfg.preferences
-    limits = {
-        "rm_train": asked.max_train_pairs,
-        "rm_val": asked.max_val_pairs,
-        "calibration": asked.max_calibration_prompts,
-    }
-    prompts = [row for split, limit in limits.items() for row in read_split(inputs["prompts"], split, limit)]
+    limits = {"rm_train": asked.max_train_pairs, "rm_val": asked.max_val_pairs}
+    imported, dropped, malformed = import_pairs(cfg, inputs["prompts"]) if asked.sources else ({}, {}, Malformed())
+    sampled = limits | {"calibration": asked.max_calibration_prompts}
+    if imported:
+        sampled = {"calibration": asked.max_calibration_prompts}
+    prompts = [row for split, limit in sampled.items() for row in read_split(inputs["prompts"], split, limit)]
     samples = sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, prompts, SAMPLES,
         out=out, shard_prompts=asked.shard_prompts, seed=cfg.run.seed, name="preferences",
     )  # fmt: skip
     scores = score_samples(load_gold(cfg.gold), samples)
 
-    pairs, dropped, noise = [], {}, {}
-    for split in PAIR_SPLITS:
-        clean, dropped[split] = clean_pairs(samples, scores, split)
+    pairs, noise = [], {}
+    for split, limit in limits.items():
+        if imported:
+            clean = imported[split][:limit]
+        else:
+            clean, dropped[split] = clean_pairs(samples, scores, split)
         if len(clean) < 2:
-            raise ArtefactError(f"split {split!r} keeps {len(clean)} pairs; dropped: {dropped[split]}")
+            raise ArtefactError(f"split {split!r} keeps {len(clean)} pairs; dropped: {dropped.get(split, dropped)}")
         rng = np.random.default_rng(stream_seed(cfg.run.seed, "label_noise", split))
         labelled = flip_labels(clean, asked.label_noise, rng)
         noise[split] = {"requested": asked.label_noise, "realised": sum(p["flipped"] for p in labelled) / len(labelled)}
+        if imported:
+            labelled = repeated(labelled if split == "rm_train" else [r | {"weight": 1} for r in labelled])
         pairs += labelled
+    write_jsonl(out / "rejected.jsonl", malformed.rows)
     _write(out, samples, scores, pairs)
-    return _metrics(samples, scores, pairs, dropped, noise)
+    metrics = _metrics(samples, scores, pairs, dropped, noise)
+    return metrics | {"rejected": dict(malformed.counts), "sources": dict(Counter(pair["source"] for pair in pairs))}
 
 
 def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[list[dict], dict[str, int]]:
@@ -67,11 +76,14 @@ def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[li
         pairs.append(
             {
                 "prompt_id": two[0]["prompt_id"],
+                "pair_id": digest([two[0]["prompt_id"], sorted(s["response"] for s in two)]),
                 "split": split,
+                "source": "policy",
                 "prompt": two[0]["prompt"],
                 "chosen": two[best]["response"],
                 "rejected": two[worst]["response"],
                 "flipped": False,
+                "margin": None,
                 "gold_chosen": float(gold[best]),
                 "gold_rejected": float(gold[worst]),
             }
@@ -117,7 +129,9 @@ def _write(out: Path, samples: list[dict], scores: np.ndarray, pairs: list[dict]
 
 def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped: dict, noise: dict) -> dict:
     sizes = Counter(pair["split"] for pair in pairs)
-    gap = float(np.median([abs(p["gold_chosen"] - p["gold_rejected"]) for p in pairs]))
+    gaps = [abs(p["gold_chosen"] - p["gold_rejected"]) for p in pairs if p["gold_chosen"] is not None]
+    gap = float(np.median(gaps)) if gaps else None
+    about = f"imported from {len(dropped)} sources" if gap is None else f"gold gap median {gap:.2f}"
     calibration = scores[[s["split"] == "calibration" for s in samples]]
     words = np.array([len(s["response"].split()) for s in samples], dtype=float)
     varied = words.std() > 0 and scores.std() > 0
@@ -125,7 +139,7 @@ def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped
     lost = sum(sum(reasons.values()) for reasons in dropped.values())
     return {
         "headline": (
-            f"{'+'.join(str(sizes[split]) for split in PAIR_SPLITS)} pairs, gold gap median {gap:.2f}, "
+            f"{'+'.join(str(sizes[split]) for split in PAIR_SPLITS)} pairs, {about}, "
             f"noise {realised:.1%} (asked {noise['rm_train']['requested']:.0%}), {lost} dropped"
         ),
         "pairs": dict(sizes),

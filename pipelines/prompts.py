@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.artefacts import ArtefactError, read_jsonl, read_table, write_jsonl, write_table
 from pipelines.config import Config, Splits
-from pipelines.data import ChatTokenizer, DataError, Message, check_prompt, prompt_id, unit_interval
+from pipelines.data import ChatTokenizer, DataError, Message, check_prompt, normalised, prompt_id, unit_interval
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -25,13 +25,11 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         except DataError as error:
             rejected.append({"line": number, "reason": str(error), "row": row})
             continue
-        # Prompts alike but for case, space and punctuation share a key, so they share a split.
-        key = "".join(c for c in messages[-1]["content"].lower() if c.isalnum())
         kept[identity] = {
             "prompt_id": identity,
             "prompt": messages,
             "num_tokens": num_tokens,
-            "split": split_of(key, cfg.data.splits),
+            "split": split_of(normalised(messages), cfg.data.splits),
             "order": unit_interval(identity, salt=f"order/{cfg.run.seed}"),
         }
     if not kept:
@@ -48,7 +46,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
 
 
 def split_of(key: str, splits: Splits) -> str:
-    """The split of a prompt, fixed by its text: shares are cut from a hash in [0, 1)."""
+    """The split of a prompt, fixed by its normalised text: shares are cut from a hash in [0, 1)."""
     u, edge = unit_interval(key, salt="split"), 0.0
     names = list(Splits.model_fields)
     for name in names:

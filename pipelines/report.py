@@ -23,7 +23,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     variants = facts["rm"]["variants"]
     drawn = {
         "overoptimisation": figures.overoptimisation(read_curves(inputs["eval"] / "curves.csv")),
-        "accuracy": figures.accuracy(variants, facts["rm"].get("longest_answer_accuracy")),
+        "accuracy": figures.accuracy(variants, facts["rm"]["judge"], facts["rm"].get("longest_answer_accuracy")),
         "reward_training": figures.reward_training({n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in variants}),
         "ppo_training": figures.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
     }
@@ -38,7 +38,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         "num_checks": len(checks),
         "all_checks": checks,
         "table": checkpoint_table(facts["eval"]["table"]),
-        "rm_table": reward_table(variants),
+        "rm_table": reward_table(variants, facts["rm"]["judge"]),
         "samples": sample_pairs(cfg, inputs, facts),
         "stages": [
             {"stage": n, "seconds": round(m["seconds"]), "headline": facts[n]["headline"]} for n, m in manifests.items()
@@ -89,9 +89,9 @@ def checkpoint_table(rows: list[dict]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def reward_table(variants: dict) -> list[list[str]]:
+def reward_table(variants: dict, judge: str) -> list[list[str]]:
     ranged = lambda a: f"{a['mean']:.3f} [{a['lo']:.3f}, {a['hi']:.3f}]"  # noqa: E731
-    head = ["reward model", "accuracy, gold", "accuracy, labels", "pairs", "length correlation", "seconds"]
+    head = ["reward model", f"accuracy, {judge}", "accuracy, training labels", "pairs", "length correlation", "seconds"]
     return [head] + [
         [
             name, ranged(m["accuracy_gold"]), ranged(m["accuracy_label"]), str(m["accuracy_gold"]["n"]),

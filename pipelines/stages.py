@@ -47,7 +47,8 @@ STAGES = {
         Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"), ("data.prompts", "policy.path"),
               makes="prompts, split by hash"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
-              ("policy.path", "gold.path"), makes="pairs of samples, labelled by gold"),
+              ("policy.path", "gold.path", "preferences.sources", "preferences.decontaminate"),
+              makes="labelled pairs of samples, or imported pairs"),
         Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
               makes="reward models"),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon", "eval.bootstrap"),
@@ -80,11 +81,11 @@ def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
     for field in stage.files:
         if field == "gold.path" and not cfg.gold.is_local:
             continue
-        path = Path(_get(plain, field))
-        if path.exists():
-            inputs[f"{field}={path}"] = _cached_digest(path)
-        elif field == "data.prompts" or _looks_local(path):
-            raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
+        for path in _paths(_get(plain, field)):
+            if path.exists():
+                inputs[f"{field}={path}"] = _cached_digest(path)
+            elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
+                raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
     return Fingerprint(sections, inputs)
 
 
@@ -151,6 +152,13 @@ def _get(tree: dict, field: str):
     return tree
 
 
+def _paths(value: str | list | dict) -> list[Path]:
+    """The paths of a field: one, a list, or one a source."""
+    if isinstance(value, dict):
+        return [Path(source["path"]) for source in value.values()]
+    return [Path(path) for path in (value if isinstance(value, list) else [value])]
+
+
 def _looks_local(path: Path) -> bool:
     """A hub id has one slash and no such folder here; anything else can only be a path."""
     return path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("models", "runs", ".", "..")
@@ -159,4 +167,8 @@ def _looks_local(path: Path) -> bool:
 def _hint(field: str, cfg: Config) -> str:
     if field == "gold.path" and cfg.gold.kind == "checkpoint":
         return "; it is a reward model of a run of its own: `make rm CONFIG=...` with that run's configuration"
-    return "; `make setup` prepares the offline models" if field != "data.prompts" else ""
+    return (
+        "; `make setup` prepares the offline models"
+        if field.endswith(("policy.path", "base.path", "gold.path"))
+        else ""
+    )

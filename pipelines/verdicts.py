@@ -8,6 +8,7 @@ import numpy as np
 
 from bon.estimators import bootstrap_ci
 from pipelines.artefacts import read_table
+from pipelines.data import normalised
 
 ENOUGH_PROMPTS = 500
 """Below it intervals of the gold change are wide (docs of the study); the report says so."""
@@ -47,8 +48,7 @@ def checks(prompts: Path, rows: list[dict], table: list[dict], bon_rows: list[di
     """Name, verdict and detail of what would invalidate the figures."""
     texts: dict[str, set[str]] = {}
     for row in read_table(prompts / "prompts.parquet"):
-        key = "".join(c for c in row["prompt"][-1]["content"].lower() if c.isalnum())
-        texts.setdefault(key, set()).add(row["split"])
+        texts.setdefault(normalised(row["prompt"]), set()).add(row["split"])
     leaked = sum(len(splits) > 1 for splits in texts.values())
     bon = [row for row in bon_rows if row["method"] == "bon"]
     n, pool = max(row["x"] for row in bon), bon[0]["pool"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pipelines.artefacts import digest, read_jsonl, read_table
+from pipelines.config import PreferenceSource
 from pipelines.data import DataError, Message, prompt_id
+from pipelines.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
 from rm.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_MALFORMED = 0.01
 LabelTies = Literal["drop", "half"]
 
@@ -37,22 +36,6 @@ class Comparison:
     rejected_index: int = 0
     label_tie: bool = False
     """The judges saw no difference, so which one stands as chosen means nothing."""
-
-
-@dataclass(slots=True)
-class Malformed:
-    """Rows that cannot be used, counted by reason with the first three of each."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, where: str) -> None:
-        self.counts[reason] += 1
-        if len(rows := self.first.setdefault(reason, [])) < 3:
-            rows.append(where)
-
-    def lines(self) -> list[str]:
-        return [f"{n} x {reason} ({', '.join(self.first[reason])})" for reason, n in self.counts.most_common()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +123,6 @@ def _hhh(row: dict, stem: str, number: int) -> list[Comparison]:
     chosen = labels.index(1)
     prompt = parse_dialogue(row["input"])
     return [_answered(f"{stem}:{number}", stem, prompt, choices[chosen], choices[1 - chosen])]
-
-
-def parse_dialogue(text: str) -> list[Message]:
-    r"""Messages of `...\n\nAssistant: ...\n\nHuman: ...`; the first turn is the user's, with or without `Human:`."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    parts = ["Human", *parts] if parts[0].strip() else parts[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]  # fmt: skip
 
 
 def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
@@ -295,10 +268,8 @@ def _parse(table: list[dict], file: Path, reader: Callable, malformed: Malformed
 
 def _pairs(file: Path, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
     """Comparisons of a file that `pipelines.sources` reads, and the number of its rows."""
-    from pipelines import config, sources
-
     items, before = [], malformed.counts.total()
-    for row in sources.read_pairs(config.PreferenceSource(path=file), malformed):
+    for row in read_pairs(PreferenceSource(path=file), malformed):
         found = _answered(f"{file.stem}:{row['row']}", row["source"], row["prompt"], row["chosen"], row["rejected"])
         items.append([replace(found, label_tie=row["tie"])])
     return items, len(items) + malformed.counts.total() - before

@@ -48,8 +48,10 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         f"{name} {m['accuracy_gold']['mean']:.3f} [{m['accuracy_gold']['lo']:.3f}, {m['accuracy_gold']['hi']:.3f}]"
         for name, m in metrics.items()
     ]
+    judge = "the imported labels" if val[0]["gold_chosen"] is None else "gold"
     return {
-        "headline": f"held-out accuracy against gold on {len(val)} pairs: " + ", ".join(parts),
+        "headline": f"held-out accuracy against {judge} on {len(val)} pairs: " + ", ".join(parts),
+        "judge": judge,
         "variants": metrics,
         "longest_answer_accuracy": float(np.mean([(d > 0) + 0.5 * (d == 0) for d in longest])),
     }
@@ -185,7 +187,13 @@ def measure(
     sign = np.where([r["flipped"] for r in val], -1.0, 1.0)
     if engine.rank() == 0:
         rows = [
-            {"prompt_id": r["prompt_id"], "reward_chosen": c, "reward_rejected": j, "flipped": r["flipped"]}
+            {
+                "prompt_id": r["prompt_id"],
+                "pair_id": r["pair_id"],
+                "reward_chosen": c,
+                "reward_rejected": j,
+                "flipped": r["flipped"],
+            }
             for r, c, j in zip(val, chosen.tolist(), rejected.tolist(), strict=True)
         ]
         write_table(out / "val.parquet", rows)

@@ -158,7 +158,6 @@ def test_the_hhh_set_is_whole_and_parsed_as_its_authors_mean():
 
 @needs_data
 def test_other_pair_files_are_read_as_for_training():
-    pytest.importorskip("pipelines.sources")
     file = DATA / "unified" / "dpo_en_demo.jsonl"
     found = read_set("dpo", file)
     rows = [json.loads(line) for line in file.read_text().splitlines()]

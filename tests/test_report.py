@@ -31,7 +31,7 @@ def page(tmp_path_factory):
     steps = [{"step": s, "proxy_mean": 0.1, "proxy_se": 0.1, "kl_nats_per_response": 0.5 * s} for s in (1, 2)]
     drawn = {
         "overoptimisation": figures.overoptimisation(curves()),
-        "accuracy": figures.accuracy(variants, 0.55),
+        "accuracy": figures.accuracy(variants, "gold", 0.55),
         "reward_training": figures.reward_training({"grm": [{"step": 1, "reward_loss": 0.7, "accuracy": 0.5}]}),
         "ppo_training": figures.ppo_training(steps),
     }
