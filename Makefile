@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAGES := prompts preferences rm bon ppo eval report
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup test lint help
+.PHONY: $(STAGES) setup test human-preferences lint help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -38,12 +38,17 @@ setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda 
 test: | $(GRM)       ## run the tests, less the slow ones
 	@.venv/bin/python -m pytest -m "not slow"
 
+human-preferences: | $(GRM)  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
+	@$(GRM) prompts --config configs/human.yaml
+	@.venv/bin/python -m benchmarks.human_preferences train
+	@.venv/bin/python -m benchmarks.human_preferences table
+
 lint: | $(GRM)       ## check style and format
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 
 help:                ## print this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 20
 
 $(GRM):
 	@echo "run make setup first" >&2; exit 1

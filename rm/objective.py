@@ -106,12 +106,14 @@ def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pair_logprobs(forward, model: RewardModel, pairs: list[Pair]) -> list[tuple[float, float]]:
+def pair_logprobs(
+    forward, model: RewardModel, pairs: list[Pair], lower: LowerCache | None = None
+) -> list[tuple[float, float]]:
     """Summed log-probs of chosen and rejected by the weights as they are, nats."""
     batch, first, second = packed(model, pairs)
     targets = batch.targets([*first, *second], [p.turns for p in pairs] * 2)
     logps = forward(
         batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets,
+        targets=targets, lower=lower(batch) if lower else None,
     )[1].tolist()  # fmt: skip
     return [(logps[i], logps[j]) for i, j in zip(first, second, strict=True)]

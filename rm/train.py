@@ -69,6 +69,19 @@ def train_variant(
 ) -> None:
     """Train one reward model and write its folder, `metrics.json` last."""
     started = time.time()
+    if lower and not _lower_fits(cfg, variant):
+        lower = None
+    trainer, model, found = fit(cfg, name, variant, train, out, lower)
+    found |= measure(trainer, model, val, calibration, out, lower)
+    save(trainer, model, variant, out)
+    if engine.rank() == 0:
+        write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
+
+
+def fit(
+    cfg: Config, name: str, variant: RewardVariant, train: list[dict], out: Path, lower: LowerCache | None = None
+) -> tuple[engine.Engine, RewardModel, dict]:
+    """The trained model in its engine, and how much it was trained on; `train.jsonl` is written into `out`."""
     model, tokenizer = build(cfg, variant)
     pairs, counts = tokenise(train, tokenizer, cfg, variant)
     batches = batch_plan(pairs, cfg, variant)
@@ -77,9 +90,7 @@ def train_variant(
         accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * engine.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:
-        pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch)
-    if lower and not _lower_fits(cfg, variant):
-        lower = None
+        pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch, lower)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if engine.rank() == 0 else None
     for step, batch in enumerate(tqdm(batches, desc=f"rm {name}", unit="step", disable=engine.rank() != 0), start=1):
@@ -90,11 +101,7 @@ def train_variant(
             log.write(json.dumps(row) + "\n")
             log.flush()
     model.eval()
-    found = measure(trainer, model, val, calibration, out, lower)
-    save(trainer, model, variant, out)
-    if engine.rank() == 0:
-        found |= {"pairs": len(pairs), **counts, "steps": len(batches), "seconds": round(time.time() - started, 1)}
-        write_json(out / "metrics.json", found)
+    return trainer, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
 
 
 def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokenizer]:
@@ -118,14 +125,16 @@ def _lower_fits(cfg: Config, variant: RewardVariant) -> bool:
     return _trainable(cfg, variant) <= cfg.rm.trainable_layers
 
 
-def with_reference(trainer: engine.Engine, model: RewardModel, pairs: list[Pair], micro: int) -> list[Pair]:
+def with_reference(
+    trainer: engine.Engine, model: RewardModel, pairs: list[Pair], micro: int, lower: LowerCache | None = None
+) -> list[Pair]:
     """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
     model.eval()
     world = engine.world_size()
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
     mine = []
     for part in tqdm(parts[engine.rank() :: world], desc="rm: reference", disable=engine.rank() != 0):
-        mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part]), strict=True)
+        mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part], lower), strict=True)
     model.train()
     found = dict(engine.gather_rows(mine))
     return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]

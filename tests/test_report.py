@@ -46,7 +46,7 @@ def page(tmp_path_factory):
         "run": "unit", "asked": "A policy.", "verdicts": [EVIL],
         "failed": [check], "num_checks": 1, "all_checks": [check],
         "figures": {name: figures.save(figure, out, name) for name, figure in drawn.items()},
-        "table": checkpoint_table(rows), "rm_table": reward_table(variants),
+        "table": checkpoint_table(rows), "rm_table": reward_table(variants, "gold"),
         "samples": [{"prompt": EVIL, "before": side, "after": side}],
         "stages": [{"stage": "rm", "seconds": 9, "headline": "x"}], "config": "a: 1", "packages": "torch: 2",
     }  # fmt: skip
