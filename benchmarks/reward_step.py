@@ -32,8 +32,9 @@ SHAPES = {
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3,
     ),
+    # Gemma-2B with its hidden size cut from 2048 to 128: the trunk keeps 3.5 times the parameters of the LM head.
     "tiny, vocabulary 256k": dict(
-        vocab_size=256000, hidden_size=256, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=8,
+        vocab_size=256000, hidden_size=128, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
         num_key_value_heads=1,
     ),
 }  # fmt: skip

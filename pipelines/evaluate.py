@@ -24,7 +24,7 @@ from pipelines.data import ChatTokenizer, stream_seed
 from pipelines.engine import device, named_weights
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
-from pipelines.models import LOGIT_ROWS, LowerLayers, hidden_states, load_causal_lm, shared_depth
+from pipelines.models import LowerLayers, hidden_states, load_causal_lm, shared_depth
 from pipelines.pool import conversation
 from pipelines.prompts import read_split
 from pipelines.verdicts import checks, interval, verdicts
@@ -33,6 +33,9 @@ from rm.model import RewardModel
 
 ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
 """Suffix of a column of the table -> column of the curve."""
+
+LOGIT_ROWS = 512
+"""Rows of the two models' logits that exist at a time: twice 512 x 49k in float32 are 200 MB."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:

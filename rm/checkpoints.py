@@ -48,6 +48,8 @@ NOT_MERGED = (
 class AbsentLmHead(nn.Module):
     """Stands where a checkpoint has no LM head; log-probs asked of it are an ArtefactError."""
 
+    out_features = 1  # of no vocabulary
+
     def forward(self, hidden: Tensor) -> Tensor:
         raise ArtefactError("this reward model was saved without an LM head: it has rewards, but no log-probs")
 
