@@ -15,6 +15,9 @@ from pipelines.artefacts import ArtefactError
 from pipelines.data import DataError
 from pipelines.load import ConfigError, load
 
+GOLD = ("prompts", "preferences", "rm")
+"""The stages of `grm gold`."""
+
 TOOLS = {
     "rm-eval": ("rm.benchmarks", "accuracy of a reward model on benchmark files"),
     "rm-merge": ("rm.merge", "the weights of reward models averaged (WARM)"),
@@ -30,14 +33,19 @@ def main(argv: list[str] | None = None) -> int:
         return _tool(*arguments)
     options = _parser().parse_intermixed_args(arguments)  # `--config F` may stand before overrides
     try:
-        cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
+        default = "configs/gold.yaml" if options.command == "gold" else "configs/offline.yaml"
+        files = options.config or [default]
+        cfg = load(files, options.overrides)
         if options.command == "config":
             print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         if options.command == "status":
             print(f"run {cfg.run_dir}", *stages.status(cfg), sep="\n")
             return 0
-        return _stage(options.command, cfg, arguments, force=options.force)
+        names = GOLD if options.command == "gold" else (options.command,)
+        rest = [part for file in files for part in ("--config", file)] + options.overrides
+        rest += ["--force"] if options.force else []
+        return next(filter(None, (_stage(name, cfg, [name, *rest], force=options.force) for name in names)), 0)
     except (ConfigError, ArtefactError) as error:
         print(f"grm: {error}", file=sys.stderr)
         return 2
@@ -77,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="stages, in order: " + "; ".join(f"{s.name} ({s.makes})" for s in stages.STAGES.values())
         + "; tools, each with --help of its own: " + "; ".join(f"{k} ({what})" for k, (_, what) in TOOLS.items()),
     )  # fmt: skip
-    parser.add_argument("command", choices=[*stages.STAGES, "status", "config"], metavar="STAGE|status|config")
+    parser.add_argument("command", choices=[*stages.STAGES, "gold", "status", "config"],
+                        metavar="STAGE|gold|status|config", help="a stage; gold: a gold reward model from the human "
+                        "preferences of configs/gold.yaml; status; config: the resolved configuration")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="config values, laid over the files")
     parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
     parser.add_argument("--force", action="store_true", help="run although the stage is up to date")

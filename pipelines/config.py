@@ -280,6 +280,9 @@ class Clip(Section):
 class Ppo(Section):
     proxy: str = "grm"
     """Which of rm.variants is optimised."""
+    reward_server: str | None = None
+    """http://host:port of a `grm rm-serve` of that model (null: it is held by the ranks). The critic starts from the
+    local folder all the same."""
     lora: Lora | None = Lora()
     """null: the policy is trained in full and the reference is a second engine."""
     steps: int = Field(12, ge=1)

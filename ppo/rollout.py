@@ -15,7 +15,6 @@ from pipelines.data import DataError, stream_seed
 from pipelines.generate import Completion
 from pipelines.models import Lower
 from ppo.math import importance_weight, kl_k1, kl_k3
-from rm.score import score
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ def collect(trainer, step: int) -> Rollout:
     answered = [
         [*row["prompt"], {"role": "assistant", "content": c.text}] for row, c in zip(rows, completions, strict=True)
     ]
-    rewards = proxy_rewards(trainer.proxy, answered)
+    rewards = trainer.proxy.score(answered)
     clock.lap("score")
     micros = make_micros(prompt_ids, completions, rewards, tokenizer.pad_id, cfg.ppo.micro_batch)
     for micro in micros:
@@ -102,16 +101,6 @@ def collect(trainer, step: int) -> Rollout:
         for row, c, r in zip(rows, completions, rewards.tolist(), strict=True)
     ]
     return Rollout(micros, samples, clock.seconds)
-
-
-def proxy_rewards(proxy: engine.Engine, answered: list) -> Tensor:
-    """Raw rewards [n] of this rank's conversations (as many on every rank); all ranks divide the work."""
-    everyones = engine.gather_rows(answered)
-    model = proxy.module
-    rewards = score(
-        proxy, model.tokenizer, everyones, share=model.shares_prompts, together=True, device=engine.device()
-    )
-    return rewards[engine.rank() * len(answered) :][: len(answered)]
 
 
 def make_micros(

@@ -33,6 +33,7 @@ from ppo.math import (
     value_loss,
 )
 from ppo.policy import PolicyModule, save_adapter, scatter
+from ppo.proxy import LocalProxy, RemoteProxy
 from ppo.rollout import Clock, Micro, Rollout, collect, statistics
 from rm.model import RewardModel, save_lm
 
@@ -88,7 +89,10 @@ class Trainer:
         critic_updates = cfg.ppo.steps * updates
         self.critic = engine.Engine(critic, settings, optim=cfg.ppo.critic, total_steps=critic_updates, **trained)
         self.reference = self.actor if cfg.ppo.lora else engine.Engine(module(base()), settings, micro_batch=micro)
-        self.proxy = engine.Engine(reward_model(), settings, micro_batch=micro)
+        if cfg.ppo.reward_server:
+            self.proxy = RemoteProxy(cfg.ppo.reward_server, critic)
+        else:
+            self.proxy = LocalProxy(engine.Engine(reward_model(), settings, micro_batch=micro))
 
     def _lower_layers(self, *lms: torch.nn.Module) -> engine.Engine | None:
         """The frozen layers that these models have in common, to be run once for all; None where there are none."""
@@ -141,7 +145,7 @@ class Trainer:
         """KL-shaped rewards, GAE, and whitening over the rollouts of all ranks."""
         ppo = self.cfg.ppo
         for m in rollout.micros:
-            scores = self.proxy.module.normalise(m.proxy)
+            scores = self.proxy.normalise(m.proxy)
             if ppo.reward_clip:
                 scores = scores.clamp(-ppo.reward_clip, ppo.reward_clip)
             scores = scores - ppo.missing_eos_penalty * (~m.finished).float()

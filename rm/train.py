@@ -73,7 +73,7 @@ def train_variant(
         lower = None
     trainer, model, found = fit(cfg, name, variant, train, out, lower)
     found |= measure(trainer, model, val, calibration, out, lower)
-    save(trainer, model, variant, out)
+    save(cfg, trainer, model, variant, out)
     if engine.rank() == 0:
         write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
 
@@ -216,7 +216,7 @@ def measure(
     }
 
 
-def save(trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
+def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
     """Gather from all ranks, write from the first."""
     weights = list(trainer.named_weights(model.lm))
     head = {}
@@ -224,4 +224,6 @@ def save(trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out
         with engine.gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
     if engine.rank() == 0:
-        save_reward_model(out, model, weights, head, variant=variant.model_dump())
+        save_reward_model(
+            out, model, weights, head, variant=variant.model_dump(), base=cfg.rm.base.path, run_seed=cfg.run.seed
+        )

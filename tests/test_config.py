@@ -1,6 +1,7 @@
 """Every shipped file loads; every mistake is named."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -87,3 +88,8 @@ def test_no_field_is_dead():
     by_name = {"rm_train", "rm_val", "rl_train", "calibration", "eval", "dir"}  # splits by name; run.dir in config.py
     dead = [n for n in set(leaves(Config)) - by_name if not re.search(rf"\.{n}\b", source)]
     assert dead == []
+
+
+def test_configurations_that_are_shipped_are_valid():
+    for file in sorted(Path("configs").glob("*.yaml")):
+        assert load([file]).ppo.proxy in load([file]).rm.variants

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import uvicorn
 
 from pipelines.artefacts import ArtefactError
 from pipelines.data import DataError
+from ppo.proxy import RemoteProxy
 from rm.combine import minimum
 from rm.model import RewardModel
 from rm.remote import RemoteError, RemoteRewardModel
@@ -85,6 +87,16 @@ def test_the_client_scores_as_the_model_does(model, url):
     assert torch.equal(remote.score(CHATS[:1]), model.score(CHATS[:1]))
     assert remote.score([]).shape == (0,)
     assert (remote.mean, remote.std) == (0.25, 2.0) and float(remote.normalise(torch.tensor(2.25))) == 1.0
+
+
+def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(model, url):
+    proxy = RemoteProxy(url, model)
+    rewards = proxy.score(MANY)
+    torch.testing.assert_close(rewards, model.score(MANY), **CLOSE)
+    assert torch.equal(proxy.normalise(rewards), (rewards - 0.25) / 2.0)
+    other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=1.5)
+    with pytest.raises(ArtefactError, match=r"mean and std \(0.25, 2.0\); those of ppo.proxy are \(0.25, 1.5\)"):
+        RemoteProxy(url, other)
 
 
 def test_long_lists_go_in_parts(model, url, monkeypatch):
