@@ -36,7 +36,7 @@ from rm.evaluate import Units, cluster_bootstrap, pair_accuracy, paired_differen
 
 TRAIN = ("hh_harmless_base_test", "hh_helpful_base_test", "oasst_en100", "pandalm_testset_v1")
 ELSEWHERE = ("hhh_alignment", "ukp_convarg1_strict", "gsm8k_model_solutions")
-SIZES, NOISES, SEEDS = (300, 1200), (0.0, 0.25), (0, 1, 2)
+SIZES, NOISES, SEEDS = (300, 900), (0.0, 0.25), (0, 1, 2)
 EVALUATED = 250
 """Pairs of each evaluation set at most, by hash."""
 DRAWS = 2000
