@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAGES := prompts preferences rm bon ppo eval report
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup test human-preferences lint help
+.PHONY: $(STAGES) setup test study human-preferences lint help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -37,6 +37,9 @@ setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda 
 
 test: | $(GRM)       ## run the tests, less the slow ones
 	@.venv/bin/python -m pytest -m "not slow"
+
+study: | $(GRM)      ## the over-optimisation study of CONFIG=configs/study.yaml: hours on two cores; DRY=--dry-run
+	@$(GRM) study --config $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)) $(DRY) $(SET)
 
 human-preferences: | $(GRM)  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
 	@$(GRM) prompts --config configs/human.yaml

@@ -27,9 +27,9 @@ from pipelines.artefacts import ArtefactError, read_table, write_table
 from pipelines.config import Config, PreferenceSource
 from pipelines.data import ChatTokenizer, stream_seed, unit_interval
 from pipelines.imported import as_row, import_pairs
+from pipelines.labels import flip_labels
 from pipelines.launch import STARTED, environment
 from pipelines.load import load
-from pipelines.preferences import flip_labels
 from pipelines.sources import Malformed, read_pairs
 from rm import combine
 from rm.evaluate import Units, cluster_bootstrap, pair_accuracy, paired_difference

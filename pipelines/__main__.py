@@ -19,6 +19,7 @@ GOLD = ("prompts", "preferences", "rm")
 """The stages of `grm gold`."""
 
 TOOLS = {
+    "study": ("pipelines.study", "a matrix of reward models, best-of-n and PPO, and what it shows"),
     "rm-eval": ("rm.benchmarks", "accuracy of a reward model on benchmark files"),
     "rm-merge": ("rm.merge", "the weights of reward models averaged (WARM)"),
     "rm-serve": ("rm.serve", "rewards over HTTP, of one model or an ensemble"),

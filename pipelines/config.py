@@ -199,6 +199,11 @@ class RewardVariant(Section):
     """Weight of the head's own terms: InfoRM's KL in nats, ODIN's correlations and overlap (there 1 is usual)."""
     trainable_layers: int | None = Field(None, ge=0)
     """In place of rm.trainable_layers for this variant; 0 freezes the backbone."""
+    pairs: int | None = Field(None, ge=2)
+    """Train on the first so many pairs (null: all): data sizes of one study are nested."""
+    label_noise: Fraction = Field(0.0, le=0.5)
+    """Share of its training labels that are flipped, the same ones for every variant of as many pairs; beside those of
+    preferences.label_noise."""
     seed: int = Field(0, ge=0)
     """Another head and another order of the pairs: the members of an ensemble differ in nothing else."""
 
@@ -349,6 +354,25 @@ class Evaluation(Section):
     """Draws of the cluster bootstrap over prompts."""
 
 
+class Study(Section):
+    """The matrix of `grm study`: each method with each data size, label noise and seed."""
+
+    methods: tuple[str, ...] = ()
+    """Names of rm.variants (empty: all of them)."""
+    seeds: int = Field(3, ge=1)
+    """Heads and orders of the pairs; 3 is the least that says something of a method."""
+    pairs: tuple[int, ...] = ()
+    """Training pairs (empty: all)."""
+    label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = (0.0,)
+    ensembles: tuple[str, ...] = ("mean", "min")
+    """Combiners of the seeds of a condition, from their scores: no model is run for them."""
+    ppo_methods: tuple[str, ...] = ()
+    """Methods that policies are trained against (empty: none)."""
+    ppo_seeds: int = Field(1, ge=1)
+    """Of the seeds of these methods, the first so many."""
+    kl_coefs: tuple[float, ...] = (0.02,)
+
+
 class Config(Section):
     run: Run = Run()
     policy: Model = Model()
@@ -361,6 +385,7 @@ class Config(Section):
     ppo: Ppo = Ppo()
     engine: Engine = Engine()
     eval: Evaluation = Evaluation()
+    study: Study = Study()
 
     @property
     def run_dir(self) -> Path:

@@ -13,6 +13,7 @@ from pipelines.data import ChatTokenizer, stream_seed
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
 from pipelines.imported import import_pairs, repeated
+from pipelines.labels import flip_labels
 from pipelines.pool import sample_pool
 from pipelines.prompts import read_split
 from pipelines.sources import Malformed
@@ -89,19 +90,6 @@ def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[li
             }
         )
     return pairs, dict(dropped)
-
-
-def flip_labels(pairs: list[dict], rate: float, rng: np.random.Generator) -> list[dict]:
-    """The pairs with exactly floor(N * rate) of them, drawn uniformly, labelled the wrong way round."""
-    # The product of a decimal rate can fall just short of an integer: 100 * 0.29 is 28.999999999999996.
-    count = int(np.floor(len(pairs) * rate + 1e-9))
-    wrong = set(rng.choice(len(pairs), size=count, replace=False).tolist())
-    return [_swapped(pair) if i in wrong else pair for i, pair in enumerate(pairs)]
-
-
-def _swapped(pair: dict) -> dict:
-    other = {"chosen": pair["rejected"], "rejected": pair["chosen"], "flipped": True}
-    return pair | other | {"gold_chosen": pair["gold_rejected"], "gold_rejected": pair["gold_chosen"]}
 
 
 def _unusable(texts: list[str], gold: np.ndarray) -> str | None:

@@ -21,6 +21,7 @@ from pipelines.artefacts import ArtefactError, read_json, read_table, write_json
 from pipelines.batching import balanced
 from pipelines.config import Config, RewardVariant
 from pipelines.data import ChatTokenizer, stream_seed
+from pipelines.labels import flip_labels
 from pipelines.models import LowerLayers, add_lora, load_causal_lm, train_top_layers
 from rm.evaluate import accuracy_with_interval, pair_accuracy
 from rm.model import RewardModel, save_reward_model
@@ -83,7 +84,7 @@ def fit(
 ) -> tuple[engine.Engine, RewardModel, dict]:
     """The trained model in its engine, and how much it was trained on; `train.jsonl` is written into `out`."""
     model, tokenizer = build(cfg, variant)
-    pairs, counts = tokenise(train, tokenizer, cfg, variant)
+    pairs, counts = tokenise(arm_rows(train, variant, cfg.run.seed), tokenizer, cfg, variant)
     batches = batch_plan(pairs, cfg, variant)
     trainer = engine.Engine(
         model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
@@ -114,6 +115,14 @@ def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokeniz
     else:
         train_top_layers(lm, _trainable(cfg, variant))
     return RewardModel(lm, variant.head, tokenizer), tokenizer
+
+
+def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
+    """The rows that the variant is trained on: the first `pairs`, with `label_noise` of the labels flipped."""
+    rows = train[: variant.pairs]
+    if variant.pairs and len(rows) < variant.pairs:
+        raise ArtefactError(f"rm.variants.*.pairs asks for {variant.pairs} training pairs; there are {len(train)}")
+    return flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
 
 
 def _trainable(cfg: Config, variant: RewardVariant) -> int | None:

@@ -1,0 +1,197 @@
+"""`grm study`: reward models by method, seed, data size and label noise; best-of-n for all, PPO for some.
+
+The matrix of `study` in the configuration becomes one run whose `rm.variants` are all its arms, so that prompts, pairs,
+pools and gold scores exist once, and a run below `policies/` for each PPO arm, which links to them. Everything is run
+by the stages, which resume and skip what is up to date.
+
+    grm study --config F              run what is missing, then analyse
+    grm study --config F --dry-run    the plan and its cost
+    grm study --config F --commands   a command a line: the first ones in order, then, from the blank line on, the PPO
+                                      arms, in any order and in parallel (the tasks of a Slurm array, one GPU each)
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from pipelines import launch, stages
+from pipelines.artefacts import ArtefactError, read_manifest
+from pipelines.config import Config, RewardVariant
+from pipelines.load import ConfigError, load
+
+SHARED = ("prompts", "preferences", "rm", "bon")
+OWN = ("ppo", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One reward model of the matrix."""
+
+    method: str
+    pairs: int | None
+    label_noise: float
+    seed: int
+
+    @property
+    def condition(self) -> str:
+        """What the seeds of an arm have in common."""
+        size = "" if self.pairs is None else f"-{self.pairs}pairs"
+        return f"{self.method}{size}" + (f"-noise{self.label_noise:g}" if self.label_noise else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.condition}-seed{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One PPO run of the study."""
+
+    arm: Arm
+    kl_coef: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-kl{self.kl_coef:g}"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="grm study", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="config values, laid over the files")
+    parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost")
+    parser.add_argument("--commands", action="store_true", help="print the commands, one a line, for a scheduler")
+    options = parser.parse_intermixed_args(argv)
+    cfg = load(options.config or ["configs/study.yaml"], options.overrides)
+    arms, policies = plan(cfg)
+    cfg = expanded(cfg, arms)
+    if options.dry_run:
+        print("\n".join(describe(cfg, arms, policies)))
+        return 0
+    file = write_config(cfg)
+    link(cfg, policies)
+    if options.commands:
+        print("\n".join(commands(file, policies, cfg)))
+        return 0
+    return run(cfg, file, arms, policies)
+
+
+def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
+    """The arms of the matrix and the policies trained against them; ConfigError for a method that is not there."""
+    study = cfg.study
+    methods = study.methods or tuple(cfg.rm.variants)
+    asked = {*methods, *study.ppo_methods}
+    if unknown := sorted(asked - set(cfg.rm.variants)):
+        raise ConfigError(f"study: no rm.variants {', '.join(unknown)}; there are {', '.join(cfg.rm.variants)}")
+    if unused := sorted(set(study.ppo_methods) - set(methods)):
+        raise ConfigError(f"study.ppo_methods {', '.join(unused)} are none of study.methods {', '.join(methods)}")
+    sizes = study.pairs or (None,)
+    arms = [Arm(*cell) for cell in product(methods, sizes, study.label_noise, range(study.seeds))]
+    chosen = [a for a in arms if a.method in study.ppo_methods and a.seed < study.ppo_seeds]
+    return arms, [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
+
+
+def expanded(cfg: Config, arms: list[Arm]) -> Config:
+    """The configuration whose reward models are the arms."""
+    variants = {arm.name: variant(cfg.rm.variants[arm.method], arm) for arm in arms}
+    rm = cfg.rm.model_copy(update={"variants": variants})
+    return Config.model_validate(
+        cfg.model_dump() | {"rm": rm.model_dump(), "ppo": cfg.ppo.model_dump() | {"proxy": arms[0].name}}
+    )
+
+
+def variant(base: RewardVariant, arm: Arm) -> RewardVariant:
+    return base.model_copy(update={"pairs": arm.pairs, "label_noise": arm.label_noise, "seed": arm.seed})
+
+
+def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
+    return [
+        f"run.name={cfg.run.name}/policies/{policy.name}", f"ppo.proxy={policy.arm.name}",
+        f"ppo.kl.coef={policy.kl_coef}",
+    ]  # fmt: skip
+
+
+def write_config(cfg: Config) -> Path:
+    """The expanded configuration as a file, which the stages and other machines read."""
+    file = cfg.run_dir / "study.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    return file
+
+
+def link(cfg: Config, policies: list[Policy]) -> None:
+    """Each policy's run sees the shared stages as its own; links are relative, so a study can be moved."""
+    for policy in policies:
+        folder = cfg.run_dir / "policies" / policy.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage in SHARED:
+            if not (folder / stage).is_symlink():
+                (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
+
+
+def commands(file: Path, policies: list[Policy], cfg: Config) -> list[str]:
+    """Shell commands: the shared stages, a blank line, one line a policy, a blank line, the analysis."""
+    grm = lambda *words: shlex.join(["grm", *map(str, words)])  # noqa: E731
+    lines = [grm(stage, "--config", file) for stage in SHARED]
+    arms = [
+        " && ".join(grm(stage, "--config", file, *policy_overrides(cfg, policy)) for stage in OWN)
+        for policy in policies
+    ]
+    return [*lines, "", *arms, "", grm("study", "--config", file)]
+
+
+def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:
+    todo = [(stage, cfg, []) for stage in SHARED]
+    for policy in policies:
+        extra = policy_overrides(cfg, policy)
+        todo += [(stage, load([file], extra), extra) for stage in OWN]
+    for stage, settings, extra in todo:
+        if stages.staleness(stage, settings) == []:
+            print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
+            continue
+        distributed = stages.STAGES[stage].distributed
+        if distributed and (faults := settings.batch_faults(launch.num_processes(settings))):
+            raise ConfigError("the configuration does not fit this machine:\n  " + "\n  ".join(faults))
+        arguments = [stage, "--config", str(file), *extra]
+        if status := launch.run_stage_process(settings, arguments, distributed=distributed):
+            return status
+    from bon import study
+
+    print(study.analyse(cfg, arms, policies), file=sys.stderr)
+    return 0
+
+
+def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
+    """What the study does and how much of it, from the configuration and what is done already."""
+    conditions = list(dict.fromkeys(arm.condition for arm in arms))
+    prompts = cfg.bon.prompts or "all evaluation"
+    steps = len(policies) * cfg.ppo.steps
+    lines = [
+        f"study {cfg.run_dir}: {len(conditions)} conditions x {cfg.study.seeds} seeds = {len(arms)} reward models, "
+        f"{len(policies)} policies",
+        f"  rm        {len(arms)} trainings of {cfg.rm.epochs} epoch(s): {', '.join(conditions)}",
+        f"  bon       {cfg.bon.samples} samples on {prompts} prompts, scored by {len(arms)} reward models and gold",
+        f"  ppo       {steps} steps of {cfg.ppo.rollouts} rollouts: {', '.join(p.name for p in policies) or 'none'}",
+        f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints",
+    ]
+    for stage in SHARED:
+        manifest = read_manifest(cfg.run_dir / stage)
+        lines.append(f"  {stage}: " + ("not run" if manifest is None else f"ran, {manifest['seconds']:.0f} s"))
+    ran = []
+    for policy in policies:
+        try:
+            manifest = read_manifest(cfg.run_dir / "policies" / policy.name / "ppo")
+        except ArtefactError:
+            manifest = None
+        ran += [manifest["seconds"]] if manifest else []
+    if ran:
+        left = (len(policies) - len(ran)) * sum(ran) / len(ran)
+        lines.append(f"  policies: {len(ran)} ran, {left / 60:.0f} minutes of PPO left at their speed")
+    return lines
