@@ -87,10 +87,18 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         started = time.time()
         variant = cfg.rm.variants[method].model_copy(update={"seed": seed})
         labelled = flip_labels(pairs[:size], noise, np.random.default_rng(stream_seed(cfg.run.seed, "noise", size)))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        trainer, model, _ = fit(cfg, file.stem, variant, labelled, file.parent, lower)
+        file.with_suffix("").mkdir(parents=True, exist_ok=True)
+        trainer, model, _ = fit(cfg, file.stem, variant, labelled, file.with_suffix(""), lower)
         trained = time.time() - started
-        rewards = score(trainer, tokenizer, chats, share=model.shares_prompts, lower=lower, progress="rewards").tolist()
+        rewards = score(
+            trainer,
+            tokenizer,
+            chats,
+            share=model.shares_prompts,
+            lower=lower,
+            device=engine.device(),
+            progress="rewards",
+        ).tolist()
         n = len(rows)
         write_table(file, [
             {"pair_id": r["pair_id"], "chosen": c, "rejected": j}

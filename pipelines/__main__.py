@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         rest = [part for file in files for part in ("--config", file)] + options.overrides
         rest += ["--force"] if options.force else []
         return next(filter(None, (_stage(name, cfg, [name, *rest], force=options.force) for name in names)), 0)
-    except (ConfigError, ArtefactError) as error:
+    except (ConfigError, ArtefactError, DataError) as error:
         print(f"grm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -135,7 +135,7 @@ class PreferenceSource(Section):
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
-    """Of a hub dataset."""
+    """Of a hub dataset; in a folder, files whose names begin with it are read alone, where there are any."""
     revision: str | None = None
     """Hub revision; pin one for a run that others shall repeat."""
     stride: int = Field(1, ge=1)

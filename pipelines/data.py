@@ -28,6 +28,12 @@ def normalised(messages: Sequence[Message]) -> str:
     return "\n".join("".join(c for c in turn.lower() if c.isalnum()) for turn in turns)
 
 
+def opening(messages: Sequence[Message]) -> str:
+    """The normalised prompt up to its first user turn: conversations that share it are not independent."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return normalised(messages[: first + 1])
+
+
 def unit_interval(key: str, salt: str = "") -> float:
     """A number in [0, 1) fixed by `key`; independent of every other key, so splits never reshuffle."""
     return int.from_bytes(hashlib.sha256(f"{salt}\0{key}".encode()).digest()[:8], "big") / 2**64

@@ -6,26 +6,33 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from pipelines.artefacts import ArtefactError, digest, read_table
+from pipelines.artefacts import ArtefactError, digest, read_table, write_jsonl
 from pipelines.config import Config
-from pipelines.data import normalised, prompt_id, unit_interval
+from pipelines.data import normalised, opening, prompt_id, unit_interval
 from pipelines.sources import Malformed, read_pairs
 
 
-def import_pairs(cfg: Config, prompts: Path) -> tuple[dict[str, list[dict]], dict[str, dict[str, int]], Malformed]:
+def import_pairs(
+    cfg: Config, prompts: Path, out: Path | None = None
+) -> tuple[dict[str, list[dict]], dict[str, dict[str, int]], Malformed]:
     """Pairs of `rm_train` and `rm_val`, drops by source and reason, and the malformed rows.
 
-    The split follows from the prompt, in the ratio of `data.splits.rm_train` to `rm_val`; all pairs of a prompt share
-    it. Pairs whose prompt, compared without case, space and punctuation, stands in the run's evaluation or
-    calibration prompts or in `preferences.decontaminate` are left out.
+    The split follows from the first user turn, in the ratio of `data.splits.rm_train` to `rm_val`: the answers of one
+    pair stand in the prompts of others that go on from it. Pairs whose prompt, or the part of it up to any user turn,
+    is one of the run's evaluation or calibration prompts or of `preferences.decontaminate`, compared without case,
+    space and punctuation, are left out.
 
     Raises:
-        ArtefactError: more malformed rows in a source than `preferences.max_rejected_share`.
+        ArtefactError: no share for one of the splits, a source without pairs, or with more malformed rows than
+            `preferences.max_rejected_share`; they are in `out/rejected.jsonl` by then.
     """
     banned = evaluation_prompts(cfg, prompts)
-    share = cfg.data.splits.rm_val / (cfg.data.splits.rm_train + cfg.data.splits.rm_val)
+    asked = cfg.data.splits
+    if not asked.rm_train or not asked.rm_val:
+        raise ArtefactError("data.splits.rm_train and rm_val also divide imported pairs: set both above 0")
+    share = asked.rm_val / (asked.rm_train + asked.rm_val)
     splits: dict[str, list[dict]] = {"rm_train": [], "rm_val": []}
-    dropped, malformed, seen = {}, Malformed(), set()
+    dropped, malformed, seen, bad = {}, Malformed(), set(), {}
     for name, source in cfg.preferences.sources.items():
         before, counts, kept = malformed.counts.total(), Counter(), []
         read = untied = 0
@@ -43,12 +50,17 @@ def import_pairs(cfg: Config, prompts: Path) -> tuple[dict[str, list[dict]], dic
                 continue
             seen.add(row["pair_id"])
             kept.append(row)
-        _check_share(name, cfg, read, malformed, before)
+        if not read:
+            raise ArtefactError(f"preferences.sources.{name}: no pair; " + ("; ".join(malformed.lines()) or "no rows"))
+        bad[name] = (malformed.counts.total() - before, read)
         kept.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"pairs/{cfg.run.seed}"))
         dropped[name] = dict(counts)
         for row in kept[: source.max_pairs]:
-            split = "rm_val" if unit_interval(normalised(row["prompt"]), salt="split") < share else "rm_train"
+            split = "rm_val" if unit_interval(opening(row["prompt"]), salt="split") < share else "rm_train"
             splits[split].append(row | {"split": split, "weight": source.weight})
+    if out is not None:  # before the shares are judged: the user who is told of too many wants to see them
+        write_jsonl(out / "rejected.jsonl", malformed.rows)
+    check_shares(cfg, bad, malformed)
     for rows in splits.values():
         rows.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"order/{cfg.run.seed}"))
     return splits, dropped, malformed
@@ -95,22 +107,28 @@ def repeated(rows: list[dict]) -> list[dict]:
     for row in rows:
         whole = math.floor(row["weight"])
         extra = unit_interval(row["pair_id"], salt="weight") < row["weight"] - whole
-        found += [{k: v for k, v in row.items() if k != "weight"}] * (whole + extra)
+        found += [row] * (whole + extra)
     return found
 
 
 def _unwanted(row: dict, seen: set[str], banned: set[str]) -> str | None:
     if row["pair_id"] in seen:
         return "stands twice"
-    return "prompt of an evaluation set" if normalised(row["prompt"]) in banned else None
+    prompt = row["prompt"]
+    parts = (prompt[: i + 1] for i, m in enumerate(prompt) if m["role"] == "user")
+    return "prompt of an evaluation set" if any(normalised(part) in banned for part in parts) else None
 
 
-def _check_share(name: str, cfg: Config, read: int, malformed: Malformed, before: int) -> None:
-    bad, asked = malformed.counts.total() - before, cfg.preferences.max_rejected_share
-    if not read:
-        raise ArtefactError(f"preferences.sources.{name}: no pair; " + ("; ".join(malformed.lines()) or "no rows"))
-    if bad > asked * (read + bad):
-        raise ArtefactError(
-            f"preferences.sources.{name}: {bad} of {read + bad} rows are malformed, more than "
-            f"preferences.max_rejected_share {asked:g}: " + "; ".join(malformed.lines())
-        )
+def check_shares(cfg: Config, bad: dict[str, tuple[int, int]], malformed: Malformed) -> None:
+    """ArtefactError when a source has more malformed rows than `preferences.max_rejected_share`.
+
+    Args:
+        bad: source -> (malformed rows, pairs read).
+    """
+    asked = cfg.preferences.max_rejected_share
+    for name, (wrong, read) in bad.items():
+        if wrong > asked * (read + wrong):
+            raise ArtefactError(
+                f"preferences.sources.{name}: {wrong} of {read + wrong} rows are malformed, more than "
+                f"preferences.max_rejected_share {asked:g}: " + "; ".join(malformed.lines())
+            )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.artefacts import ArtefactError, digest, write_jsonl, write_table
+from pipelines.artefacts import ArtefactError, digest, write_table
 from pipelines.config import Config
 from pipelines.data import ChatTokenizer, stream_seed
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
-from pipelines.imported import import_pairs, repeated
+from pipelines.imported import import_pairs
 from pipelines.labels import flip_labels
 from pipelines.pool import sample_pool
 from pipelines.prompts import read_split
@@ -26,7 +26,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     """Writes `samples.parquet`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`."""
     tokenizer, asked = ChatTokenizer(cfg.policy), cfg.preferences
     limits = {"rm_train": asked.max_train_pairs, "rm_val": asked.max_val_pairs}
-    imported, dropped, malformed = import_pairs(cfg, inputs["prompts"]) if asked.sources else ({}, {}, Malformed())
+    imported, dropped, malformed = import_pairs(cfg, inputs["prompts"], out) if asked.sources else ({}, {}, Malformed())
     sampled = limits | {"calibration": asked.max_calibration_prompts}
     if imported:
         sampled = {"calibration": asked.max_calibration_prompts}
@@ -48,10 +48,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         rng = np.random.default_rng(stream_seed(cfg.run.seed, "label_noise", split))
         labelled = flip_labels(clean, asked.label_noise, rng)
         noise[split] = {"requested": asked.label_noise, "realised": sum(p["flipped"] for p in labelled) / len(labelled)}
-        if imported:
-            labelled = repeated(labelled if split == "rm_train" else [r | {"weight": 1} for r in labelled])
         pairs += labelled
-    write_jsonl(out / "rejected.jsonl", malformed.rows)
     _write(out, samples, scores, pairs)
     metrics = _metrics(samples, scores, pairs, dropped, noise)
     return metrics | {"rejected": dict(malformed.counts), "sources": dict(Counter(pair["source"] for pair in pairs))}
@@ -85,6 +82,7 @@ def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[li
                 "rejected": two[worst]["response"],
                 "flipped": False,
                 "margin": None,
+                "weight": 1.0,
                 "gold_chosen": float(gold[best]),
                 "gold_rejected": float(gold[worst]),
             }

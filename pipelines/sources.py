@@ -152,10 +152,24 @@ def _of_chats(chosen: object, rejected: object) -> dict:
 
 
 def _of_answers(prompt: object, chosen: str, rejected: str) -> dict:
-    messages = check_prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    messages = check_prompt(_turns(prompt) if isinstance(prompt, str) else prompt)
     if not chosen.strip() or not rejected.strip():
         raise DataError("a response is empty")
+    try:
+        "".join([*(m["content"] for m in messages), chosen, rejected]).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        raise DataError("not valid Unicode") from None
     return {"prompt": messages, "chosen": chosen, "rejected": rejected}
+
+
+def _turns(prompt: str) -> list[Message]:
+    """A prompt given as one text: of several turns where it is written as HH-RLHF or HelpSteer2 write them."""
+    if re.match(r"\s*Human:", prompt):
+        turns = parse_dialogue("\n\n" + prompt.strip())
+        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", prompt)
+    turns = [{"role": "user", "content": parts[0]}]
+    return turns + [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _answer(message: dict) -> str:
@@ -210,7 +224,7 @@ def _tried(read: Callable, row: dict, name: str, number: int, malformed: Malform
         malformed.add(f"no column {error.args[0]!r}", f"{name} row {number}")
     except DataError as error:
         malformed.add(str(error), f"{name} row {number}")
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         malformed.add(f"a column of another type ({error})", f"{name} row {number}")
 
 
@@ -218,7 +232,8 @@ def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[st
     """Name and numbered rows of each file of the source; of the hub's split where there is no such path."""
     path = source.path
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name != "dataset_infos.json")
+        files = [p for p in files if p.stem.startswith(source.split)] or files  # as the hub lays out its splits
     else:
         files = [path] if path.is_file() else []
     if files:
@@ -265,7 +280,7 @@ def _lines(file: Path, malformed: Malformed) -> Iterator[object]:
         for number, line in enumerate(lines, start=1):
             value = None
             try:
-                value = json.loads(line.decode("utf-8")) if line.strip() else None
+                value = json.loads(line.decode("utf-8-sig")) if line.strip() else None
             except UnicodeDecodeError:
                 malformed.add("not UTF-8", f"{file.stem} row {number}")
             except json.JSONDecodeError:

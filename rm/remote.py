@@ -20,7 +20,7 @@ CHUNK = 256
 """Conversations of one request: it bounds what a timeout has to cover."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(ArtefactError):
     """The server does not answer, or not with rewards."""
 
 

@@ -21,6 +21,7 @@ from pipelines.artefacts import ArtefactError, read_json, read_table, write_json
 from pipelines.batching import balanced
 from pipelines.config import Config, RewardVariant
 from pipelines.data import ChatTokenizer, stream_seed
+from pipelines.imported import repeated
 from pipelines.labels import flip_labels
 from pipelines.models import LowerLayers, add_lora, load_causal_lm, train_top_layers
 from rm.evaluate import accuracy_with_interval, pair_accuracy
@@ -122,7 +123,10 @@ def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]
     rows = train[: variant.pairs]
     if variant.pairs and len(rows) < variant.pairs:
         raise ArtefactError(f"rm.variants.*.pairs asks for {variant.pairs} training pairs; there are {len(train)}")
-    return flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
+    # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
+    return repeated(
+        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
+    )
 
 
 def _trainable(cfg: Config, variant: RewardVariant) -> int | None:

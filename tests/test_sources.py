@@ -79,6 +79,39 @@ def test_ratings_make_a_pair_of_each_two_responses(tmp_path):
     assert [p["tie"] for p in found] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nWhy?",
+        "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:",
+    ],
+    ids=["helpsteer2", "hh"],
+)
+def test_prompts_of_several_turns_in_one_text(tmp_path, prompt):
+    (pair,), _ = pairs_of(write(tmp_path / "t.jsonl", {"prompt": prompt, "chosen": "good", "rejected": "bad"}))
+    assert pair["prompt"] == chat("Hi", "Yes?", "Why?")
+
+
+def test_text_that_no_encoding_holds_is_one_bad_row(tmp_path):
+    rows = [unified(prompt="cut \ud83d"), unified(first="cut \ud83d"), unified(a=10**400), unified()]
+    found, malformed = pairs_of(write(tmp_path / "u.jsonl", *rows))
+    assert [p["row"] for p in found] == [4] and malformed.counts["not valid Unicode"] == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = write(tmp_path / "u.jsonl", unified())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(pairs_of(path)[0]) == 1
+
+
+def test_the_split_of_a_folder_is_read_alone(tmp_path):
+    write(tmp_path / "train-0.jsonl", unified(prompt="t"))
+    write(tmp_path / "test-0.jsonl", unified(prompt="held out"))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [essentials(p)[0] for p in pairs_of(tmp_path)[0]] == [["t"]]
+    assert [essentials(p)[0] for p in pairs_of(tmp_path, split="test")[0]] == [["held out"]]
+
+
 def test_scores_of_a_pair_become_its_margin(tmp_path):
     row = {"prompt": "Hi", "chosen": "good", "rejected": "bad", "score_chosen": 8.0, "score_rejected": 6.5}
     found, malformed = pairs_of(write(tmp_path / "s.jsonl", row, row | {"score_chosen": 6.0}))
@@ -160,13 +193,34 @@ def test_a_prompt_is_in_one_split_and_never_in_an_evaluation_set(tmp_path):
     assert len({r["pair_id"] for rows in splits.values() for r in rows}) == 398
 
 
+def test_conversations_that_go_on_from_one_turn_are_not_divided(tmp_path):
+    rows = []
+    for i in range(60):
+        start = chat(f"question {i}", "an answer", "and then?")
+        rows.append(unified(prompt=f"question {i}"))
+        rows.append({"chosen": [*start, *chat("", "x")[1:]], "rejected": [*start, *chat("", "y")[1:]]})
+    rows.append({"chosen": chat("What is asked in the evaluation?", "a", "b", "c"),
+                 "rejected": chat("What is asked in the evaluation?", "a", "b", "d")})  # fmt: skip
+    single, several = write(tmp_path / "a.jsonl", *rows[0:-1:2]), write(tmp_path / "b.jsonl", *rows[1::2], rows[-1])
+    cfg = settings(tmp_path, sources={"a": {"path": single}, "b": {"path": several}})
+    splits, dropped, _ = import_pairs(cfg, tmp_path)
+    first = {s: {r["prompt"][0]["content"] for r in rows} for s, rows in splits.items()}
+    assert not first["rm_train"] & first["rm_val"] and all(first.values())
+    assert len(splits["rm_train"]) + len(splits["rm_val"]) == 120
+    assert dropped == {"a": {}, "b": {"prompt of an evaluation set": 1}}
+
+
 def test_repeats_and_shares(tmp_path):
     path = write(tmp_path / "u.jsonl", *many(3), *many(3))
     _, dropped, _ = import_pairs(settings(tmp_path, sources={"u": {"path": path}}), tmp_path)
     assert dropped == {"u": {"stands twice": 3}}
     broken = write(tmp_path / "b.jsonl", *many(9), unified(first=""))
     with pytest.raises(ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b row 10\)"):
-        import_pairs(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path)
+        import_pairs(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path, tmp_path)
+    assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {
+        "reason": "a response is empty",
+        "where": "b row 10",
+    }
     allowed = settings(tmp_path, sources={"b": {"path": broken}}, max_rejected_share=0.1)
     assert len(import_pairs(allowed, tmp_path)[2].rows) == 1
 
@@ -176,6 +230,5 @@ def test_weights_repeat_training_pairs():
     counts = {row["pair_id"]: 0 for row in rows}
     for row in repeated(rows):
         counts[row["pair_id"]] += 1
-        assert "weight" not in row
     assert set(counts.values()) == {2, 3}
     assert sum(counts.values()) / len(rows) == pytest.approx(2.5, abs=0.1)

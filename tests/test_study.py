@@ -72,7 +72,7 @@ def test_methods_that_are_not_there_are_named(tmp_path):
 
 def test_arms_of_one_size_share_their_wrong_labels():
     rows = [
-        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "gold_chosen": 1.0,
+        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "pair_id": str(i), "weight": 1.0, "gold_chosen": 1.0,
          "gold_rejected": 0.0} for i in range(200)
     ]  # fmt: skip
     arms = [RewardVariant(pairs=100, label_noise=0.25, seed=s) for s in (0, 1)]
@@ -96,3 +96,11 @@ def test_the_crossed_bootstrap_covers_seeds_and_prompts():
     assert (hi - lo)[0] / 2 == pytest.approx(expected, rel=0.08)
     _, low, high = crossed_bootstrap(seeds[:1] + prompts, 4000, np.random.default_rng(1))
     assert (high - low)[0] / 2 == pytest.approx(1.96 * prompts.std() / np.sqrt(90), rel=0.08)
+
+
+def test_copies_of_a_weighted_pair_keep_one_label():
+    rows = [{"pair_id": str(i), "chosen": "a", "rejected": "b", "flipped": False, "gold_chosen": None,
+             "gold_rejected": None, "weight": 2.0} for i in range(100)]  # fmt: skip
+    found = arm_rows(rows, RewardVariant(pairs=50, label_noise=0.2), 1)
+    assert len(found) == 100 and len({r["pair_id"] for r in found}) == 50
+    assert len({(r["pair_id"], r["flipped"]) for r in found}) == 50 and sum(r["flipped"] for r in found) == 20
