@@ -72,8 +72,8 @@ def test_methods_that_are_not_there_are_named(tmp_path):
 
 def test_arms_of_one_size_share_their_wrong_labels():
     rows = [
-        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "pair_id": str(i), "weight": 1.0, "gold_chosen": 1.0,
-         "gold_rejected": 0.0} for i in range(200)
+        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "pair_id": str(i),
+         "weight": 1.0, "gold_chosen": 1.0, "gold_rejected": 0.0} for i in range(200)
     ]  # fmt: skip
     arms = [RewardVariant(pairs=100, label_noise=0.25, seed=s) for s in (0, 1)]
     first, second = (arm_rows(rows, arm, 1) for arm in arms)
