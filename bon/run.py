@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bon.estimators import best_of_n, kl_bound, oracle
-from pipelines.artefacts import join, read_table, write_table
+from pipelines.artefacts import join, read_json, read_table, write_table
 from pipelines.config import Config
 from pipelines.curves import curve, matrix, write_curves
-from pipelines.data import ChatTokenizer, stream_seed
+from pipelines.data import ChatTokenizer, Message, stream_seed
 from pipelines.generate import Generator
 from pipelines.gold import load_gold, score_samples
+from pipelines.models import LowerLayers, shared_depth
 from pipelines.pool import conversation, sample_pool
 from pipelines.prompts import read_split
-from rm.model import RewardModel
+from rm.model import ABOUT_FILE, RewardModel
+from rm.objective import LowerCache
+from rm.score import tokens_of
+
+CACHED_STATES = 4 << 30
+"""Bytes of host memory for the output of layers that several reward models share."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     samples = _sample(cfg, inputs["prompts"], out)
     gc.collect()  # the engine's memory, before reward models are loaded
-    norms = {}
-    for name in cfg_variants(inputs["rm"]):
-        model = RewardModel.from_pretrained(inputs["rm"] / name, attention=cfg.policy.attention)
-        norms[name] = (model.mean, model.std)
-        if not (out / "scores" / f"{name}.parquet").exists():
-            scores = model.score([conversation(s) for s in samples], progress=f"bon: {name}")
-            write_scores(out / "scores" / f"{name}.parquet", samples, scores.tolist())
+    norms = score_proxies(inputs["rm"], samples, out)
     if not (out / "scores" / "gold.parquet").exists():
         write_scores(out / "scores" / "gold.parquet", samples, score_samples(load_gold(cfg.gold), samples).tolist())
     return analyse(cfg, out, samples, norms)
 
 
-def cfg_variants(rm_folder: Path) -> list[str]:
+def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tuple[float, float]]:
+    """A table of rewards for each reward model that has none yet; mean and SD of each under the reference policy."""
+    names = reward_models(folder)
+    load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
+    waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
+    conversations, shared, models = [conversation(s) for s in samples], None, {}
+    if len(waiting) > 1:
+        models = {name: load(name) for name in waiting[:2]}
+        shared = SharedLayers.of(*models.values(), conversations)
+    for name in waiting:
+        model = models.pop(name, None) or load(name)
+        lower = shared.cache if shared and shared.fits(model) else None
+        rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
+        write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
+    about = {name: read_json(folder / name / ABOUT_FILE) for name in names}
+    return {name: (facts["mean"], facts["std"]) for name, facts in about.items()}
+
+
+class SharedLayers:
+    """The lowest layers that reward models of one base have in common, run once for all of them."""
+
+    def __init__(self, model: RewardModel, depth: int):
+        self.model, self.cache = model, LowerCache(LowerLayers(model.lm, depth))
+
+    @classmethod
+    def of(
+        cls, first: RewardModel, second: RewardModel, conversations: Sequence[Sequence[Message]]
+    ) -> SharedLayers | None:
+        """None where they share none, or where their states would take more than CACHED_STATES."""
+        depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
+        if not depth or not first.shares_prompts:
+            return None
+        tokens = sum(map(len, (t for pair in {tokens_of(first.tokenizer, c) for c in conversations} for t in pair)))
+        size = tokens * first.lm.config.hidden_size * next(first.parameters()).element_size()
+        return cls(first, depth) if size <= CACHED_STATES else None
+
+    def fits(self, model: RewardModel) -> bool:
+        same = model.tokenizer.fingerprint == self.model.tokenizer.fingerprint
+        return same and shared_depth(self.model.lm, model.lm.requires_grad_(False)) >= self.cache.layers.depth
+
+
+def reward_models(rm_folder: Path) -> list[str]:
     """Names of the reward models in the folder of stage `rm`."""
     return sorted(p.parent.name for p in rm_folder.glob("*/reward_model.json"))
 

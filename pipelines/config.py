@@ -368,6 +368,8 @@ class Study(Section):
     """Combiners of the seeds of a condition, from their scores: no model is run for them."""
     ppo_methods: tuple[str, ...] = ()
     """Methods that policies are trained against (empty: none)."""
+    ppo_label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
+    """Label noises of the reward models that policies are trained against (empty: all of label_noise)."""
     ppo_seeds: int = Field(1, ge=1)
     """Of the seeds of these methods, the first so many."""
     kl_coefs: tuple[float, ...] = (0.02,)

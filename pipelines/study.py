@@ -94,7 +94,12 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
         raise ConfigError(f"study.ppo_methods {', '.join(unused)} are none of study.methods {', '.join(methods)}")
     sizes = study.pairs or (None,)
     arms = [Arm(*cell) for cell in product(methods, sizes, study.label_noise, range(study.seeds))]
-    chosen = [a for a in arms if a.method in study.ppo_methods and a.seed < study.ppo_seeds]
+    noises = study.ppo_label_noise or study.label_noise
+    if absent := sorted(set(noises) - set(study.label_noise)):
+        raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
+    chosen = [
+        a for a in arms if a.method in study.ppo_methods and a.label_noise in noises and a.seed < study.ppo_seeds
+    ]
     return arms, [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
 
 

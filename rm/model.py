@@ -6,14 +6,14 @@ The critic of PPO is the same module read at other positions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.artefacts import ArtefactError, write_json
-from pipelines.batching import Targets
+from pipelines.batching import Batch, Targets
 from pipelines.config import Model
 from pipelines.data import ChatTokenizer, Message
 from pipelines.engine import device
@@ -80,15 +80,20 @@ class RewardModel(nn.Module):
         return (rewards - self.mean) / self.std
 
     def score(
-        self, conversations: Sequence[Sequence[Message]], *, batch_tokens: int = 8192, progress: str = ""
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        batch_tokens: int = 8192,
+        lower: Callable[[Batch], Lower] | None = None,
+        progress: str = "",
     ) -> Tensor:
-        """Float32 rewards [n] of conversations, in their order."""
+        """Float32 rewards [n] of conversations, in their order; `lower` as in `rm.score.score_tokens`."""
         from rm.score import score
 
         where = next(self.parameters()).device
         return score(
-            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, device=where,
-            progress=progress,
+            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, lower=lower,
+            device=where, progress=progress,
         )  # fmt: skip
 
     @property
