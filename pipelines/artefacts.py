@@ -193,7 +193,8 @@ def read_table(path: Path) -> list[dict]:
 
 
 def join(left: list[dict], right: list[dict], on: tuple[str, ...] = ("prompt_id", "sample_id")) -> list[dict]:
-    """Rows of `left` with the columns of `right`, matched by id; any missing or doubled id is an error with counts."""
+    """Rows of `left` with the columns of `right`, matched by id; a missing or doubled id, or another text under one
+    id, is an error with counts."""
     keyed = {tuple(row[k] for k in on): row for row in right}
     wanted = [tuple(row[k] for k in on) for row in left]
     missing = [key for key in wanted if key not in keyed]
@@ -204,7 +205,13 @@ def join(left: list[dict], right: list[dict], on: tuple[str, ...] = ("prompt_id"
             f"tables do not join on {', '.join(on)}: {len(missing)} rows without a partner (first {missing[:1]}), "
             f"{unused} partners unused, {doubled[1]} and {doubled[0]} doubled ids"
         )
-    return [{**row, **keyed[key]} for row, key in zip(left, wanted, strict=True)]
+    joined = [{**row, **keyed[key]} for row, key in zip(left, wanted, strict=True)]
+    for column in ("text_sha", "response"):
+        if left and column in left[0] and column in right[0]:
+            other = [key for row, new, key in zip(left, joined, wanted, strict=True) if row[column] != new[column]]
+            if other:
+                raise ArtefactError(f"{len(other)} ids name different texts in the two tables (first {other[0]})")
+    return joined
 
 
 def count_rows(path: Path) -> int | None:

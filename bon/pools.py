@@ -1,0 +1,109 @@
+"""Pools of scored samples, joined by id and checked: what every analysis of best-of-n reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.artefacts import ArtefactError, join
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """P prompts with N samples each. Every [P, N] array has the same prompts and samples in the same places.
+
+    Raises:
+        ArtefactError: shapes that differ, scores that are not finite, a gold that is one of the proxies.
+    """
+
+    prompt_ids: tuple[str, ...]
+    """[P], unique."""
+    gold: Array
+    proxies: dict[str, Array]
+    """Name of a reward model -> its rewards."""
+    length: Array | None = None
+    """Tokens (or words, or characters: any one unit) of each response."""
+    logp: Array | None = None
+    """Log-probability of each response under the sampling distribution, nats."""
+    prompts: tuple[str, ...] | None = None
+    """[P], to read."""
+    responses: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
+    """[P][N], to read."""
+
+    def __post_init__(self) -> None:
+        if self.gold.ndim != 2 or self.gold.shape[0] != len(self.prompt_ids):
+            raise ArtefactError(f"gold has shape {self.gold.shape} for {len(self.prompt_ids)} prompts: pass [P, N]")
+        if len(set(self.prompt_ids)) != len(self.prompt_ids):
+            raise ArtefactError(f"{len(self.prompt_ids) - len(set(self.prompt_ids))} prompt ids occur twice")
+        columns = {"gold": self.gold, **self.proxies, "length": self.length, "logp": self.logp}
+        for name, values in columns.items():
+            if values is None:
+                continue
+            if values.shape != self.gold.shape:
+                raise ArtefactError(f"{name} has shape {values.shape}, gold {self.gold.shape}: join them by id first")
+            if bad := np.argwhere(~np.isfinite(values)).tolist():
+                prompt, sample = bad[0]
+                raise ArtefactError(
+                    f"{len(bad)} of {values.size} scores of {name} are NaN or infinite, the first is of prompt "
+                    f"{self.prompt_ids[prompt]}, sample {sample}: score again; leaving rows out would change the pools"
+                )
+        if same := [name for name, values in self.proxies.items() if np.array_equal(values, self.gold)]:
+            raise ArtefactError(f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing")
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.gold.shape[1]
+
+
+def from_tables(
+    samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Mapping[str, Sequence[Mapping]]
+) -> Pools:
+    """Pools of the tables of stage `bon`: rows of `prompt_id` and `sample_id`, with `score` in those of scores.
+
+    Columns of `samples` that are read where they are there: n_tokens, logp_sampler, prompt (messages), response.
+
+    Raises:
+        ArtefactError: tables that do not join, with counts; pools of different sizes; what `Pools` refuses.
+    """
+    samples = sorted(samples, key=lambda row: (row["prompt_id"], row["sample_id"]))
+    ids = tuple(dict.fromkeys(row["prompt_id"] for row in samples))
+    sizes = {i: 0 for i in ids}
+    for row in samples:
+        sizes[row["prompt_id"]] += 1
+    if len(kinds := sorted(set(sizes.values()))) != 1:
+        few = min(sizes, key=sizes.get)
+        raise ArtefactError(
+            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; estimators of one n "
+            "need equal pools, so sample the missing ones or drop whole prompts"
+        )
+    shape = (len(ids), kinds[0])
+
+    def scores(name: str, rows: Sequence[Mapping]) -> Array:
+        try:
+            joined = join(samples, rows)
+        except ArtefactError as error:
+            raise ArtefactError(f"scores of {name}: {error}") from None
+        return np.array([row["score"] for row in joined], dtype=np.float64).reshape(shape)
+
+    def column(name: str) -> Array | None:
+        if name not in samples[0]:
+            return None
+        return np.array([row[name] for row in samples], dtype=np.float64).reshape(shape)
+
+    first = [samples[k * shape[1]] for k in range(shape[0])]
+    texts = [row["response"] for row in samples] if "response" in samples[0] else None
+    return Pools(
+        ids,
+        scores("gold", gold),
+        {name: scores(name, rows) for name, rows in proxies.items()},
+        length=column("n_tokens"),
+        logp=column("logp_sampler"),
+        prompts=tuple(row["prompt"][-1]["content"] for row in first) if "prompt" in first[0] else None,
+        responses=tuple(tuple(texts[k * shape[1] : (k + 1) * shape[1]]) for k in range(shape[0])) if texts else None,
+    )
