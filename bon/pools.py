@@ -53,7 +53,9 @@ class Pools:
                     f"{self.prompt_ids[prompt]}, sample {sample}: score again; leaving rows out would change the pools"
                 )
         if same := [name for name, values in self.proxies.items() if np.array_equal(values, self.gold)]:
-            raise ArtefactError(f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing")
+            raise ArtefactError(
+                f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing"
+            )
 
     @property
     def size(self) -> int:
@@ -61,9 +63,7 @@ class Pools:
         return self.gold.shape[1]
 
 
-def from_tables(
-    samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Mapping[str, Sequence[Mapping]]
-) -> Pools:
+def from_tables(samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Mapping[str, Sequence[Mapping]]) -> Pools:
     """Pools of the tables of stage `bon`: rows of `prompt_id` and `sample_id`, with `score` in those of scores.
 
     Columns of `samples` that are read where they are there: n_tokens, logp_sampler, prompt (messages), response.
@@ -79,8 +79,8 @@ def from_tables(
     if len(kinds := sorted(set(sizes.values()))) != 1:
         few = min(sizes, key=sizes.get)
         raise ArtefactError(
-            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; estimators of one n "
-            "need equal pools, so sample the missing ones or drop whole prompts"
+            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; estimators of "
+            "one n need equal pools, so sample the missing ones or drop whole prompts"
         )
     shape = (len(ids), kinds[0])
 

@@ -1,0 +1,124 @@
+"""Intervals over seeds and prompts: the crossed bootstrap, simultaneous bands, cross-fitted peaks. Pure NumPy.
+
+Shape legend: S seeds (reward models of one condition), P prompts, K points of a curve, B bootstrap draws.
+
+Prompts and seeds are the independent units; samples of a prompt, points of a curve and seeds x prompts are not. All
+functions take draws [B, K] of a curve's mean, so that whatever is computed from a curve (a fit, a ratio, a peak) is
+computed on every draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    mean: float
+    lo: float
+    hi: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} [{self.lo:+.2f}, {self.hi:+.2f}]"
+
+    @property
+    def half_width(self) -> float:
+        return (self.hi - self.lo) / 2
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.lo > 0 or self.hi < 0
+
+
+def crossed_draws(values: Array, draws: int, seed: int) -> Array:
+    """Bootstrap draws [B, K] of the mean of values [S, P, K], seeds and prompts drawn independently of each other.
+
+    With S = 1 only prompts are drawn: the interval is then of that one reward model. Few seeds are corrected for twice,
+    or intervals would be too narrow (three seeds drawn with replacement have 2/3 of the variance): the effects of seeds
+    are scaled by sqrt(S / (S - 1)), and all deviations by t / 1.96 with Satterthwaite's degrees of freedom for the sum
+    of the two variances. Where seeds dominate that is the t interval over seeds, where prompts do, a normal one.
+
+    The same `seed`, S and P give the same prompts and seeds, so that two curves are paired.
+
+    Raises:
+        ValueError: not three dimensions, fewer than two prompts, or values that are not finite.
+    """
+    if values.ndim != 3 or values.shape[1] < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            f"values of shape {values.shape}: pass finite [seeds, prompts, points] with two prompts at least"
+        )
+    S, P, _ = values.shape
+    mean, of_seed, of_prompt = values.mean(axis=(0, 1)), values.mean(axis=1), values.mean(axis=0)
+    variances = [(of_prompt.var(axis=0, ddof=1).sum() / P, P - 1)]
+    if S > 1:
+        values = values + (np.sqrt(S / (S - 1)) - 1) * (of_seed - mean)[:, None]
+        variances.append((of_seed.var(axis=0, ddof=1).sum() / S, S - 1))
+    total = sum(v for v, _ in variances)
+    freedom = total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
+    rng = np.random.default_rng(seed)
+    prompts = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
+    seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
+    means = sum(seeds[:, s, None] * (prompts @ values[s]) for s in range(S))
+    return mean + (means - mean) * (student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975))
+
+
+def student_quantile(p: float, freedom: float) -> float:
+    """The p-quantile, p > 1/2, of Student's t: with t = sqrt(freedom) tan(a), a has density cos(a)^(freedom-1)."""
+    a = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(a) ** (freedom - 1)
+    mass = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))
+    return float(np.sqrt(freedom) * np.tan(np.interp(2 * p - 1, mass / mass[-1], a)))
+
+
+def interval(mean: float, draws: Array, level: float = 0.95) -> Interval:
+    """Percentile interval of draws [B]."""
+    lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean), float(lo), float(hi))
+
+
+def pointwise(draws: Array, level: float = 0.95) -> tuple[Array, Array]:
+    """(lo [K], hi [K]), each point for itself."""
+    lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return lo, hi
+
+
+def simultaneous(mean: Array, draws: Array, level: float = 0.95) -> tuple[Array, Array]:
+    """Band (lo [K], hi [K]) that holds the whole curve with probability `level`: mean -+ c se, c a quantile of max |t|.
+
+    Points without spread (gains at n = 1 are 0 by construction) keep their mean.
+    """
+    se = draws.std(axis=0, ddof=1)
+    varies = se > 1e-12 * (np.abs(mean).max() + 1)
+    if not varies.any():
+        return mean.copy(), mean.copy()
+    worst = (np.abs(draws - mean)[:, varies] / se[varies]).max(axis=1)
+    c = np.quantile(worst, level)
+    return mean - c * se * varies, mean + c * se * varies
+
+
+def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array, Array, Array]:
+    """Where a curve peaks, and how much it has fallen at its end, without the bias of choosing and measuring at once.
+
+    Prompts are halved `splits` times; the best point of the mean over one half is measured on the other half.
+
+    Returns:
+        peak [S, P, 1], drop [S, P, 1]: value at the chosen point, and that minus the value at the last point, for each
+        prompt by points that were chosen without it; feed them to `crossed_draws`. Chosen points [2 * splits].
+    """
+    P = values.shape[1]
+    rng, peak, drop, chosen = np.random.default_rng(seed), np.zeros(values.shape[:2]), np.zeros(values.shape[:2]), []
+    for _ in range(splits):
+        half = rng.permutation(P) % 2
+        for fold in (0, 1):
+            best = int(values[:, half == fold].mean(axis=(0, 1)).argmax())
+            rest = half != fold
+            peak[:, rest] += values[:, rest, best] / splits
+            drop[:, rest] += (values[:, rest, best] - values[:, rest, -1]) / splits
+            chosen.append(best)
+    return peak[..., None], drop[..., None], np.array(chosen)
