@@ -21,7 +21,7 @@ from bon.estimators import best_of_n, kl_bound, kl_pool, kl_with_atom, oracle, w
 from bon.fits import fit_curve
 from bon.pools import Pools
 from bon.soft import soft_best_of_n
-from bon.verdict import verdict
+from bon.verdict import largest_drop, verdict
 from rm import combine
 
 TRUSTED = 4
@@ -230,7 +230,9 @@ def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = 
         "length": curves["length"].at(k) if "length" in curves else None,
         "difference": paired,
         "fit": fit_curve(trusted.d[1:], trusted.mean[1:], trusted.draws[:, 1:], "bon") if k else None,
-        "verdict": verdict(fallen, prompts=P, seeds=S, end=f"n = {gold.x[k]}"),
+        "verdict": verdict(
+            fallen, largest_drop(trusted.mean, trusted.draws), prompts=P, seeds=S, end=f"n = {gold.x[k]}"
+        ),
     }
 
 

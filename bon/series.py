@@ -10,7 +10,7 @@ from bon.analysis import Curve, Plan, scale
 from bon.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
 from bon.fits import fit_curve
 from bon.pools import Pools
-from bon.verdict import verdict
+from bon.verdict import largest_drop, verdict
 from pipelines.artefacts import ArtefactError
 
 ENTRIES = ("proxy", "gold", "kl")
@@ -92,7 +92,13 @@ def series_findings(curves: Mapping[str, Curve]) -> dict:
         "drop": fallen,
         "rules": stopping_rules(curves),
         "fit": fit_curve(gold.d, gold.mean, gold.draws, "rl"),
-        "verdict": verdict(fallen, prompts=gold.values.shape[1], seeds=1, end=f"step {gold.x[last]}"),
+        "verdict": verdict(
+            fallen,
+            largest_drop(gold.mean, gold.draws),
+            prompts=gold.values.shape[1],
+            seeds=1,
+            end=f"step {gold.x[last]}",
+        ),
     }
 
 

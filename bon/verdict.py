@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bon.bootstrap import Interval
+from bon.bootstrap import Array, Interval, simultaneous
 
 RESOLUTION = 0.1
 """Of gold, in standard deviations within prompts: a drop that is smaller than this is called none."""
@@ -20,21 +20,30 @@ class Verdict:
     why: str
 
 
-def verdict(drop: Interval, *, prompts: int, seeds: int, end: str) -> Verdict:
-    """Judge the cross-fitted drop of gold from its best point to the end of the curve.
+def verdict(drop: Interval, most: float, *, prompts: int, seeds: int, end: str) -> Verdict:
+    """Judge the drop of gold from its best point to the end of the curve, in standard deviations within prompts.
 
     Args:
-        drop: in standard deviations of gold within prompts (`bon.bootstrap.cross_fitted_peak`).
+        drop: cross-fitted (`bon.bootstrap.cross_fitted_peak`): above 0, there is one.
+        most: upper bound of the drop from any point (`largest_drop`): only a small one excludes that there is one,
+            since the best point of a few noisy prompts may well be the last, and `drop` 0 without any spread.
         end: the last point, in words.
     """
     if drop.lo > 0:
         return Verdict(OVER_OPTIMISED, f"gold falls by {drop} SD from its best point to {end}")
-    if drop.hi > RESOLUTION:
-        more = math.ceil(prompts * (drop.half_width / RESOLUTION) ** 2)
+    if most > RESOLUTION:
+        more = math.ceil(prompts * (max(most, drop.half_width) / RESOLUTION) ** 2)
         many = f"some {max(more, prompts + 1)} prompts" if more < 100_000 else "far more prompts"
         return Verdict(
             CANNOT_CONCLUDE,
-            f"the drop of gold to {end}, {drop} SD, may be 0 or more than {RESOLUTION:g}: {many} would tell"
+            f"the drop of gold to {end}, {drop} SD, may be 0 or as much as {most:.2f}: {many} would tell"
             + ("" if seeds >= 3 else ", and at least 3 seeds"),
         )
-    return Verdict(NO_TURN_OVER, f"gold falls by no more than {max(drop.hi, 0):.2f} SD to {end}")
+    return Verdict(NO_TURN_OVER, f"gold falls by no more than {max(most, 0):.2f} SD to {end}")
+
+
+def largest_drop(mean: Array, draws: Array) -> float:
+    """95% upper bound, over all points of a curve [K] with draws [B, K] at once, of a point minus the last one."""
+    if len(mean) < 2:
+        return 0.0
+    return float(simultaneous(mean[:-1] - mean[-1], draws[:, :-1] - draws[:, -1:])[1].max())

@@ -366,6 +366,8 @@ class Study(Section):
     label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = (0.0,)
     ensembles: tuple[str, ...] = ("mean", "min")
     """Combiners of the seeds of a condition, from their scores: no model is run for them."""
+    soft_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    """Of soft best-of-n, in standard deviations of the proxy within prompts (empty: none)."""
     ppo_methods: tuple[str, ...] = ()
     """Methods that policies are trained against (empty: none)."""
     ppo_label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()

@@ -1,0 +1,187 @@
+"""What a study found, from its pools and series: computed by `bon.analysis` and `bon.series`, written as tables.
+
+study/curves.csv       every curve with intervals and simultaneous bands
+study/conditions.json  numbers, fits and verdict of each condition of best-of-n
+study/policies.json    the same of each policy, and rules of when to stop
+study/kl.csv, tail.csv, per_prompt.parquet, checks.json, figures/, study.html, study.md
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bon import analysis
+from bon.analysis import Curve, Plan
+from bon.pools import Pools, from_tables
+from bon.series import series_curves, series_findings
+from pipelines.artefacts import read_json, read_manifest, read_table, write_json, write_table
+from pipelines.config import Config
+from pipelines.data import stream_seed
+
+SERIES_COLUMNS = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}
+"""Column of a KL -> its kind, in order of preference."""
+
+
+@dataclass
+class Series:
+    """One RL run: rows of step, prompt_id, proxy, gold and a KL, one a sample."""
+
+    rows: list[dict]
+    proxy: str | None = None
+    """Name of its reward model among the pools' proxies."""
+
+
+@dataclass
+class Results:
+    pools: Pools
+    proxies: dict[str, np.ndarray]
+    """Condition or ensemble -> gains [S, P, N]."""
+    conditions: dict[str, list[str]]
+    curves: list[Curve] = field(default_factory=list)
+    found: dict[str, dict] = field(default_factory=dict)
+    policies: dict[str, dict] = field(default_factory=dict)
+    kl: list[dict] = field(default_factory=list)
+    tail: list[dict] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[dict]:
+        return [row for curve in self.curves for row in curve.rows()]
+
+
+def plan_of(cfg: Config, n_max: int) -> Plan:
+    return Plan(
+        np.arange(1, n_max + 1), draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
+        ensembles=cfg.study.ensembles, temperatures=cfg.study.soft_temperatures,
+    )  # fmt: skip
+
+
+def results(
+    pools: Pools,
+    conditions: Mapping[str, Sequence[str]],
+    series: Mapping[str, Series],
+    plan: Plan,
+    baseline: Mapping[str, str] | None = None,
+) -> Results:
+    """Everything that pools and series say.
+
+    Args:
+        conditions: name -> the proxies that differ in their seed only.
+        baseline: condition -> the condition that it is compared with, prompt by prompt and seed by seed.
+    """
+    out = Results(
+        pools, analysis.condition_proxies(pools, conditions, plan), {k: list(v) for k, v in conditions.items()}
+    )
+    bases = analysis.baselines(pools, plan)
+    gold = {}
+    for name, proxies in out.proxies.items():
+        curves = analysis.bon_curves(pools, name, proxies, plan)
+        gold[name] = curves["gold"]
+        against = (baseline or {}).get(name)
+        out.found[name] = analysis.findings(curves, bases[0], gold.get(against) if against != name else None)
+        out.curves += curves.values()
+        if name in conditions:
+            out.curves += analysis.soft_curves(pools, name, proxies, plan)
+            out.tail += [{"rm": name} | row for row in analysis.gold_by_proxy(pools, proxies)]
+    out.curves += bases
+    grid = plan.ns[np.unique(np.round(np.geomspace(1, len(plan.ns), 12)).astype(int) - 1)]
+    out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in conditions}, grid)
+    for name, one in series.items():
+        curves = series_curves(name, with_kl(one.rows), plan, pools=pools, proxy=one.proxy)
+        out.policies[name] = series_findings(curves)
+        out.curves += curves.values()
+    return out
+
+
+def with_kl(rows: Sequence[Mapping]) -> list[dict]:
+    """Rows with `kl` and `kl_kind`, from the best estimate that they have."""
+    if "kl" in rows[0]:
+        return list(rows)
+    column = next(c for c in SERIES_COLUMNS if c in rows[0])
+    return [{**row, "kl": row[column], "kl_kind": SERIES_COLUMNS[column]} for row in rows]
+
+
+def write(out: Path, found: Results) -> None:
+    """The tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "curves.csv", found.rows, analysis.COLUMNS)
+    write_csv(out / "kl.csv", found.kl)
+    write_csv(out / "tail.csv", found.tail)
+    write_json(out / "conditions.json", plain(found.found))
+    write_json(out / "policies.json", plain(found.policies))
+    write_table(out / "per_prompt.parquet", per_prompt(found))
+
+
+def per_prompt(found: Results) -> list[dict]:
+    """Gold gain of each prompt at powers of two, the mean over seeds."""
+    rows = []
+    for curve in found.curves:
+        if curve.method != "bon" or curve.metric != "gold":
+            continue
+        for k in np.flatnonzero(np.log2(curve.x) % 1 == 0):
+            values = curve.values[..., k].mean(axis=0).tolist()
+            rows += [
+                {"rm": curve.rm, "prompt_id": p, "n": int(curve.x[k]), "gold": v}
+                for p, v in zip(found.pools.prompt_ids, values, strict=True)
+            ]
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict], columns: Sequence[str] | None = None) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or (list(rows[0]) if rows else []))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plain(value):
+    """Dataclasses as dictionaries, for JSON; infinite numbers (the peak of a curve that never falls) as text."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def by_seed(names: Sequence[str]) -> dict[str, list[str]]:
+    """Proxies whose names differ in `-seed3`, `_seed3` or `.s3` at their end only, as one condition."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"[-_.]s(?:eed)?[-_]?\d+$", "", name), []).append(name)
+    return groups
+
+
+def read_pools(run_dir: Path, names: Sequence[str]) -> Pools:
+    """The pools of stage `bon` with the scores of these reward models."""
+    bon = run_dir / "bon"
+    scores = {name: read_table(bon / "scores" / f"{name}.parquet") for name in ("gold", *names)}
+    return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores)
+
+
+def read_policy(folder: Path, proxy: str) -> Series:
+    """The series that stage `eval` measured."""
+    return Series(read_table(folder / "eval" / "rl_eval.parquet"), proxy)
+
+
+def accuracies(run_dir: Path) -> dict[str, float]:
+    """Held-out accuracy of each reward model against clean labels."""
+    metrics = (read_manifest(run_dir / "rm") or {}).get("metrics", {})
+    return {name: m["accuracy_gold"]["mean"] for name, m in metrics.get("variants", {}).items()}
+
+
+def seconds(run_dir: Path, policies: Sequence[str]) -> list[tuple[str, float]]:
+    """Stage -> seconds it took, of the shared stages and of all policies together."""
+    stages = [(s, read_json(run_dir / s / "manifest.json")["seconds"]) for s in ("prompts", "preferences", "rm", "bon")]
+    for stage in ("ppo", "eval"):
+        times = [read_json(run_dir / "policies" / p / stage / "manifest.json")["seconds"] for p in policies]
+        stages += [(stage, sum(times))] if times else []
+    return stages
