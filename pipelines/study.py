@@ -8,6 +8,7 @@ by the stages, which resume and skip what is up to date.
     grm study --config F --dry-run    the plan and its cost
     grm study --config F --commands   a command a line: the first ones in order, then, from the blank line on, the PPO
                                       arms, in any order and in parallel (the tasks of a Slurm array, one GPU each)
+    grm study --scores PATH [--series PATH] --out FOLDER   analyse scores and RL series of other tools: no model is run
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from pipelines import launch, stages
-from pipelines.artefacts import ArtefactError, read_manifest
+from pipelines.artefacts import ArtefactError, read_manifest, read_table
 from pipelines.config import Config, RewardVariant
 from pipelines.load import ConfigError, load
 
@@ -68,8 +69,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost")
     parser.add_argument("--commands", action="store_true", help="print the commands, one a line, for a scheduler")
+    parser.add_argument("--scores", type=Path, help="pools with scores of others (layouts: bon/imports.py)")
+    parser.add_argument("--series", type=Path, help="RL series of others, one row a sample")
+    parser.add_argument("--out", type=Path, help="folder for what `--scores` shows")
     options = parser.parse_intermixed_args(argv)
     cfg = load(options.config or ["configs/study.yaml"], options.overrides)
+    if options.scores:
+        from pipelines.study_report import imported
+
+        print(imported(cfg, options.scores, options.series, options.out or Path("runs", options.scores.stem)))
+        return 0
     arms, policies = plan(cfg)
     cfg = expanded(cfg, arms)
     if options.dry_run:
@@ -97,9 +106,7 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
     noises = study.ppo_label_noise or study.label_noise
     if absent := sorted(set(noises) - set(study.label_noise)):
         raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
-    chosen = [
-        a for a in arms if a.method in study.ppo_methods and a.label_noise in noises and a.seed < study.ppo_seeds
-    ]
+    chosen = [a for a in arms if a.method in study.ppo_methods and a.label_noise in noises and a.seed < study.ppo_seeds]
     return arms, [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
 
 
@@ -160,6 +167,8 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
     for stage, settings, extra in todo:
         if stages.staleness(stage, settings) == []:
             print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
+            if stage == "preferences":
+                refuse_leaks(settings)
             continue
         distributed = stages.STAGES[stage].distributed
         if distributed and (faults := settings.batch_faults(launch.num_processes(settings))):
@@ -167,10 +176,25 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
         arguments = [stage, "--config", str(file), *extra]
         if status := launch.run_stage_process(settings, arguments, distributed=distributed):
             return status
-    from bon import study
+        if stage == "preferences":
+            refuse_leaks(settings)
+    from pipelines.study_report import report
 
-    print(study.analyse(cfg, arms, policies), file=sys.stderr)
+    print(report(cfg, arms, policies), file=sys.stderr)
     return 0
+
+
+def refuse_leaks(cfg: Config) -> None:
+    """ConfigError when a preference pair has a prompt on which the study measures."""
+    evaluated = {
+        r["prompt_id"] for r in read_table(cfg.run_dir / "prompts" / "prompts.parquet") if r["split"] == "eval"
+    }
+    pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet")
+    if shared := sorted({row["prompt_id"] for row in pairs} & evaluated):
+        raise ConfigError(
+            f"the study would train on {len(shared)} of its {len(evaluated)} evaluation prompts (first {shared[0]}): "
+            "leave them out of preferences.sources, or give preferences.decontaminate a file of the evaluation prompts"
+        )
 
 
 def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:

@@ -5,6 +5,7 @@ The numbers in brackets are those of the list that they come from, docs/study.md
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def leakage(prompts: Sequence[Mapping], evaluated: Iterable[str], trained: Itera
     texts = {row["prompt_id"]: normalised(row["prompt"]) for row in prompts}
     used = {texts[i] for i in trained if i in texts}
     same = sum(i in trained or texts.get(i) in used for i in evaluated)
-    grams = {i: _trigrams(texts[i]) for i in evaluated | trained if i in texts}
+    words = {row["prompt_id"]: " ".join(m["content"] for m in row["prompt"]) for row in prompts}
+    grams = {i: _trigrams(words[i].lower()) for i in evaluated | trained if i in words}
     where: dict[tuple, list[str]] = {}
     for i in trained & grams.keys():
         for gram in grams[i]:
@@ -55,7 +57,7 @@ def leakage(prompts: Sequence[Mapping], evaluated: Iterable[str], trained: Itera
 
 
 def _trigrams(text: str) -> set[tuple]:
-    words = text.split()
+    words = re.findall(r"\w+", text)
     return {tuple(words[k : k + 3]) for k in range(max(1, len(words) - 2))}
 
 
@@ -142,7 +144,7 @@ def enough(results: Results, series: Mapping[str, Series], policy_seeds: int) ->
     n_max = max(int(c.x[-1]) for c in results.curves if c.method == "bon" and c.metric == "gold")
     checks = [
         Check(f"at least {ENOUGH_SEEDS} reward models a condition", not few, ", ".join(few) or "all have"),
-        Check(f"at least {ENOUGH_PROMPTS} prompts", len(pools.prompt_ids) >= ENOUGH_PROMPTS, f"{len(pools.prompt_ids)}"),
+        Check(f"at least {ENOUGH_PROMPTS} prompts", pools.gold.shape[0] >= ENOUGH_PROMPTS, f"{pools.gold.shape[0]}"),
         Check(f"pools of at least {TRUSTED} n", pools.size >= TRUSTED * n_max,
               f"n to {n_max}, pools of {pools.size}: verdicts use n up to {pools.size // TRUSTED}"),
     ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""A whole study on the real model: reward models, pools, PPO, report; killed half way it ends with the same curves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+TINY = [
+    "--config", "configs/smoke.yaml", "study.methods=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
+    "study.label_noise=[0.25]", "study.ppo_methods=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2", "ppo.minibatches=1",
+    "bon.shard_prompts=4",
+]  # fmt: skip
+
+
+def command(runs):
+    return [sys.executable, "-m", "pipelines", "study", *TINY, f"run.dir={runs}"]
+
+
+def finish(runs) -> str:
+    done = subprocess.run(command(runs), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
+
+
+@pytest.mark.e2e
+def test_a_killed_study_ends_with_the_curves_of_an_unbroken_one(policy_path, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(whole)
+    out = whole / "smoke" / "study"
+    assert {"study.html", "curves.csv", "conditions.json", "policies.json", "checks.json", "kl.csv"} <= {
+        p.name for p in out.iterdir()
+    }
+    conditions = json.loads((out / "conditions.json").read_text())
+    assert set(conditions) >= {"bt-32pairs-noise0.25", "grm-32pairs-noise0.25", "grm-32pairs-noise0.25 x 2, mean"}
+    checks = {c["name"]: c["ok"] for c in json.loads((out / "checks.json").read_text())}
+    assert checks["training never reads gold"] and checks["label noise is what was asked"]
+    assert finish(whole).count("up to date") == 4 + 2
+
+    rm = broken / "smoke" / "rm.partial"
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command(broken), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.time() + 600
+            while len(list(rm.glob("*/metrics.json"))) < 2 and killed.poll() is None and time.time() < deadline:
+                time.sleep(0.1)
+        finally:
+            os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
+    assert rm.is_dir() and not (broken / "smoke" / "rm").exists(), (tmp_path / "log").read_text()[-3000:]
+    time.sleep(2)  # the ranks are in groups of their own where torchrun put them there
+    subprocess.run(["pkill", "-9", "-f", f"run.dir={broken}"], check=False)
+    kept = {p.parent.name: p.stat().st_mtime_ns for p in rm.glob("*/metrics.json")}
+    finish(broken)
+    assert all((broken / "smoke" / "rm" / n / "metrics.json").stat().st_mtime_ns == t for n, t in kept.items())
+    found, expected = ((d / "smoke" / "study" / "curves.csv").read_text() for d in (broken, whole))
+    assert found == expected
