@@ -71,7 +71,8 @@ def summary(found: Results) -> list[str]:
 
 def condition_table(found: Results, accuracy: Mapping[str, float]) -> list[list[str]]:
     n = next(iter(found.found.values()))["n_trusted"]
-    head = ["condition", "verdict", "seeds", "accuracy", f"gold, best of {n}", "against its baseline", "efficiency", "harmed",
+    head = ["condition", "verdict", "seeds", "accuracy", f"gold, best of {n}", "against its baseline",
+            "efficiency", "harmed",
             "peak at n", "drop from the peak"]  # fmt: skip
     rows = []
     for name, f in found.found.items():
