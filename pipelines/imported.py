@@ -11,6 +11,9 @@ from pipelines.config import Config
 from pipelines.data import normalised, opening, prompt_id, unit_interval
 from pipelines.sources import Malformed, read_pairs
 
+CONTRADICTED = "a copy prefers the other response"
+"""Neither copy is used: which of them is wrong is not known."""
+
 
 def import_pairs(
     cfg: Config, prompts: Path, out: Path | None = None
@@ -32,12 +35,14 @@ def import_pairs(
         raise ArtefactError("data.splits.rm_train and rm_val also divide imported pairs: set both above 0")
     share = asked.rm_val / (asked.rm_train + asked.rm_val)
     splits: dict[str, list[dict]] = {"rm_train": [], "rm_val": []}
-    dropped, malformed, seen, bad = {}, Malformed(), set(), {}
+    malformed, bad = Malformed(), {}
+    dropped: dict[str, Counter] = {}
+    seen: dict[str, tuple[str, str]] = {}  # pair -> the response it prefers, and its source
+    contradicted: set[str] = set()
     for name, source in cfg.preferences.sources.items():
-        before, counts, kept = malformed.counts.total(), Counter(), []
-        read = untied = 0
-        for pair in read_pairs(source, malformed):
-            read += 1
+        before, counts, kept = (malformed.counts.total(), malformed.read), dropped.setdefault(name, Counter()), []
+        untied = 0
+        for pair in read_pairs(source, malformed, name):
             if pair["tie"]:
                 counts["tie"] += 1
                 continue
@@ -47,23 +52,27 @@ def import_pairs(
             row = as_row(pair, cfg.data.system)
             if reason := _unwanted(row, seen, banned):
                 counts[reason] += 1
+                contradicted |= {row["pair_id"]} if reason == CONTRADICTED else set()
                 continue
-            seen.add(row["pair_id"])
+            seen[row["pair_id"]] = row["chosen"], name
             kept.append(row)
+        wrong, read = malformed.counts.total() - before[0], malformed.read - before[1]
         if not read:
             raise ArtefactError(f"preferences.sources.{name}: no pair; " + ("; ".join(malformed.lines()) or "no rows"))
-        bad[name] = (malformed.counts.total() - before, read)
+        bad[name] = (wrong, read)
         kept.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"pairs/{cfg.run.seed}"))
-        dropped[name] = dict(counts)
         for row in kept[: source.max_pairs]:
             split = "rm_val" if unit_interval(opening(row["prompt"]), salt="split") < share else "rm_train"
             splits[split].append(row | {"split": split, "weight": source.weight})
     if out is not None:  # before the shares are judged: the user who is told of too many wants to see them
         write_jsonl(out / "rejected.jsonl", malformed.rows)
     check_shares(cfg, bad, malformed)
-    for rows in splits.values():
+    for pair in contradicted:
+        dropped[seen[pair][1]][CONTRADICTED] += 1
+    for split, rows in splits.items():
+        splits[split] = rows = [row for row in rows if row["pair_id"] not in contradicted]
         rows.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"order/{cfg.run.seed}"))
-    return splits, dropped, malformed
+    return splits, {name: dict(counts) for name, counts in dropped.items()}, malformed
 
 
 def evaluation_prompts(cfg: Config, prompts: Path) -> set[str]:
@@ -111,9 +120,9 @@ def repeated(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _unwanted(row: dict, seen: set[str], banned: set[str]) -> str | None:
+def _unwanted(row: dict, seen: dict[str, tuple[str, str]], banned: set[str]) -> str | None:
     if row["pair_id"] in seen:
-        return "stands twice"
+        return "stands twice" if seen[row["pair_id"]][0] == row["chosen"] else CONTRADICTED
     prompt = row["prompt"]
     parts = (prompt[: i + 1] for i, m in enumerate(prompt) if m["role"] == "user")
     return "prompt of an evaluation set" if any(normalised(part) in banned for part in parts) else None
@@ -123,7 +132,7 @@ def check_shares(cfg: Config, bad: dict[str, tuple[int, int]], malformed: Malfor
     """ArtefactError when a source has more malformed rows than `preferences.max_rejected_share`.
 
     Args:
-        bad: source -> (malformed rows, pairs read).
+        bad: source -> (malformed rows, rows that could be used).
     """
     asked = cfg.preferences.max_rejected_share
     for name, (wrong, read) in bad.items():

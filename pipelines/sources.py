@@ -37,6 +37,8 @@ class Malformed:
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
+    read: int = 0
+    """Rows that could be used."""
 
     def add(self, reason: str, where: str) -> None:
         self.counts[reason] += 1
@@ -48,27 +50,45 @@ class Malformed:
         return [f"{n} x {reason} ({', '.join(self.first[reason])})" for reason, n in self.counts.most_common()]
 
 
-def read_pairs(source: PreferenceSource, malformed: Malformed) -> Iterator[dict]:
+def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[dict]:
     """Pairs in the order of the rows: source, prompt, prompt_id, chosen, rejected, margin, tie, row.
 
     `margin` is the difference of the two ratings or None; where `tie`, which response is chosen means nothing. `row`
-    counts from 1 within the file. Rows that make no pair go to `malformed`.
+    counts from 1 within the file. Rows that make no pair go to `malformed`. `name` is the source of rows that tell
+    none themselves (by default the file's).
 
     Raises:
         DataError: nothing at `source.path`, or a layout that is not recognised.
     """
-    for name, rows in _tables(source, malformed):
-        first = next(rows, None)
-        if first is None:
-            continue
-        layout = recognise(first[1], name) if source.layout == "auto" else source.layout
-        rows = _chain(first, rows)
-        found = _rated(rows, name, malformed) if layout == "ratings" else _each(rows, LAYOUTS[layout], name, malformed)
+    for file, rows in _tables(source, malformed):
+        layout, rows = _recognised(rows, file, malformed) if source.layout == "auto" else (source.layout, rows)
+        if layout == "ratings":
+            found = _rated(rows, file, malformed, name or file)
+        else:
+            found = _each(rows, LAYOUTS.get(layout), file, malformed, name or file)
         for number, pair in found:
             if pair["chosen"] == pair["rejected"]:
-                malformed.add("chosen and rejected are identical", f"{name} row {number}")
+                malformed.add("chosen and rejected are identical", f"{file} row {number}")
+                malformed.read -= layout != "ratings"  # there a row is a response, and stays a good one
             else:
                 yield pair | {"row": number, "prompt_id": prompt_id(pair["prompt"])}
+
+
+def _recognised(rows: Iterator[tuple], file: str, malformed: Malformed) -> tuple[str | None, Iterator[tuple]]:
+    """The layout of the first row that is of any, and the rows from it on; rows before it are malformed."""
+    odd: list[tuple[int, DataError]] = []
+    for number, row in rows:
+        try:
+            layout = recognise(row, file)
+        except DataError as error:
+            odd.append((number, error))
+            continue
+        for before, _ in odd:
+            malformed.add("columns of no known layout", f"{file} row {before}")
+        return layout, _chain((number, row), rows)
+    if odd:
+        raise odd[0][1]
+    return None, iter(())
 
 
 def recognise(row: dict, where: str) -> str:
@@ -185,17 +205,19 @@ def _number(value: object) -> float:
     return number
 
 
-def _each(rows: Iterable[tuple[int, dict]], read: Callable, name: str, malformed: Malformed) -> Iterator[tuple]:
+def _each(
+    rows: Iterable[tuple[int, dict]], read: Callable, file: str, malformed: Malformed, name: str
+) -> Iterator[tuple]:
     for number, row in rows:
-        if (pair := _tried(read, row, name, number, malformed)) is not None:
+        if (pair := _tried(read, row, name, f"{file} row {number}", malformed)) is not None:
             yield number, pair
 
 
-def _rated(rows: Iterable[tuple[int, dict]], name: str, malformed: Malformed) -> Iterator[tuple]:
+def _rated(rows: Iterable[tuple[int, dict]], file: str, malformed: Malformed, name: str) -> Iterator[tuple]:
     """Each two rated responses of a prompt; the number is that of the later row."""
     prompts: dict[str, list[tuple]] = {}
     for number, row in rows:
-        read = _tried(_rating, row, name, number, malformed)
+        read = _tried(_rating, row, name, f"{file} row {number}", malformed)
         if read is not None:
             prompts.setdefault(prompt_id(read[0]), []).append((number, *read))
     for group in prompts.values():
@@ -216,16 +238,18 @@ def _rating(row: dict, name: str) -> tuple[list[Message], str, float, str]:
     return pair["prompt"], row["response"], _number(row[column]), str(row.get("source") or name)
 
 
-def _tried(read: Callable, row: dict, name: str, number: int, malformed: Malformed):
+def _tried(read: Callable, row: dict, name: str, where: str, malformed: Malformed):
     """What `read` makes of a row; None, with the reason kept, when it refuses."""
     try:
-        return read(row, name)
+        found = read(row, name)
+        malformed.read += 1
+        return found
     except KeyError as error:
-        malformed.add(f"no column {error.args[0]!r}", f"{name} row {number}")
+        malformed.add(f"no column {error.args[0]!r}", where)
     except DataError as error:
-        malformed.add(str(error), f"{name} row {number}")
+        malformed.add(str(error), where)
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        malformed.add(f"a column of another type ({error})", f"{name} row {number}")
+        malformed.add(f"a column of another type ({error})", where)
 
 
 def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[str, Iterator[tuple[int, dict]]]]:

@@ -232,3 +232,71 @@ def test_weights_repeat_training_pairs():
         counts[row["pair_id"]] += 1
     assert set(counts.values()) == {2, 3}
     assert sum(counts.values()) / len(rows) == pytest.approx(2.5, abs=0.1)
+
+
+def test_copies_that_contradict_each_other_are_both_left_out(tmp_path):
+    first = write(tmp_path / "a.jsonl", *many(4))
+    second = write(tmp_path / "b.jsonl", unified(0, 1, prompt="question 2"), unified(prompt="question 3"))
+    sources = {"one": {"path": first}, "two": {"path": second}}
+    splits, dropped, _ = import_pairs(settings(tmp_path, sources=sources), tmp_path)
+    kept = sorted(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
+    assert kept == ["question 0", "question 1", "question 3"]
+    assert dropped == {
+        "one": {"a copy prefers the other response": 1},
+        "two": {"a copy prefers the other response": 1, "stands twice": 1},
+    }
+
+
+def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
+    found, malformed = pairs_of(write(tmp_path / "u.jsonl", {"note": "made by hand"}, *many(3)))
+    assert len(found) == 3 and found[0]["row"] == 2
+    assert malformed.lines() == ["1 x columns of no known layout (u row 1)"]
+
+
+def test_rows_without_a_source_have_that_of_the_configuration(tmp_path):
+    rows = [{"prompt": f"Hi {i}", "chosen": "good", "rejected": "bad"} for i in range(8)]
+    path = write(tmp_path / "file.jsonl", *rows, {**rows[0], "prompt": "Bye", "source": "its own"})
+    splits, _, _ = import_pairs(settings(tmp_path, sources={"mine": {"path": path}}), tmp_path)
+    assert {r["source"] for rows in splits.values() for r in rows} == {"mine", "its own"}
+
+
+def test_the_share_of_bad_ratings_is_of_rows_not_of_pairs(tmp_path):
+    """Ten responses to one prompt are 45 pairs; one bad row of eleven is a share of 1 / 11."""
+    rows = [{"prompt": "Hi", "response": f"r{i}", "rating": i} for i in range(10)]
+    path = write(tmp_path / "r.jsonl", *rows, {"prompt": "Hi", "response": "", "rating": 3})
+    with pytest.raises(ArtefactError, match="r: 1 of 11 rows are malformed"):
+        import_pairs(settings(tmp_path, sources={"r": {"path": path}}, max_rejected_share=0.05), tmp_path)
+
+
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        if options["split"] != "train":
+            raise ValueError("Unknown split")
+        return datasets.Dataset.from_list(many(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found, _ = pairs_of("llm-blender/Unified-Feedback", subset="all", revision="abc")
+    assert [p["row"] for p in found] == [1, 2, 3] and found[0]["source"] == "x/y"
+    assert asked == [(("llm-blender/Unified-Feedback", "all"), {"split": "train", "revision": "abc"})]
+    with pytest.raises(DataError, match="the hub gives no split 'test' of it: Unknown split"):
+        pairs_of("llm-blender/Unified-Feedback", split="test")
+
+
+@pytest.mark.parametrize(
+    ("row", "margin"),
+    [
+        ({"chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"), "prompt": "Hi", "chosen_score": 4.0,
+          "rejected_score": 1.5}, 2.5),  # preference_700K
+        ({"chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"), "source": "magpie"}, None),  # Skywork-80K
+        ({"prompt": "Hi", "prompt_id": "1", "chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"),
+          "messages": chat("Hi", "good"), "score_chosen": 8.0, "score_rejected": 8.0}, 0.0),  # UltraFeedback, a tie
+    ],
+)  # fmt: skip
+def test_rows_as_they_are_published(tmp_path, row, margin):
+    (found,), malformed = pairs_of(write(tmp_path / "p.jsonl", row))
+    assert essentials(found) == (["Hi"], "good", "bad", margin, margin == 0.0) and not malformed.counts
