@@ -246,7 +246,8 @@ def within_prompt_correlation(a: Array, b: Array) -> Interval:
     x, y = gains(a), gains(b)
     parts = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=-1)[None]  # [1, P, 3]
     of = lambda sums: sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2])  # noqa: E731
-    return interval(float(of(parts.mean(axis=(0, 1)))), of(crossed_draws(parts, 1000, 0)))
+    drawn = np.maximum(crossed_draws(parts, 1000, 0), [-np.inf, 1e-12, 1e-12])  # a draw of prompts without spread
+    return interval(float(of(parts.mean(axis=(0, 1)))), of(drawn).clip(-1, 1))
 
 
 def gold_by_proxy(pools: Pools, proxies: Array, bins: int = 10) -> list[dict]:

@@ -97,6 +97,7 @@ def series_findings(curves: Mapping[str, Curve]) -> dict:
             largest_drop(gold.mean, gold.draws),
             prompts=gold.values.shape[1],
             seeds=1,
+            points=len(gold.x),
             end=f"step {gold.x[last]}",
         ),
     }

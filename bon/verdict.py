@@ -9,6 +9,8 @@ from bon.bootstrap import Array, Interval, simultaneous
 
 RESOLUTION = 0.1
 """Of gold, in standard deviations within prompts: a drop that is smaller than this is called none."""
+LEAST_POINTS, LEAST_PROMPTS = 3, 20
+"""Fewer show no curve, or give the bootstrap nothing to draw from."""
 OVER_OPTIMISED = "over-optimised"
 NO_TURN_OVER = "no turn-over within range"
 CANNOT_CONCLUDE = "cannot conclude"
@@ -20,15 +22,22 @@ class Verdict:
     why: str
 
 
-def verdict(drop: Interval, most: float, *, prompts: int, seeds: int, end: str) -> Verdict:
+def verdict(drop: Interval, most: float, *, prompts: int, seeds: int, points: int, end: str) -> Verdict:
     """Judge the drop of gold from its best point to the end of the curve, in standard deviations within prompts.
 
     Args:
         drop: cross-fitted (`bon.bootstrap.cross_fitted_peak`): above 0, there is one.
         most: upper bound of the drop from any point (`largest_drop`): only a small one excludes that there is one,
             since the best point of a few noisy prompts may well be the last, and `drop` 0 without any spread.
+        points: of the curve within the range that is judged.
         end: the last point, in words.
     """
+    if points < LEAST_POINTS or prompts < LEAST_PROMPTS:
+        return Verdict(
+            CANNOT_CONCLUDE,
+            f"{points} points on {prompts} prompts: at least {LEAST_POINTS} and {LEAST_PROMPTS} are needed (best-of-n "
+            "is judged up to a quarter of the pool)",
+        )
     if drop.lo > 0:
         return Verdict(OVER_OPTIMISED, f"gold falls by {drop} SD from its best point to {end}")
     if most > RESOLUTION:

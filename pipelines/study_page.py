@@ -29,7 +29,7 @@ CAPTIONS = {
     "length": "Left: length of what is chosen. Right: gold of choosing by proxy, the longest, or at random.",
     "harm": "Gold gain prompt by prompt.",
 }
-DATA = {"conditions": "conditions.json", "gold_by_proxy": "tail.csv", "harm": "per_prompt.parquet"}
+DATA = {"conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv"}
 """File of a figure's numbers, where that is not curves.csv."""
 
 

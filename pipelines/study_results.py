@@ -3,7 +3,7 @@
 study/curves.csv       every curve with intervals and simultaneous bands
 study/conditions.json  numbers, fits and verdict of each condition of best-of-n
 study/policies.json    the same of each policy, and rules of when to stop
-study/kl.csv, tail.csv, per_prompt.parquet, checks.json, figures/, study.html, study.md
+study/kl.csv, tail.csv, per_prompt.parquet (and .csv), checks.json, figures/, study.html, study.md
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from bon import analysis
 from bon.analysis import Curve, Plan
+from bon.bootstrap import Interval
 from bon.pools import Pools, from_tables
 from bon.series import series_curves, series_findings
 from pipelines.artefacts import read_json, read_manifest, read_table, write_json, write_table
@@ -114,7 +115,21 @@ def write(out: Path, found: Results) -> None:
     write_csv(out / "tail.csv", found.tail)
     write_json(out / "conditions.json", plain(found.found))
     write_json(out / "policies.json", plain(found.policies))
-    write_table(out / "per_prompt.parquet", per_prompt(found))
+    write_csv(out / "conditions.csv", [flat(name, facts) for name, facts in found.found.items()])
+    prompts = per_prompt(found)
+    write_table(out / "per_prompt.parquet", prompts)
+    write_csv(out / "per_prompt.csv", prompts)
+
+
+def flat(name: str, facts: Mapping) -> dict:
+    """One row of `conditions.csv`: each interval as three columns."""
+    row = {"rm": name, "verdict": facts["verdict"].kind}
+    for key, value in facts.items():
+        if isinstance(value, Interval):
+            row |= {key: value.mean, f"{key}_lo": value.lo, f"{key}_hi": value.hi}
+        elif isinstance(value, int | float):
+            row[key] = value
+    return row
 
 
 def per_prompt(found: Results) -> list[dict]:
@@ -134,7 +149,7 @@ def per_prompt(found: Results) -> list[dict]:
 
 def write_csv(path: Path, rows: list[dict], columns: Sequence[str] | None = None) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns or (list(rows[0]) if rows else []))
+        writer = csv.DictWriter(file, columns or list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
 

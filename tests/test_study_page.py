@@ -69,6 +69,8 @@ def test_the_tables_hold_the_results(study, folder):
     facts = json.loads((folder / "conditions.json").read_text())
     assert facts["grm"]["difference"]["lo"] < facts["grm"]["difference"]["hi"] and facts["bt"]["difference"] is None
     assert json.loads((folder / "policies.json").read_text())["bt-seed0-kl0"]["verdict"]["kind"]
+    table = {r["rm"]: r for r in csv.DictReader((folder / "conditions.csv").open())}
+    assert float(table["grm"]["gold"]) == pytest.approx(facts["grm"]["gold"]["mean"]) and table["bt"]["verdict"]
     methods = {r["method"] for r in rows}
     assert methods == {"bon", "soft_bon", "ppo"}
 

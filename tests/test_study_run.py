@@ -54,7 +54,7 @@ def test_a_killed_study_ends_with_the_curves_of_an_unbroken_one(policy_path, tmp
             killed.wait()
     assert rm.is_dir() and not (broken / "smoke" / "rm").exists(), (tmp_path / "log").read_text()[-3000:]
     time.sleep(2)  # the ranks are in groups of their own where torchrun put them there
-    subprocess.run(["pkill", "-9", "-f", f"run.dir={broken}"], check=False)
+    subprocess.run(["pkill", "-9", "-f", str(broken)], check=False)
     kept = {p.parent.name: p.stat().st_mtime_ns for p in rm.glob("*/metrics.json")}
     finish(broken)
     assert all((broken / "smoke" / "rm" / n / "metrics.json").stat().st_mtime_ns == t for n, t in kept.items())
