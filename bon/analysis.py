@@ -231,7 +231,7 @@ def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = 
         "difference": paired,
         "fit": fit_curve(trusted.d[1:], trusted.mean[1:], trusted.draws[:, 1:], "bon") if k else None,
         "verdict": verdict(
-            fallen, largest_drop(trusted.mean, trusted.draws), prompts=P, seeds=S, end=f"n = {gold.x[k]}"
+            fallen, largest_drop(trusted.mean, trusted.draws), prompts=P, seeds=S, points=k + 1, end=f"n = {gold.x[k]}"
         ),
     }
 
