@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STAGES := prompts preferences rm bon ppo eval report
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup test study human-preferences lint help
+.PHONY: $(STAGES) setup test study human-preferences ppo-seeds lint help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -45,6 +45,9 @@ human-preferences: | $(GRM)  ## reward models on the human preferences of RLHF_D
 	@$(GRM) prompts --config configs/human.yaml
 	@.venv/bin/python -m benchmarks.human_preferences train
 	@.venv/bin/python -m benchmarks.human_preferences table
+
+ppo-seeds: rm | $(GRM)  ## PPO with three seeds against one reward model, and its learning curves
+	@.venv/bin/python -m benchmarks.ppo_seeds --config $(CONFIG) $(SET)
 
 lint: | $(GRM)       ## check style and format
 	@.venv/bin/ruff check .

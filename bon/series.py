@@ -10,7 +10,7 @@ from bon.analysis import Curve, Plan, scale
 from bon.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
 from bon.fits import fit_curve
 from bon.pools import Pools
-from bon.verdict import largest_drop, verdict
+from bon.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, largest_drop, verdict
 from pipelines.artefacts import ArtefactError
 
 ENTRIES = ("proxy", "gold", "kl")
@@ -81,25 +81,30 @@ def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:
 
 def series_findings(curves: Mapping[str, Curve]) -> dict:
     """Numbers and verdict of one run."""
-    gold = curves["gold"]
+    gold, proxy = curves["gold"], curves["proxy"]
     _, drop, _ = cross_fitted_peak(gold.values, gold.seed)
     fallen, last = _over_prompts(drop, gold), len(gold.x) - 1
+    judged = verdict(
+        fallen,
+        largest_drop(gold.mean, gold.draws),
+        prompts=gold.values.shape[1],
+        seeds=1,
+        points=len(gold.x),
+        end=f"step {gold.x[last]}",
+    )
+    rise = _over_prompts(proxy.values[..., -1:] - proxy.values[..., :1], proxy)
+    if rise.lo <= 0 and judged.kind != CANNOT_CONCLUDE:
+        judged = Verdict(NOT_OPTIMISED, f"the proxy itself changed by {rise} SD: this training did not optimise it")
     return {
         "step": int(gold.x[last]),
         "kl": float(gold.kl[last]),
         "gold": gold.at(last),
-        "proxy": curves["proxy"].at(last),
+        "proxy": proxy.at(last),
+        "proxy_rise": rise,
         "drop": fallen,
         "rules": stopping_rules(curves),
         "fit": fit_curve(gold.d, gold.mean, gold.draws, "rl"),
-        "verdict": verdict(
-            fallen,
-            largest_drop(gold.mean, gold.draws),
-            prompts=gold.values.shape[1],
-            seeds=1,
-            points=len(gold.x),
-            end=f"step {gold.x[last]}",
-        ),
+        "verdict": judged,
     }
 
 

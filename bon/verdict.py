@@ -14,6 +14,8 @@ LEAST_POINTS, LEAST_PROMPTS = 3, 20
 OVER_OPTIMISED = "over-optimised"
 NO_TURN_OVER = "no turn-over within range"
 CANNOT_CONCLUDE = "cannot conclude"
+NOT_OPTIMISED = "not optimised"
+"""Of a policy whose proxy reward did not rise: what its gold does says nothing of over-optimisation."""
 
 
 @dataclass(frozen=True, slots=True)

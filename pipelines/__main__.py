@@ -14,6 +14,7 @@ from pipelines import launch, stages
 from pipelines.artefacts import ArtefactError
 from pipelines.data import DataError
 from pipelines.load import ConfigError, load
+from pipelines.stopping import EXIT_STOPPED, Stopped
 
 GOLD = ("prompts", "preferences", "rm")
 """The stages of `grm gold`."""
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ArtefactError, DataError) as error:
         print(f"grm: {error}", file=sys.stderr)
         return 2
+    except Stopped as reason:
+        stages.say(f"grm: {reason}")
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -128,7 +128,8 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Of the last update, before clipping, over all ranks."""
+        """Of the last update, before clipping, over all ranks; NaN at ZeRO stage 0 in float32, where DeepSpeed clips but
+        does not tell."""
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 

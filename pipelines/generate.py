@@ -94,6 +94,18 @@ class Generator:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, ignore_eos=True, detokenize=False)
         return [group[0] for group in self._run(prompts, sampling)]
 
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs at T = 1 of each token of each sequence but its first, given those before it."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        inputs = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights; names and shapes are those of the Hugging Face model.
 

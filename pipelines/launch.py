@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from pipelines.config import Config
+from pipelines.stopping import EXIT_STOPPED, MARK
 
+STOP_SECONDS = 1800
 STARTED = "GRM_STAGE_STARTED"
 
 
@@ -36,9 +39,20 @@ def run_stage_process(cfg: Config, arguments: list[str], *, distributed: bool) -
     ranks = num_processes(cfg) if distributed else 1
     # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    launcher = torchrun if distributed else []
+    # Ranks that are told to stop end their step and save; torchrun would kill them after 30 seconds.
+    launcher = [*torchrun, f"--shutdown-timeout={STOP_SECONDS}"] if distributed else []
     command = [sys.executable, *launcher, "-m", "pipelines", *arguments]
-    return subprocess.run(command, env={**os.environ, **environment(ranks)}).returncode
+    stage = subprocess.Popen(command, env={**os.environ, **environment(ranks)})
+    signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+    status = stage.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    mark = cfg.run_dir / f"{arguments[0]}.partial" / MARK
+    if status and mark.is_file():
+        print(
+            f"{arguments[0]}: stopped {mark.read_text().strip()}; the same command goes on from there", file=sys.stderr
+        )
+        return EXIT_STOPPED
+    return status if status >= 0 else 128 - status
 
 
 def environment(ranks: int) -> dict[str, str]:

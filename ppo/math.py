@@ -41,6 +41,17 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref)).sum(-1)
 
 
+def kl_loss(logp: Tensor, ref_logp: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
+    """KL(pi || pi_0) as a term of the loss, a mean over tokens; inputs [B, T], tokens sampled from pi.
+
+    Its value is that of k3; its gradient is that of k2, (log pi - log pi_0) d log pi, whose expectation is the gradient
+    of the KL. That of k3 itself is the gradient of the reverse KL.
+    """
+    logp, ref_logp = torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0)
+    k2, k3 = kl_k2(logp, ref_logp), kl_k3(logp, ref_logp).detach()
+    return masked_mean(k2 - k2.detach() + k3, mask, denominator)
+
+
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tensor:
     """-coef * kl [B, T] on every response token, plus the score [B] on the last one (Ziegler et al. 1909.08593)."""
     rewards = torch.where(mask, -coef * kl, 0.0)
@@ -65,6 +76,37 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         advantages[:, t] = running
         following = values[:, t]
     return advantages, advantages + values
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """sum_k gamma^k r_{t+k} [B, T]: what GAE gives with lambda = 1 and no critic."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def rloo(returns: Tensor, groups: Tensor) -> Tensor:
+    """Each response's return less the mean return of the others to its prompt (2402.14740, eq. 7).
+
+    returns: [N] of whole responses; groups: [N], equal for responses to one prompt, at least two of each.
+    """
+    sums, counts = _of_groups(returns, groups)
+    return returns - (sums - returns) / (counts - 1)
+
+
+def grpo(returns: Tensor, groups: Tensor) -> Tensor:
+    """(return - mean) / std over the responses to a prompt (2402.03300, section 4.1.2); arguments as in `rloo`.
+
+    A group whose returns are all equal has advantage 0.
+    """
+    sums, counts = _of_groups(returns, groups)
+    centred = returns - sums / counts
+    variance = _of_groups(centred.square(), groups)[0] / (counts - 1)
+    return centred / (variance.sqrt() + 1e-6)
+
+
+def _of_groups(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and size [N] of the group that each element belongs to."""
+    same = (groups[:, None] == groups[None, :]).to(x.dtype)
+    return same @ x, same.sum(-1)
 
 
 def masked_mean(x: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
@@ -121,7 +163,10 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Half the mean of the larger of plain and clipped squared error, and the share clipped; inputs [B, T]."""
+    """Half the mean of the larger of plain and clipped squared error, and the share clipped; inputs [B, T].
+
+    `clip` may be infinite: then nothing is clipped.
+    """
     values, old, target = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = old + (values - old).clamp(-clip, clip)
     plain, clipped = (values - target).square(), (near - target).square()

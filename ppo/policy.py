@@ -26,12 +26,14 @@ class PolicyModule(nn.Module):
         is_response: Tensor,
         *,
         reference: bool = False,
+        temperature: float | None = None,
         with_entropy: bool = False,
         lower: Lower | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [B, L-1] of token t+1 at column t, 0 outside responses, float32; entropy alike or None.
 
         is_response: [B, L-1], True where the predicted token belongs to a response.
+        temperature: in place of the module's own.
         lower: output of the layers that the reference shares, if they have been run.
         """
         with self.lm.disable_adapter() if reference and hasattr(self.lm, "peft_config") else nullcontext():
@@ -40,7 +42,7 @@ class PolicyModule(nn.Module):
                 self.lm.get_output_embeddings(),
                 hidden[:, :-1][is_response],
                 input_ids[:, 1:][is_response],
-                self.temperature,
+                temperature or self.temperature,
                 with_entropy=with_entropy,
             )
         return scatter(logps, is_response), None if entropy is None else scatter(entropy, is_response)

@@ -31,6 +31,7 @@ class Micro:
     sampler_logprobs: Tensor
     proxy: Tensor  # [B], raw reward
     finished: Tensor  # [B], False where cut off
+    group: Tensor  # [B], equal for responses to one prompt
     logprobs: Tensor = None
     ref_logprobs: Tensor = None
     values: Tensor = None
@@ -73,19 +74,22 @@ def collect(trainer, step: int) -> Rollout:
     """Sample, score and evaluate one step's rollouts with the current weights. `trainer` is ppo.train.Trainer."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     clock = Clock()
-    rows = prompts_of_step(trainer.prompts, step, cfg.ppo.rollouts, cfg.run.seed)
+    rows = prompts_of_step(trainer.prompts, step, cfg.ppo.prompts_per_step, trainer.seed)
     prompt_ids = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     trainer.generator.wake()
-    seed = stream_seed(cfg.run.seed, "ppo", "rollout", step, engine.rank())
-    completions = [group[0] for group in trainer.generator.generate(prompt_ids, seed=seed)]
+    seed = stream_seed(trainer.seed, "ppo", "rollout", step, engine.rank())
+    groups = trainer.generator.generate(prompt_ids, n=cfg.ppo.samples_per_prompt, seed=seed)
     trainer.generator.sleep()
+    completions = [c for group in groups for c in group]
+    owner = [i for i, group in enumerate(groups) for _ in group]
+    rows, prompt_ids = ([of_prompt[i] for i in owner] for of_prompt in (rows, prompt_ids))
     clock.lap("generate")
     answered = [
         [*row["prompt"], {"role": "assistant", "content": c.text}] for row, c in zip(rows, completions, strict=True)
     ]
     rewards = trainer.proxy.score(answered)
     clock.lap("score")
-    micros = make_micros(prompt_ids, completions, rewards, tokenizer.pad_id, cfg.ppo.micro_batch)
+    micros = make_micros(prompt_ids, completions, rewards, owner, tokenizer.pad_id, cfg.ppo.micro_batch)
     for micro in micros:
         evaluate(trainer, micro)
     clock.lap("logprobs")
@@ -104,7 +108,12 @@ def collect(trainer, step: int) -> Rollout:
 
 
 def make_micros(
-    prompts: list[list[int]], completions: list[Completion], rewards: Tensor, pad_id: int, size: int
+    prompts: list[list[int]],
+    completions: list[Completion],
+    rewards: Tensor,
+    groups: list[int],
+    pad_id: int,
+    size: int,
 ) -> list[Micro]:
     """Micro-batches of `size` rows, sorted by length so that little is padding."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i].token_ids))
@@ -121,7 +130,8 @@ def make_micros(
             is_response[b, first : first + count] = True
             sampler[b, first : first + count] = torch.tensor(completions[i].logprobs)
         finished = torch.tensor([completions[i].finished for i in rows], device=ids.device)
-        micros.append(Micro(ids, mask, is_response, sampler, rewards[rows].to(ids.device), finished))
+        group = torch.tensor([groups[i] for i in rows], device=ids.device)
+        micros.append(Micro(ids, mask, is_response, sampler, rewards[rows].to(ids.device), finished, group))
     return micros
 
 
@@ -132,7 +142,8 @@ def evaluate(trainer, micro: Micro) -> None:
     micro.lower = trainer.lower(*inputs[:2]) if trainer.lower else None
     micro.logprobs = trainer.actor(*inputs, lower=micro.lower)[0]
     micro.ref_logprobs = trainer.reference(*inputs, reference=True, lower=micro.lower)[0]
-    micro.values = trainer.values(micro)
+    if trainer.critic:
+        micro.values = trainer.learner.values(micro)
     cap = trainer.cfg.ppo.clip.importance_weight
     micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
 

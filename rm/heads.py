@@ -85,3 +85,21 @@ def make_head(kind: str, hidden_size: int) -> nn.Module:
     if kind in ("inform", "odin"):
         return {"inform": InformHead, "odin": OdinHead}[kind](hidden_size)
     raise ValueError(f"head {kind!r}: known are linear, mlp, inform, odin")
+
+
+def zero_output(model: nn.Module) -> None:
+    """Make `model.head` give 0 everywhere, keeping the layers below its last one: the start of a critic.
+
+    A head that is not a plain chain of layers becomes a linear one.
+    """
+    if isinstance(model.head, nn.Sequential):
+        last = model.head[-1]
+    elif isinstance(model.head, Float32Linear):
+        last = model.head
+    else:
+        like = next(model.head.parameters())
+        model.head_kind = "linear"
+        model.head = make_head("linear", model.lm.config.hidden_size).to(dtype=like.dtype, device=like.device)
+        last = model.head
+    for weight in last.parameters():
+        nn.init.zeros_(weight)

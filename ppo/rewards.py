@@ -1,0 +1,74 @@
+"""From the proxy's raw reward of a response to the reward that PPO optimises: scale, shape, clip and penalties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines import engine
+from pipelines.config import Reward
+
+
+class RewardScale:
+    """Mean and standard deviation that raw rewards are brought to, over all ranks.
+
+    Args:
+        mean, std: of the reference policy's samples, as the reward model has them.
+    """
+
+    def __init__(self, cfg: Reward, mean: float, std: float):
+        self.cfg = cfg
+        self._fixed = (mean, std) if cfg.normalise == "calibration" else (0.0, 1.0)
+        self._count, self._mean, self._squares = 0.0, 0.0, 0.0
+
+    def update(self, raw: Sequence[Tensor]) -> None:
+        """Count the raw rewards of a rollout: only normalise = running looks at them (Chan et al. 1979, eq. 2.1)."""
+        if self.cfg.normalise != "running":
+            return
+        values = torch.cat([r.double().flatten() for r in raw])
+        count, total = engine.global_sum(len(values), float(values.sum()))
+        mean = total / count
+        (squares,) = engine.global_sum(float((values - mean).square().sum()))
+        both, difference = self._count + count, mean - self._mean
+        self._squares += squares + difference**2 * self._count * count / both
+        self._mean += difference * count / both
+        self._count = both
+
+    @property
+    def mean(self) -> float:
+        return self._mean if self.cfg.normalise == "running" else self._fixed[0]
+
+    @property
+    def std(self) -> float:
+        if self.cfg.normalise != "running":
+            return self._fixed[1]
+        return math.sqrt(self._squares / max(1.0, self._count - 1)) or 1.0
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.std
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self._count, "mean": self._mean, "squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._count, self._mean, self._squares = state["count"], state["mean"], state["squares"]
+
+
+def final_rewards(cfg: Reward, normalised: Tensor, finished: Tensor, tokens: Tensor) -> Tensor:
+    """Rewards [B] of whole responses from normalised ones.
+
+    finished: [B] bool, False where the response was cut off; tokens: [B], its length.
+    """
+    rewards = shape(cfg.shape, normalised - cfg.center) if cfg.shape != "none" else normalised
+    if cfg.clip:
+        rewards = rewards.clamp(-cfg.clip, cfg.clip)
+    return rewards - cfg.missing_eos_penalty * (~finished).float() - cfg.length_penalty * tokens
+
+
+def shape(kind: str, centred: Tensor) -> Tensor:
+    """PAR's sigmoid (2502.18770, eq. 5) or the log-sigmoid of Wang et al. (2402.00742, eq. 3)."""
+    return torch.sigmoid(centred) if kind == "par" else F.logsigmoid(centred)

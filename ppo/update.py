@@ -1,0 +1,201 @@
+"""One PPO update: advantages of a rollout, then epochs of minibatches over it. Knows nothing of vLLM or of files."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+
+from pipelines import engine
+from pipelines.config import Ppo
+from pipelines.data import DataError, stream_seed
+from ppo.math import (
+    explained_variance,
+    gae,
+    grpo,
+    kl_k1,
+    kl_loss,
+    masked_whiten,
+    policy_loss,
+    reward_to_go,
+    rloo,
+    shaped_rewards,
+    value_loss,
+)
+from ppo.policy import scatter
+from ppo.rewards import RewardScale, final_rewards
+from ppo.rollout import Micro
+
+FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""How far the ratio of an unchanged policy may be from 1: the same rows in the same shape by the same weights."""
+
+
+class Learner:
+    """The trained engines and the PPO objective.
+
+    Args:
+        critic: None for the estimators that have none.
+        seed: of the order of minibatches.
+    """
+
+    def __init__(self, ppo: Ppo, actor: engine.Engine, critic: engine.Engine | None, scale: RewardScale, seed: int):
+        self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
+
+    def values(self, micro: Micro) -> torch.Tensor:
+        """Critic values [B, L-1] in units of the normalised reward, 0 outside responses."""
+        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, lower=micro.lower)[0]
+        if self.ppo.critic_head == "reward":  # in the proxy's units, which the scale takes to those of the rewards
+            values = self.scale.normalise(values)
+        return scatter(values, micro.is_response)
+
+    def advantages(self, micros: list[Micro], kl_coef: float) -> dict[str, float]:
+        """Fill in advantages and returns of this rank's rollout; statistics over all ranks."""
+        ppo, stats = self.ppo, {}
+        coef = kl_coef if ppo.kl.where == "reward" else 0.0
+        finals, rewards = [], []
+        for m in micros:
+            final = final_rewards(ppo.reward, self.scale.normalise(m.proxy), m.finished, m.is_response.sum(-1))
+            finals.append(final)
+            rewards.append(shaped_rewards(final, kl_k1(m.logprobs, m.ref_logprobs), m.is_response, coef))
+        if ppo.estimator in ("rloo", "grpo"):
+            whole = torch.cat([r.sum(-1) for r in rewards])
+            compare = rloo if ppo.estimator == "rloo" else grpo
+            of_rows = compare(whole, torch.cat([m.group for m in micros])).split([len(m.group) for m in micros])
+            for m, row in zip(micros, of_rows, strict=True):
+                m.advantages = torch.where(m.is_response, row[:, None], 0.0)
+        else:
+            for m, reward in zip(micros, rewards, strict=True):
+                if self.critic:
+                    m.advantages, m.returns = gae(reward, m.values, m.is_response, ppo.gamma, ppo.lam)
+                else:
+                    m.advantages = reward_to_go(reward, m.is_response, ppo.gamma)
+            if self.critic:
+                stats["explained_variance"] = _explained(micros)
+            if ppo.whiten_advantages:
+                _whiten(micros)
+        rows, total = engine.global_sum(sum(map(len, finals)), sum(float(f.double().sum()) for f in finals))
+        return stats | {"reward_mean": total / rows}
+
+    def update(self, micros: list[Micro], step: int, kl_coef: float) -> dict[str, float]:
+        """Epochs of minibatches over the rollout; metrics are means over all updates and ranks.
+
+        Raises:
+            DataError: the first minibatch, on which nothing has been trained yet, has another ratio than 1.
+        """
+        ppo, meter = self.ppo, _Meter()
+        size = len(micros) // ppo.minibatches
+        train_policy, stopped = step > ppo.critic_warmup_steps, False
+        for epoch in range(ppo.epochs):
+            # The same order on all ranks; whole micro-batches, so shapes and hence ratios stay those of the rollout.
+            rng = random.Random(stream_seed(self.seed, "ppo", "minibatches", step, epoch))
+            order = rng.sample(micros, len(micros))
+            for i in range(0, len(order), size):
+                minibatch = order[i : i + size]
+                tokens = engine.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
+                found = _Meter()
+                for m in minibatch:
+                    if train_policy and not stopped:
+                        found.add(**self._policy_pass(m, tokens, kl_coef))
+                    if self.critic:
+                        found.add(**self._critic_pass(m, tokens))
+                if train_policy and epoch == i == 0:
+                    self._check_first(found, step)
+                meter.merge(found, size)
+                if train_policy and not stopped:
+                    meter.norms("actor_grad_norm", self.actor.grad_norm)
+                if self.critic:
+                    meter.norms("critic_grad_norm", self.critic.grad_norm)
+                if train_policy and not stopped and ppo.kl.stop:
+                    mean = engine.global_sum(found.sums["approx_kl"])[0] / (size * engine.world_size())
+                    stopped = mean > ppo.kl.stop
+            if stopped and not self.critic:
+                break
+        return meter.means()
+
+    def _policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
+        """Forward, backward and one count towards the optimiser step of the actor."""
+        ppo = self.ppo
+        logps, entropy = self.actor(
+            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, lower=m.lower
+        )  # fmt: skip
+        loss, stats = policy_loss(
+            logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high,
+            dual_clip=ppo.clip.dual, is_weight=m.is_weight, denominator=tokens,
+        )  # fmt: skip
+        total = loss
+        if entropy is not None:
+            total = total - ppo.entropy_coef * entropy.sum() / tokens
+        if ppo.kl.where == "loss" and kl_coef:
+            total = total + kl_coef * kl_loss(logps, m.ref_logprobs, m.is_response, tokens)
+        self.actor.backward(total * self._scale(self.actor))
+        self.actor.step()
+        return {"policy_loss": loss, **stats}
+
+    def _critic_pass(self, m: Micro, tokens: float) -> dict[str, torch.Tensor]:
+        loss, clipfrac = value_loss(
+            self.values(m), m.values, m.returns, m.is_response, self.ppo.clip.value or math.inf, denominator=tokens
+        )
+        self.critic.backward(loss * self._scale(self.critic))
+        self.critic.step()
+        return {"value_loss": loss, "value_clipfrac": clipfrac}
+
+    @staticmethod
+    def _scale(trained: engine.Engine) -> int:
+        # DeepSpeed averages over ranks and accumulation; the losses are means over all tokens of the optimiser batch.
+        return engine.world_size() * trained.accumulation
+
+    def _check_first(self, found: _Meter, step: int) -> None:
+        limit = FIRST_RATIO[next(self.actor.module.parameters()).dtype]
+        if found.largest["ratio_max_dev"] > limit:
+            raise DataError(
+                f"ppo step {step}: before any update the ratio to the rollout's policy is off 1 by "
+                f"{found.largest['ratio_max_dev']:.2g} (limit {limit:g}); dropout, or a kernel whose result depends on "
+                "the mode? Set policy.attention=eager"
+            )
+
+
+class _Meter:
+    """Sums over micro-batches, brought to means over updates and ranks at the end."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.largest: dict[str, float] = {}
+        self._passes: dict[str, int] = {}
+        self._norms: dict[str, list[float]] = {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(value.detach())
+            self.largest[key] = max(self.largest.get(key, -float("inf")), float(value.detach()))
+
+    def merge(self, minibatch: _Meter, size: int) -> None:
+        for key, value in minibatch.sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.largest[key] = max(self.largest.get(key, -float("inf")), minibatch.largest[key])
+            self._passes[key] = self._passes.get(key, 0) + (1 if key.endswith("loss") else size)
+
+    def norms(self, key: str, value: float) -> None:
+        if not math.isnan(value):
+            self._norms.setdefault(key, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        # Losses are shares of the global token mean, which add up over micro-batches and ranks.
+        totals = dict(zip(self.sums, engine.global_sum(*self.sums.values()), strict=True)) if self.sums else {}
+        ranks = {k: 1 if k.endswith("loss") else engine.world_size() for k in totals}
+        means = {k: t / (self._passes[k] * ranks[k]) for k, t in totals.items()}
+        return means | {k: sum(v) / len(v) for k, v in self._norms.items()}
+
+
+def _explained(micros: list[Micro]) -> float:
+    flat = lambda name: torch.cat([getattr(m, name)[m.is_response] for m in micros])  # noqa: E731
+    values, returns = flat("values"), flat("returns")
+    return float(explained_variance(values, returns, torch.ones_like(values, dtype=torch.bool)))
+
+
+def _whiten(micros: list[Micro]) -> None:
+    """Over the response tokens of all micro-batches and ranks."""
+    flat = torch.cat([m.advantages[m.is_response] for m in micros])
+    white = masked_whiten(flat, torch.ones_like(flat, dtype=torch.bool))
+    for m, part in zip(micros, white.split([int(m.is_response.sum()) for m in micros]), strict=True):
+        m.advantages = scatter(part, m.is_response)
