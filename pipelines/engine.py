@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Of the last update, before clipping, over all ranks; NaN at ZeRO stage 0 in float32, where DeepSpeed clips but
+        """Of the last update, before clipping, over all ranks. NaN at stage 0 in float32: DeepSpeed clips there but
         does not tell."""
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)

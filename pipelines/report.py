@@ -13,6 +13,7 @@ from pipelines.artefacts import read_json, read_jsonl, read_table
 from pipelines.config import Config
 from pipelines.curves import read_curves
 from pipelines.data import stream_seed
+from ppo.card import write_card
 
 NUM_SAMPLES = 20
 
@@ -48,6 +49,8 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     }
     (out / "report.html").write_text(render(page), encoding="utf-8")
     (out / "report.md").write_text(markdown(page), encoding="utf-8")
+    measured = facts["eval"]["headline"]
+    write_card(out / "policy-card.md", cfg, facts["ppo"], gold=f"{cfg.gold.kind}: {measured}")
     return {
         "headline": f"{out.with_name('report') / 'report.html'}: {len(page['failed'])} of {len(checks)} checks failed"
     }
