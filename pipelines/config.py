@@ -308,9 +308,18 @@ class Reward(Section):
     """Taken from the reward for each token of the response."""
 
 
+class Ensemble(Section):
+    members: tuple[str, ...] = Field(min_length=2)
+    """Names of rm.variants; ppo.proxy, which the critic starts from, is one of them."""
+    combine: str = "mean"
+    """Of the members' standardised rewards: mean, min (WCO), median, uwo:WEIGHT, quantile:Q or soft_min:BETA."""
+
+
 class Ppo(Section):
     proxy: str = "grm"
     """Which of rm.variants is optimised."""
+    ensemble: Ensemble | None = None
+    """Optimise a combination of several reward models instead (arXiv 2310.02743)."""
     seed: int = Field(0, ge=0)
     """Another order of prompts, other samples and another adapter: repetitions of a run differ in nothing else."""
     estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
@@ -360,6 +369,21 @@ class Ppo(Section):
     """Beside TensorBoard and metrics.jsonl: any tracker of accelerate that is installed, for example wandb."""
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """The reward models that make the reward."""
+        return self.ensemble.members if self.ensemble else (self.proxy,)
+
+    @property
+    def label(self) -> str:
+        """Of what is optimised, in tables and figures."""
+        return f"{self.combine} of {', '.join(self.members)}" if self.ensemble else self.proxy
+
+    @property
+    def combine(self) -> str | None:
+        """How; None for a single one."""
+        return self.ensemble.combine if self.ensemble else None
+
+    @property
     def prompts_per_step(self) -> int:
         return self.rollouts // self.samples_per_prompt
 
@@ -370,6 +394,10 @@ class Ppo(Section):
             raise ValueError(
                 f"estimator {self.estimator} compares samples of a prompt: set samples_per_prompt to 2 or more"
             )
+        if self.proxy not in self.members:
+            raise ValueError(f"proxy {self.proxy!r}, which the critic starts from, is none of ensemble.members")
+        if self.ensemble and self.reward_server:
+            raise ValueError("ensemble and reward_server exclude each other: the server answers for one model")
         if self.estimator != "gae" and self.critic_warmup_steps:
             raise ValueError(f"estimator {self.estimator} has no critic to warm up: set critic_warmup_steps to 0")
         if self.lora and self.lora.dropout:
@@ -449,8 +477,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         faults = []
-        if self.ppo.proxy not in self.rm.variants:
-            faults.append(f"ppo.proxy {self.ppo.proxy!r} is none of rm.variants ({', '.join(self.rm.variants)})")
+        for name in self.ppo.members:
+            if name not in self.rm.variants:
+                which = "ppo.ensemble.members" if self.ppo.ensemble else "ppo.proxy"
+                faults.append(f"{which} {name!r} is none of rm.variants ({', '.join(self.rm.variants)})")
         longest = self.data.max_prompt_tokens + self.generation.max_new_tokens
         if longest > self.generation.vllm.max_model_len:
             faults.append(

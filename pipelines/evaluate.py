@@ -29,6 +29,7 @@ from pipelines.pool import conversation
 from pipelines.prompts import read_split
 from pipelines.verdicts import checks, interval, verdicts
 from ppo.math import exact_kl, kl_k1, kl_k3
+from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
 
 ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
@@ -43,8 +44,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     sample_checkpoints(cfg, inputs["prompts"], checkpoints, out)
     gc.collect()
     rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
-    proxy = RewardModel.from_pretrained(inputs["rm"] / cfg.ppo.proxy, attention=cfg.policy.attention)
-    rewards = proxy.score([conversation(r) for r in rows], progress="eval: proxy").tolist()
+    rewards, proxy = proxy_scores(cfg, inputs["rm"], [conversation(r) for r in rows])
     golds = score_samples(load_gold(cfg.gold), rows).tolist()
     drop = ("split", "token_ids")
     table = [
@@ -53,8 +53,19 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     ]
     write_table(out / "rl_eval.parquet", table)
     bon = read_json(inputs["bon"] / "manifest.json")["metrics"]
-    units = {"proxy": (proxy.mean, proxy.std), "gold": (bon["gold_mean"], bon["gold_std"]), "length": (0.0, 1.0)}
+    units = {"proxy": proxy, "gold": (bon["gold_mean"], bon["gold_std"]), "length": (0.0, 1.0)}
     return analyse(cfg, inputs, out, table, list(checkpoints), units)
+
+
+def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> tuple[list[float], tuple[float, float]]:
+    """Raw rewards by what PPO optimised, one reward model or an ensemble, and the mean and std of their unit."""
+    raw, units = [], []
+    for name in cfg.ppo.members:
+        model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
+        raw.append(model.score(conversations, progress=f"eval: {name}").cpu())
+        units.append((model.mean, model.std))
+    rewards = proxy_reward(torch.stack(raw), units, cfg.ppo.combine)
+    return rewards.tolist(), proxy_units(units, cfg.ppo.combine)
 
 
 def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path) -> None:
@@ -176,7 +187,7 @@ def analyse(
     kls = np.stack([matrix(by_step[s], "kl_rb").mean(axis=1) for s in steps], axis=1)
     draws, seed = cfg.eval.bootstrap, stream_seed(cfg.run.seed, "bootstrap")
     common = {
-        "rm": cfg.ppo.proxy, "method": "ppo", "xs": steps, "kl": kls.mean(axis=0), "kl_kind": "rb",
+        "rm": cfg.ppo.label, "method": "ppo", "xs": steps, "kl": kls.mean(axis=0), "kl_kind": "rb",
         "pool": cfg.eval.samples, "draws": draws, "seed": seed,
     }  # fmt: skip
     curves = {m: curve(v, metric=m, **common) for m, v in values.items()}
@@ -197,6 +208,7 @@ def analyse(
         "headline": f"step {steps[-1]} against the reference on {len(kls)} prompts, in SD: proxy {p['mean']:+.2f} "
         f"{interval(p)}, gold {g['mean']:+.2f} {interval(g)}, KL {table[-1]['kl']:.2f}",
         "table": table,
+        "proxy_units": units["proxy"],
         "proxy_change": p,
         "gold_change": g,
         "verdicts": verdicts(table, p, g, values["gold"], steps, draws, seed),

@@ -72,7 +72,7 @@ def asked(cfg: Config, facts: dict) -> str:
         f"proxies: {', '.join(cfg.rm.variants)}, trained on {pairs.get('rm_train', '?')} pairs with "
         f"{cfg.preferences.label_noise:.0%} label noise",
         f"best-of-{cfg.bon.samples}",
-        f"PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.proxy}, KL coefficient "
+        f"PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.label}, KL coefficient "
         f"{cfg.ppo.kl.coef}",
         f"seed {cfg.run.seed}.",
     ]
@@ -109,8 +109,8 @@ def sample_pairs(cfg: Config, inputs: dict[str, Path], facts: dict) -> list[dict
     rows = [r for r in read_table(inputs["eval"] / "rl_eval.parquet") if r["sample_id"] == 0]
     last = max(r["step"] for r in rows)
     before, after = ({r["prompt_id"]: r for r in rows if r["step"] == s} for s in (0, last))
-    rm, bon = facts["rm"]["variants"][cfg.ppo.proxy], facts["bon"]
-    proxy = lambda r: (r["proxy"] - rm["reward_mean"]) / rm["reward_std"]  # noqa: E731
+    (mean, std), bon = facts["eval"]["proxy_units"], facts["bon"]
+    proxy = lambda r: (r["proxy"] - mean) / std  # noqa: E731
     gold = lambda r: (r["gold"] - bon["gold_mean"]) / bon["gold_std"]  # noqa: E731
     gap = {p: proxy(after[p]) - proxy(b) - (gold(after[p]) - gold(b)) for p, b in before.items()}
     chosen = sorted(gap, key=gap.get, reverse=True)

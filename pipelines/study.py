@@ -95,6 +95,10 @@ def main(argv: list[str]) -> int:
 def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
     """The arms of the matrix and the policies trained against them; ConfigError for a method that is not there."""
     study = cfg.study
+    if cfg.ppo.ensemble:
+        raise ConfigError(
+            "ppo.ensemble is not part of a study, whose policies are trained against one arm each: set ppo.ensemble=null"
+        )
     methods = study.methods or tuple(cfg.rm.variants)
     asked = {*methods, *study.ppo_methods}
     if unknown := sorted(asked - set(cfg.rm.variants)):

@@ -21,7 +21,9 @@ def verdicts(
     at = f" at KL {table[-1]['kl']:.2f} nats a response"
     said = [sentence("Proxy reward", proxy) + at + ".", sentence("Gold", gold) + "."]
     drop = cross_fitted_drop(gold_values, draws, seed)
-    if drop["lo"] > 0:
+    if proxy["lo"] <= 0:
+        said.append("Nothing on over-optimisation: the proxy did not rise, so it was not optimised.")
+    elif drop["lo"] > 0:
         said.append(f"Over-optimised: gold fell by {drop['mean']:.2f} SD from its best checkpoint {interval(drop)}.")
     else:
         said.append(f"No over-optimisation shown: drop from the best step {drop['mean']:+.2f} SD {interval(drop)}.")

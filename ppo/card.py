@@ -15,14 +15,14 @@ def write_card(file: Path, cfg: Config, summary: dict, gold: str | None = None) 
         gold: what the evaluation found; a policy is written before it, so by then it is not known.
     """
     ppo, first, last = cfg.ppo, summary["first"], summary["last"]
-    variant = cfg.rm.variants[ppo.proxy]
-    method = "Bradley-Terry" if variant.text_regulariser == "none" else f"GRM ({variant.text_regulariser})"
+    kinds = {name: cfg.rm.variants[name].text_regulariser for name in ppo.members}
+    methods = "; ".join(f"{n}: Bradley-Terry" if k == "none" else f"{n}: GRM ({k})" for n, k in kinds.items())
     form = f"LoRA of rank {ppo.lora.rank}, merged" if ppo.lora else "all weights trained"
     data = ", ".join(cfg.preferences.sources) or "samples of the base policy, labelled by the gold model"
     rows = {
         "Base policy": cfg.policy.path,
         "Prompts": f"{cfg.data.prompts}, split rl_train",
-        "Reward model (proxy)": f"{ppo.proxy}: {method} on {cfg.rm.base.path}",
+        "Reward model (proxy)": f"{ppo.label} ({methods}) on {cfg.rm.base.path}",
         "Its training data": data,
         "Algorithm": f"PPO ({ppo.estimator}), {ppo.steps} steps of {ppo.rollouts} responses, {form}",
         "KL coefficient": f"{first['kl_coef']:g} at first, {last['kl_coef']:g} at the end, in the {ppo.kl.where}",
@@ -36,7 +36,7 @@ def write_card(file: Path, cfg: Config, summary: dict, gold: str | None = None) 
     file.write_text(
         "---\ntags: [ppo, rlhf, reward-model-overoptimization]\n"
         "pipeline_tag: text-generation\n---\n"
-        f"# {cfg.run.name}: a policy optimised against the reward model {ppo.proxy}\n\n"
+        f"# {cfg.run.name}: a policy optimised against the reward model {ppo.label}\n\n"
         "Made to measure over-optimisation of a reward model, not to be deployed: a higher proxy reward is no evidence "
         "of better answers.\n\n| | |\n| --- | --- |\n"
         f"{table}\n\nLoads with `AutoModelForCausalLM.from_pretrained` and `vllm serve`; "

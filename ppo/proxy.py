@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pipelines import engine
 from pipelines.artefacts import ArtefactError
 from pipelines.data import Message
+from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
 from rm.remote import RemoteRewardModel
 from rm.score import score
@@ -17,19 +19,31 @@ Answered = Sequence[Sequence[Message]]
 
 
 class LocalProxy:
-    """All ranks score together: each gives as many conversations, and the work is divided by tokens."""
+    """All ranks score together: each gives as many conversations, and the work is divided by tokens.
 
-    def __init__(self, sharded: engine.Engine):
-        self._engine = sharded
-        self.normalise = sharded.module.normalise
+    Args:
+        members: engines of the reward models; more than one are an ensemble.
+        rule: how their rewards are combined (`rm.combine.combiner`), None for a single one.
+    """
+
+    def __init__(self, members: Sequence[engine.Engine], rule: str | None):
+        self._members, self._rule = members, rule
+        self._units = [(m.module.mean, m.module.std) for m in members]
+        self.mean, self.std = proxy_units(self._units, rule)
+        proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule is told before any sampling
 
     def score(self, answered: Answered) -> Tensor:
         """Raw rewards [n] of this rank's conversations."""
-        everyones, model = engine.gather_rows(list(answered)), self._engine.module
-        rewards = score(
-            self._engine, model.tokenizer, everyones, share=model.shares_prompts, together=True, device=engine.device()
-        )
-        return rewards[engine.rank() * len(answered) :][: len(answered)]
+        everyones = engine.gather_rows(list(answered))
+        rewards = [
+            score(
+                member, member.module.tokenizer, everyones, share=member.module.shares_prompts, together=True,
+                device=engine.device(),
+            )
+            for member in self._members
+        ]  # fmt: skip
+        combined = proxy_reward(torch.stack(rewards), self._units, self._rule)
+        return combined[engine.rank() * len(answered) :][: len(answered)]
 
 
 class RemoteProxy:
@@ -51,7 +65,7 @@ class RemoteProxy:
                 f"ppo.reward_server {url} serves a model whose rewards have mean and std {served}; those of ppo.proxy "
                 f"are {trained}: serve the folder of ppo.proxy, without --normalise"
             )
-        self.normalise = expected.normalise
+        self.mean, self.std = trained
 
     def score(self, answered: Answered) -> Tensor:
         """Raw rewards [n] of this rank's conversations."""

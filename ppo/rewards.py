@@ -17,7 +17,7 @@ class RewardScale:
     """Mean and standard deviation that raw rewards are brought to, over all ranks.
 
     Args:
-        mean, std: of the reference policy's samples, as the reward model has them.
+        mean, std: of the reference policy's samples, as the proxy has them.
     """
 
     def __init__(self, cfg: Reward, mean: float, std: float):

@@ -65,24 +65,22 @@ class Trainer:
         self.prompts = read_split(inputs["prompts"], "rl_train")
         self.generator = Generator(cfg.policy, cfg.generation, self.tokenizer)
         self.generator.sleep()
-        self._make_engines(inputs["rm"] / cfg.ppo.proxy)
+        self._make_engines(inputs["rm"])
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
         self.probe = SyncProbe(self.actor, self.generator)
         self.log: RunLog | None = None
 
-    def _make_engines(self, proxy_path: Path) -> None:
+    def _make_engines(self, reward_models: Path) -> None:
         cfg, settings = self.cfg, self.cfg.engine
         micro, updates = cfg.ppo.micro_batch, cfg.ppo.epochs * cfg.ppo.minibatches
         per_rank = cfg.ppo.rollouts // engine.world_size()
         trained = {"micro_batch": micro, "accumulation": per_rank // (micro * cfg.ppo.minibatches)}
         base = lambda: load_causal_lm(cfg.policy, dtype=settings.dtype)  # noqa: E731
         module = lambda lm: PolicyModule(lm, cfg.generation.temperature)  # noqa: E731
-        proxy = RewardModel.from_pretrained(proxy_path, dtype=settings.dtype, attention=cfg.policy.attention)
-        if proxy.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise DataError(f"{proxy_path} has another tokenizer than the policy {cfg.policy.path}")
+        members = {name: self._reward_model(reward_models / name) for name in cfg.ppo.members}
         torch.manual_seed(stream_seed(self.seed, "ppo", "adapter"))
         lm = add_lora(base(), cfg.ppo.lora) if cfg.ppo.lora else base()
-        critic = self._critic(proxy_path) if cfg.ppo.estimator == "gae" else None
+        critic = self._critic(reward_models / cfg.ppo.proxy) if cfg.ppo.estimator == "gae" else None
         # Weights are compared, so before they are sharded.
         self.lower = self._lower_layers(lm, *([critic.lm] if critic else []))
         actor_updates = (cfg.ppo.steps - cfg.ppo.critic_warmup_steps) * updates
@@ -92,19 +90,24 @@ class Trainer:
             critic, settings, optim=cfg.ppo.critic, total_steps=critic_updates, **trained
         )
         self.reference = self.actor if cfg.ppo.lora else engine.Engine(module(base()), settings, micro_batch=micro)
-        self.scale = RewardScale(cfg.ppo.reward, proxy.mean, proxy.std)
-        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, self.seed)
         if cfg.ppo.reward_server:
-            self.proxy = RemoteProxy(cfg.ppo.reward_server, proxy)
+            self.proxy = RemoteProxy(cfg.ppo.reward_server, members[cfg.ppo.proxy])
         else:
-            self.proxy = LocalProxy(engine.Engine(proxy, settings, micro_batch=micro))
+            engines = [engine.Engine(member, settings, micro_batch=micro) for member in members.values()]
+            self.proxy = LocalProxy(engines, cfg.ppo.combine)
+        self.scale = RewardScale(cfg.ppo.reward, self.proxy.mean, self.proxy.std)
+        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, self.seed)
+
+    def _reward_model(self, path: Path) -> RewardModel:
+        model = RewardModel.from_pretrained(path, dtype=self.cfg.engine.dtype, attention=self.cfg.policy.attention)
+        if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise DataError(f"{path} has another tokenizer than the policy {self.cfg.policy.path}")
+        return model
 
     def _critic(self, proxy_path: Path) -> RewardModel:
         """The proxy's layers under a value head."""
         ppo = self.cfg.ppo
-        critic = RewardModel.from_pretrained(
-            proxy_path, dtype=self.cfg.engine.dtype, attention=self.cfg.policy.attention
-        )
+        critic = self._reward_model(proxy_path)
         if ppo.critic_head == "zero":
             zero_output(critic)
         train_top_layers(critic.lm, ppo.critic_trainable_layers)

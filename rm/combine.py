@@ -126,6 +126,22 @@ def combiner(text: str) -> Combiner:
     return lambda rewards: function(rewards, value)
 
 
+def proxy_reward(rewards: Tensor, units: Sequence[tuple[float, float]], rule: str | None) -> Tensor:
+    """What is optimised, [n], from raw rewards [k, n] of members with (mean, std) under pi_0 each.
+
+    A single member keeps its own units (`rule` None); of several, the standardised rewards are combined by `rule`.
+    """
+    if rule is None:
+        return rewards[0]
+    means, stds = zip(*units, strict=True)
+    return combiner(rule)(standardise(rewards, means, stds))
+
+
+def proxy_units(units: Sequence[tuple[float, float]], rule: str | None) -> tuple[float, float]:
+    """Mean and standard deviation that `proxy_reward` is shown in: a combination is in standard deviations already."""
+    return units[0] if rule is None else (0.0, 1.0)
+
+
 def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
     """[k, n], at each sample the mean over the samples of its prompt."""
     if len(prompts) != rewards.shape[1]:
