@@ -21,6 +21,7 @@ GOLD = ("prompts", "preferences", "rm")
 
 TOOLS = {
     "study": ("pipelines.study", "a matrix of reward models, best-of-n and PPO, and what it shows"),
+    "vllm-serve": ("pipelines.generate_server", "the policy behind a vLLM server, for ppo.vllm_servers"),
     "rm-eval": ("rm.benchmarks", "accuracy of a reward model on benchmark files"),
     "rm-merge": ("rm.merge", "the weights of reward models averaged (WARM)"),
     "rm-serve": ("rm.serve", "rewards over HTTP, of one model or an ensemble"),

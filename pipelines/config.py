@@ -365,6 +365,11 @@ class Ppo(Section):
     """Steps between policies kept for evaluation; the last step always is one."""
     save_every: int = Field(4, ge=1)
     """Steps between resumable states (weights, optimisers, KL coefficient, reward statistics)."""
+    vllm_servers: tuple[str, ...] = ()
+    """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. They read new
+    weights from the run directory. Their samples are not seeded, so such a run does not repeat bit for bit."""
+    server_timeout: float = Field(600.0, gt=0)
+    """Seconds that a server has to sample a rank's responses, or to take new weights."""
     trackers: tuple[str, ...] = ()
     """Beside TensorBoard and metrics.jsonl: any tracker of accelerate that is installed, for example wandb."""
 

@@ -117,7 +117,7 @@ class Generator:
         tied = self._llm.llm_engine.model_config.hf_config.tie_word_embeddings
         weights = ((name, t) for name, t in named_tensors if not (tied and name == "lm_head.weight"))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._llm.apply_model(_repack_tied_lm_head)
+        self._llm.apply_model(repack_tied_lm_head)
         self._llm.reset_prefix_cache()
         self.seconds["sync"] += time.perf_counter() - started
 
@@ -142,7 +142,8 @@ class Generator:
         return Completion(ids, logprobs, self.tokenizer.decode(ids), sample.finish_reason == "stop")
 
 
-def _repack_tied_lm_head(model) -> None:
+def repack_tied_lm_head(model) -> None:
+    """On CPU vLLM keeps a packed copy of a tied LM head that its reload of weights forgets."""
     from vllm.platforms import current_platform
 
     head = getattr(model, "lm_head", None)

@@ -97,7 +97,7 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
     study = cfg.study
     if cfg.ppo.ensemble:
         raise ConfigError(
-            "ppo.ensemble is not part of a study, whose policies are trained against one arm each: set ppo.ensemble=null"
+            "ppo.ensemble is not part of a study, whose policies have one arm each as proxy: set ppo.ensemble=null"
         )
     methods = study.methods or tuple(cfg.rm.variants)
     asked = {*methods, *study.ppo_methods}

@@ -17,6 +17,7 @@ from pipelines.artefacts import ArtefactError, read_json, write_json
 from pipelines.config import Config
 from pipelines.data import ChatTokenizer, DataError, stream_seed
 from pipelines.generate import Generator
+from pipelines.generate_server import ServerGenerator
 from pipelines.models import LowerLayers, add_lora, load_causal_lm, shared_depth, train_top_layers
 from pipelines.prompts import read_split
 from pipelines.stopping import MARK, Stopped, StopSignal
@@ -63,12 +64,21 @@ class Trainer:
         self.seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
         self.prompts = read_split(inputs["prompts"], "rl_train")
-        self.generator = Generator(cfg.policy, cfg.generation, self.tokenizer)
+        self.generator = self._generator()
         self.generator.sleep()
         self._make_engines(inputs["rm"])
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
         self.probe = SyncProbe(self.actor, self.generator)
         self.log: RunLog | None = None
+
+    def _generator(self) -> Generator | ServerGenerator:
+        cfg = self.cfg
+        if not cfg.ppo.vllm_servers:
+            return Generator(cfg.policy, cfg.generation, self.tokenizer)
+        return ServerGenerator(
+            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, self.tokenizer, folder=self.out / "sync",
+            timeout=cfg.ppo.server_timeout,
+        )  # fmt: skip
 
     def _make_engines(self, reward_models: Path) -> None:
         cfg, settings = self.cfg, self.cfg.engine
@@ -230,7 +240,8 @@ class Trainer:
         if engine.rank() == 0:
             save_lm(self.out / "policy", lm.config, weights, self.tokenizer)
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
-            shutil.rmtree(self.out / "state", ignore_errors=True)
+            for folder in ("state", "sync"):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
             self.log.close()
 
 

@@ -6,7 +6,6 @@ import http.client
 import json
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from pipelines.artefacts import ArtefactError
 from pipelines.data import DataError, Message
+from pipelines.http import ask_json
 
 CHUNK = 256
 """Conversations of one request: it bounds what a timeout has to cover."""
@@ -114,12 +114,8 @@ class RemoteRewardModel:
         raise RemoteError(f"{self.url}{path}: {fault} (attempts: {attempt + 1})")
 
     def _once(self, path: str, body: dict | None) -> dict:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            text = answer.read()
         try:
-            found = json.loads(text)
+            found = ask_json(self.url + path, body, self.timeout)
         except ValueError:
             raise RemoteError(f"{self.url}{path} does not answer with JSON") from None
         if not isinstance(found, dict):

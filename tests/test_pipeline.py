@@ -141,9 +141,7 @@ def test_the_result_loads_as_it_is(run_dir):
 @pytest.mark.e2e
 def test_vllm_serves_the_result(run_dir, tmp_path):
     """An OpenAI-style chat request to the policy's folder; the server is what `vllm serve FOLDER` starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = run_dir / "ppo" / "policy"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port),
                "--max-model-len", "256", "--enforce-eager", "--served-model-name", "policy"]  # fmt: skip
@@ -158,6 +156,12 @@ def test_vllm_serves_the_result(run_dir, tmp_path):
             server.wait()
     assert answer, (tmp_path / "log").read_text()[-3000:]
     assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 8
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def ask(url: str, body: dict, server: subprocess.Popen) -> dict | None:

@@ -1,0 +1,61 @@
+"""PPO that samples from a vLLM server in another process, with its weights synced over HTTP and a shared file."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines.config import Generation, Model, Vllm
+from pipelines.data import ChatTokenizer, DataError
+from pipelines.generate_server import ServerGenerator
+from pipelines.http import ask_json
+from tests.conftest import ROOT
+from tests.test_pipeline import free_port, make, run_dir  # noqa: F401
+
+
+@pytest.mark.e2e
+def test_ppo_with_a_vllm_server(run_dir, tmp_path):  # noqa: F811
+    for stage in ("prompts", "preferences", "rm"):
+        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    grm = [sys.executable, "-m", "pipelines"]
+    with (tmp_path / "log").open("w") as log:
+        command = [*grm, "vllm-serve", "-c", "configs/smoke.yaml", "--port", str(port)]
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until_up(url, server)
+            job = [*grm, "ppo", "-c", "configs/smoke.yaml", f"run.dir={tmp_path}", "ppo.steps=2",
+                   f"ppo.vllm_servers=[{url}]"]  # fmt: skip
+            done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "log").read_text()[-3000:]
+    out = tmp_path / "smoke" / "ppo"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["kl_nats_per_response"] == 0.0 and rows[1]["kl_k3_nats_per_response"] > 0
+    assert all(row["mismatch_mean_abs"] < 0.1 for row in rows)  # the second rollout is of the synced weights
+    assert not (out / "sync").exists()
+
+
+def wait_until_up(url: str, server: subprocess.Popen) -> None:
+    deadline = time.time() + 300
+    while server.poll() is None and time.time() < deadline:
+        try:
+            return ask_json(url + "/v1/models", None, 5)
+        except OSError:
+            time.sleep(1)
+
+
+def test_no_server_is_told_by_its_address(policy_path, tmp_path):
+    model = Model(path=str(policy_path))
+    with pytest.raises(DataError, match=r"vLLM server http://127.0.0.1:9/v1/models: .*refused"):
+        ServerGenerator(
+            ["http://127.0.0.1:9/"], model, Generation(vllm=Vllm()), ChatTokenizer(model), folder=tmp_path, timeout=5
+        )
