@@ -356,13 +356,17 @@ class Ppo(Section):
     critic: Optim = Optim(lr=5e-5, eps=1e-5, schedule="constant")
     critic_trainable_layers: int | None = Field(None, ge=1)
     """Train the last so many layers of the critic and its head (null: everything)."""
+    critic_init: Literal["proxy", "policy"] = "proxy"
+    """Whose layers the critic starts with."""
     critic_head: Literal["zero", "reward"] = "zero"
-    """The critic has the layers of the proxy. Its head starts at 0, or as the reward head, whose output in a response
+    """Its head starts at 0, or as the reward head, whose output in a response
     is not a value yet: with lam below 1 that bias drives the policy until the critic has learned (arXiv 2503.01491)."""
     reuse_frozen_layers: bool = True
     """Run the lowest layers that actor, reference and critic have in common, all frozen, once per rollout."""
     checkpoint_every: int = Field(4, ge=1)
     """Steps between policies kept for evaluation; the last step always is one."""
+    keep_policies: int | None = Field(None, ge=1)
+    """Of those, keep the last so many and the best by reward less KL penalty on its own rollout (null: all)."""
     save_every: int = Field(4, ge=1)
     """Steps between resumable states (weights, optimisers, KL coefficient, reward statistics)."""
     vllm_servers: tuple[str, ...] = ()
@@ -401,6 +405,8 @@ class Ppo(Section):
             )
         if self.proxy not in self.members:
             raise ValueError(f"proxy {self.proxy!r}, which the critic starts from, is none of ensemble.members")
+        if self.critic_init == "policy" and self.critic_head == "reward":
+            raise ValueError("critic_init policy has no reward head: set critic_head to zero")
         if self.ensemble and self.reward_server:
             raise ValueError("ensemble and reward_server exclude each other: the server answers for one model")
         if self.estimator != "gae" and self.critic_warmup_steps:

@@ -22,6 +22,7 @@ from pipelines.models import LowerLayers, add_lora, load_causal_lm, shared_depth
 from pipelines.prompts import read_split
 from pipelines.stopping import MARK, Stopped, StopSignal
 from ppo.card import write_card
+from ppo.keep import PolicyKeeper
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
 from ppo.policy import PolicyModule, save_adapter
@@ -68,6 +69,7 @@ class Trainer:
         self.generator.sleep()
         self._make_engines(inputs["rm"])
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
+        self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.probe = SyncProbe(self.actor, self.generator)
         self.log: RunLog | None = None
 
@@ -115,9 +117,14 @@ class Trainer:
         return model
 
     def _critic(self, proxy_path: Path) -> RewardModel:
-        """The proxy's layers under a value head."""
+        """The layers of the proxy or of the policy under a value head."""
         ppo = self.cfg.ppo
-        critic = self._reward_model(proxy_path)
+        if ppo.critic_init == "proxy":
+            critic = self._reward_model(proxy_path)
+        else:
+            lm = load_causal_lm(self.cfg.policy, dtype=self.cfg.engine.dtype)
+            critic = RewardModel(lm, "mlp", self.tokenizer)
+            critic.head.to(dtype=lm.dtype)
         if ppo.critic_head == "zero":
             zero_output(critic)
         train_top_layers(critic.lm, ppo.critic_trainable_layers)
@@ -161,6 +168,7 @@ class Trainer:
         samples = engine.gather_rows(rollout.samples[:4])
         if self.log:
             self.log.step(step, stats, samples)
+            self.policies.scored(step - 1, stats["reward_mean"] - stats["kl_coef"] * stats["kl_nats_per_response"])
         self._checkpoint(step)
 
     def _sync(self) -> None:
@@ -177,7 +185,7 @@ class Trainer:
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps
         if step % ppo.checkpoint_every == 0 or last:
-            self._save_policy(self.out / "checkpoints" / f"step-{step:04d}")
+            self._save_policy(self.policies.folder(step))
         if step % ppo.save_every == 0 and not last:
             self.save_state(step)
 
