@@ -33,6 +33,8 @@ class RewardVariant(Section):
     """Weight of mean((r_chosen + r_rejected)^2), which pins the free offset of Bradley-Terry (arXiv 2312.09244)."""
     head_weight: float = Field(0.1, ge=0)
     """Weight of the head's own terms: InfoRM's KL in nats, ODIN's correlations and overlap (there 1 is usual)."""
+    num_layers: int | None = Field(None, ge=1)
+    """In place of rm.num_layers for this variant: reward models of several sizes from one base."""
     trainable_layers: int | None = Field(None, ge=0)
     """In place of rm.trainable_layers for this variant; 0 freezes the backbone."""
     pairs: int | None = Field(None, ge=2)
@@ -60,8 +62,12 @@ class RewardTraining(Section):
     """Train the last so many layers and the head (null: everything)."""
     cache_frozen_layers: bool = False
     """With trainable_layers: run the layers below once per pair and keep their output (2 H bytes a token in memory)
-    for the other variants and epochs."""
+    for the other variants and epochs. Variants of another num_layers have other layers below, and so a cache of their
+    own beside it."""
     lora: Lora | None = None
+    save: Literal["merged", "adapter"] = "merged"
+    """merged: whole weights. adapter (with lora): the adapter and the head, some MB a variant; the base is read from
+    base.path again. Variants with trainable_layers of their own have no adapter, and are whole."""
     epochs: int = Field(1, ge=1)
     global_batch: int = Field(32, ge=1)
     """Pairs per optimiser step, over all ranks."""
@@ -80,6 +86,8 @@ class RewardTraining(Section):
             raise ValueError("rm.variants is empty: name at least one reward model")
         if self.lora and self.trainable_layers:
             raise ValueError("lora and trainable_layers exclude each other (lora.top_layers limits the adapters)")
+        if self.save == "adapter" and not self.lora:
+            raise ValueError("save: adapter needs lora: without it there is no adapter to save")
         if self.cache_frozen_layers and not self.trainable_layers:
             raise ValueError("cache_frozen_layers needs trainable_layers: otherwise no layer is frozen")
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from pipelines.artefacts import code_version, package_versions, path_digest, write_json, write_table
-from pipelines.config import Dtype
+from pipelines.config import NATIVE_DTYPE, Dtype
 from pipelines.data import ChatTokenizer, DataError
 from rm.benchmark_scores import benchmark_score
 from rm.evalsets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
@@ -261,5 +261,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label-ties", choices=get_args(LabelTies), default="drop", help="rows without a winner")
     parser.add_argument("--max-malformed", type=float, default=MAX_MALFORMED, help="largest share of bad rows")
     parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE)
     return parser

@@ -20,7 +20,7 @@ CONVERT = (
 )
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or the local snapshot of a hub id (only a `str` can be one); ArtefactError for neither."""
     if Path(path).is_dir():
         return Path(path)
@@ -30,7 +30,8 @@ def locate(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ArtefactError(f"{path} is neither a local folder nor a model of the hub: {error}") from None
 
@@ -54,7 +55,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     found = {}
-    for file in _files(folder):
+    for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             found |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     return found
@@ -65,7 +66,7 @@ def types(folder: Path) -> set[str]:
     from safetensors import safe_open
 
     found = set()
-    for file in _files(folder):
+    for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
     return found
@@ -76,7 +77,7 @@ def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     found = {}
-    for file in _files(folder):
+    for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             here = set(weights.keys())
             found |= {name: weights.get_tensor(key) for name, key in names.items() if key in here}
@@ -110,7 +111,8 @@ def tokens_from(tokenizer: ChatTokenizer, size: int) -> dict[str, int]:
     return {token: i for token, i in tokenizer.hf.get_vocab().items() if i >= size}
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of the folder: an adapter, a model, or its shards; ArtefactError for none, or pickles."""
     if (index := folder / "model.safetensors.index.json").is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     found = [p for name in ("adapter_model.safetensors", "model.safetensors") if (p := folder / name).is_file()]

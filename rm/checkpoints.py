@@ -25,24 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.artefacts import ArtefactError
-from pipelines.config import Model
+from pipelines.config import NATIVE_DTYPE, Model
 from pipelines.data import ChatTokenizer
 from pipelines.engine import device
-from pipelines.models import load_causal_lm, merged_lora
+from pipelines.models import load_causal_lm
+from rm.adapter_files import SAME_BASE, adapted, adapter_config, check_factors, check_settings, merge
 from rm.checkpoint_files import check_vocabulary, faults, locate, read_config, shapes, tensors, tokens_from
 from rm.model import RewardModel
 
 V_HEAD = "v_head.summary."
 SCORE = "score."
-SAME_BASE = (
-    "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
-"""Settings of a base that its LoRA checkpoint repeats."""
-NOT_MERGED = (
-    "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "layer_replication",
-    "trainable_token_indices", "lora_bias",
-)  # fmt: skip
-"""Options of PEFT that change what an adapter computes."""
 
 
 class AbsentLmHead(nn.Module):
@@ -59,7 +51,7 @@ def has_lm_head(lm: nn.Module) -> bool:
 
 
 def read(
-    path: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa", base: str | Path | None = None
+    path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
 ) -> RewardModel:
     """The reward model in one of the module's layouts, its trunk in `dtype`, its head in float32.
 
@@ -166,53 +158,20 @@ def _read_lora(
     attention: str,
 ) -> tuple[nn.Module, ChatTokenizer]:
     """The base with the adapter merged in float32 (rounded once to `dtype`), and the checkpoint's tokenizer."""
-    adapter = _adapter_config(folder)
+    adapter = adapter_config(folder)
     where = Model(path=str(base or adapter.base_model_name_or_path or ""), attention=attention)
     if not where.path:
         raise ArtefactError(f"{folder}: adapter_config.json names no base_model_name_or_path: give the base")
-    _check_base(folder, where.path)
+    check_settings(folder, where.path, SAME_BASE)
     own = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     tokenizer = ChatTokenizer(Model(path=str(folder)) if own else where)
     lm = load_causal_lm(where, dtype=dtype)
     _fit_vocabulary(folder, lm, tokenizer, where.path)
-    layers = _adapted(lm, adapter, folder)
-    wanted = {}
-    for name, layer in layers.items():
-        wanted[f"{name}.lora_A.weight"] = (adapter.r, layer.in_features)
-        wanted[f"{name}.lora_B.weight"] = (layer.out_features, adapter.r)
-    held = {key: found[name] for key, name in names.items() if not _is_head(key)}
-    if wrong := faults(wanted, held):
-        raise ArtefactError(f"{folder} does not fit its adapter_config.json on {where.path}: {wrong}")
-    factors = tensors(folder, {key: names[key] for key in wanted})
-    scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
-            layer.weight.copy_(merged_lora(layer.weight, a, b, scaling))
+    layers = adapted(lm, adapter, folder)
+    held = {key: name for key, name in names.items() if not _is_head(key)}
+    check_factors(folder, where.path, layers, adapter, {key: found[name] for key, name in held.items()})
+    merge(layers, adapter, tensors(folder, held))
     return lm, tokenizer
-
-
-def _adapter_config(folder: Path):
-    from peft import LoraConfig, PeftConfig
-
-    if not (folder / "adapter_config.json").is_file():
-        raise ArtefactError(f"{folder} holds LoRA tensors, but no adapter_config.json with their rank, alpha and base")
-    adapter = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(adapter, LoraConfig):
-        raise ArtefactError(f"{folder}: adapter_config.json is of type {adapter.peft_type}, not LORA")
-    unknown = [f"{k} = {value!r}" for k in NOT_MERGED if (value := getattr(adapter, k, None))]
-    if adapter.bias != "none":
-        unknown.append(f"bias = {adapter.bias!r}")
-    if unknown:
-        raise ArtefactError(f"{folder}: adapter_config.json asks for what is not supported: {', '.join(unknown)}")
-    return adapter
-
-
-def _check_base(folder: Path, base: str) -> None:
-    trained, given = read_config(folder), read_config(base)
-    pairs = [(key, getattr(trained, key, None), getattr(given, key, None)) for key in SAME_BASE]
-    if other := [f"{key} is {b!r}, not {a!r}" for key, a, b in pairs if a != b]:
-        raise ArtefactError(f"{base} is not the base of {folder}: its {', its '.join(other)}")
 
 
 def _fit_vocabulary(folder: Path, lm: nn.Module, tokenizer: ChatTokenizer, base: str) -> None:
@@ -230,24 +189,3 @@ def _fit_vocabulary(folder: Path, lm: nn.Module, tokenizer: ChatTokenizer, base:
         )
     if beyond:
         lm.resize_token_embeddings(max(beyond.values()) + 1, mean_resizing=False)
-
-
-def _adapted(lm: nn.Module, adapter, folder: Path) -> dict[str, nn.Linear]:
-    """Name -> layer that the adapter's targets mean."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    kept = adapter.modules_to_save or []
-    # For the task type that the authors set, PEFT lists `classifier` and `score`, which no causal LM has.
-    if whole := [name for name, _ in lm.named_modules() if name.split(".")[-1] in kept]:
-        raise ArtefactError(f"{folder}: adapter_config.json has modules_to_save {whole[:3]}, which is not supported")
-    adapter.modules_to_save = None
-    layers = {
-        name: layer
-        for name, layer in lm.named_modules()
-        if isinstance(layer, nn.Linear)
-        and any(check_target_module_exists(adapter, prefix + name) for prefix in ("", "pretrained_model."))
-    }
-    tied = lm.get_input_embeddings().weight
-    if any(layer.weight is tied for layer in layers.values()):
-        raise ArtefactError(f"{folder}: an adapter on the LM head, which is tied to the embeddings, is not supported")
-    return layers

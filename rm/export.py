@@ -156,7 +156,7 @@ def _trunk(lm: nn.Module) -> dict[str, Tensor]:
 def _facts(path: str) -> dict:
     """What a folder of ours says beside what `RewardModel` keeps, such as its variant; empty for others."""
     file = locate(path) / ABOUT_FILE
-    kept = {"format", "head", "tokenizer", "mean", "std"}
+    kept = {"format", "head", "tokenizer", "mean", "std", "base_model"}
     return {key: value for key, value in read_json(file).items() if key not in kept} if file.is_file() else {}
 
 

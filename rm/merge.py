@@ -15,7 +15,7 @@ from pipelines.artefacts import ArtefactError, read_json, read_table
 from pipelines.engine import named_weights
 from rm.checkpoint_files import faults, locate, read_config, shapes, types
 from rm.export import export
-from rm.model import ABOUT_FILE, RewardModel
+from rm.model import ABOUT_FILE, ADAPTER_FORMAT, RewardModel, read_about
 
 FAR = 0.5
 """Distance of the members from their average, over the length of the average: members of one fine-tuned model lie
@@ -149,7 +149,8 @@ def _describe(folder: Path) -> dict:
     """What members must have in common, by name; ArtefactError where `folder` is not in this project's layout."""
     if not (folder / ABOUT_FILE).is_file():
         raise ArtefactError(f"{folder} has another layout: convert it with `grm rm-export {folder} OUT --form merged`")
-    about, config = read_json(folder / ABOUT_FILE), read_config(folder).to_dict()
+    about, config = read_about(folder), read_config(folder).to_dict()
+    adapter = about["format"] == ADAPTER_FORMAT
     found = types(folder)
     if len(found) != 1 or not found <= DTYPES.keys():
         raise ArtefactError(f"{folder}: weights of the types {sorted(found)}; give one of {', '.join(DTYPES)} to all")
@@ -157,9 +158,10 @@ def _describe(folder: Path) -> dict:
         "architecture": {key: value for key, value in config.items() if key not in NO_SETTING},
         "tokenizer": about["tokenizer"],
         "head": about["head"],
+        "layout": "adapter" if adapter else "merged",
         "type": DTYPES[found.pop()],
-        "base": _base(folder),
-        "tensors": shapes(folder),
+        "base": f"of digest {about['base_model']['digest']}" if adapter else _base(folder),
+        "tensors": {} if adapter else shapes(folder),  # adapters of several ranks go together
     }
 
 
@@ -172,7 +174,7 @@ def _base(folder: Path) -> str | None:
 
 
 def _check_same(first: Path, a: dict, other: Path, b: dict) -> None:
-    for key in ("tokenizer", "head", "type"):
+    for key in ("tokenizer", "head", "layout", "type"):
         if a[key] != b[key]:
             raise ArtefactError(f"{other} does not go with {first}: {key} {b[key]}, not {a[key]}")
     if a["base"] and b["base"] and a["base"] != b["base"]:

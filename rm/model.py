@@ -5,23 +5,25 @@ The critic of PPO is the same module read at other positions.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.artefacts import ArtefactError, write_json
+from pipelines.artefacts import ArtefactError, read_json, write_json
 from pipelines.batching import Batch, Targets
-from pipelines.config import Model
+from pipelines.config import NATIVE_DTYPE, Model
 from pipelines.data import ChatTokenizer, Message
 from pipelines.engine import device
 from pipelines.models import Lower, hidden_states, load_causal_lm, token_logprobs
+from rm.checkpoint_files import check_vocabulary
 from rm.heads import make_head
 
 HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
+MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
+"""Of ABOUT_FILE: beside a whole language model, or beside an adapter (`rm.adapters`)."""
 
 
 class RewardModel(nn.Module):
@@ -104,46 +106,74 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str = "bfloat16", attention: str = "sdpa", base: str | Path | None = None
+        cls, path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
     ) -> RewardModel:
-        """A reward model of `save_reward_model`, or of other code (`rm.checkpoints`): a folder or a hub id.
+        """A reward model of stage `rm`, whole or an adapter, or of other code (`rm.checkpoints`): a folder or a hub id.
 
         `base` is the base of a LoRA checkpoint, in place of the one it names. ArtefactError when anything does not fit.
         """
-        from safetensors.torch import load_file
-
-        from rm import checkpoints  # it builds RewardModel, so not at the top
+        from rm import adapters, checkpoints  # they build RewardModel, so not at the top
 
         folder = checkpoints.locate(path)
         if not (folder / ABOUT_FILE).is_file():
             return checkpoints.read(folder, dtype=dtype, attention=attention, base=base)
-        if base is not None:
+        about = read_about(folder)
+        tokenizer = read_tokenizer(folder, about)
+        if about["format"] == ADAPTER_FORMAT:
+            lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)
+        elif base is not None:
             raise ArtefactError(f"{folder} is no LoRA checkpoint, so there is no use for the base {base}")
-        about = json.loads((folder / ABOUT_FILE).read_text())
-        where = Model(path=str(folder), attention=attention)
-        tokenizer = ChatTokenizer(where)
-        if tokenizer.fingerprint != about["tokenizer"]:
-            raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
-        checkpoints.check_vocabulary(folder, tokenizer)
-        model = cls(load_causal_lm(where, dtype=dtype), about["head"], tokenizer, mean=about["mean"], std=about["std"])
-        weights = load_file(folder / HEAD_FILE)
-        shapes = ({k: v.shape for k, v in state.items()} for state in (model.head.state_dict(), weights))
-        if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
-            raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {about['head']} head: {', '.join(wrong)}")
-        model.head.load_state_dict(weights)
+        else:
+            lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
+        model = cls(lm, about["head"], tokenizer, mean=about["mean"], std=about["std"])
+        read_head(folder, model)
         return model.eval().to(device())
+
+
+def read_about(folder: Path) -> dict:
+    """`reward_model.json`; ArtefactError for a format that is not known."""
+    about = read_json(folder / ABOUT_FILE)
+    if about["format"] not in (MERGED_FORMAT, ADAPTER_FORMAT):
+        raise ArtefactError(f"{folder / ABOUT_FILE}: this version does not know its format {about['format']}")
+    return about
+
+
+def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
+    """The tokenizer in the folder; ArtefactError when it is not the one that its `reward_model.json` tells of, or has
+    tokens beyond the model's vocabulary."""
+    tokenizer = ChatTokenizer(Model(path=str(folder)))
+    if tokenizer.fingerprint != about["tokenizer"]:
+        raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
+    check_vocabulary(folder, tokenizer)
+    return tokenizer
+
+
+def read_head(folder: Path, model: RewardModel) -> None:
+    """Fill the model's head from the folder; ArtefactError, naming them, for weights that do not fit."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / HEAD_FILE)
+    shapes = ({k: v.shape for k, v in state.items()} for state in (model.head.state_dict(), weights))
+    if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
+        raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {model.head_kind} head: {', '.join(wrong)}")
+    model.head.load_state_dict(weights)
 
 
 def save_reward_model(
     folder: Path, model: RewardModel, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
 ) -> None:
     """Write what `from_pretrained` reads: the LM as Hugging Face saves it, the head, the tokenizer, facts."""
+    save_lm(folder, model.lm.config, named_weights, model.tokenizer)
+    save_head(folder, model, head, **about)
+
+
+def save_head(folder: Path, model: RewardModel, head: dict, **about) -> None:
+    """What lies beside the LM's weights: the head, and facts."""
     from safetensors.torch import save_file
 
-    save_lm(folder, model.lm.config, named_weights, model.tokenizer)
     save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
     facts = {"head": model.head_kind, "tokenizer": model.tokenizer.fingerprint, "mean": model.mean, "std": model.std}
-    write_json(folder / ABOUT_FILE, {"format": 1, **facts, **about})
+    write_json(folder / ABOUT_FILE, {"format": MERGED_FORMAT, **facts, **about})
 
 
 def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:

@@ -29,10 +29,12 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from pipelines.artefacts import ArtefactError
-from pipelines.config import Dtype
+from pipelines.config import NATIVE_DTYPE, Dtype
+from rm.adapters import AdapterEnsemble, one_base
 from rm.combine import KNOWN, combiner, standardise
 from rm.merge import calibrate, read_calibration
 from rm.model import RewardModel
+from rm.objective import LowerCache
 from rm.score import Tokens, score_tokens
 from rm.serve_queue import ScoringQueue
 from rm.serve_rows import BadRequest, RowReader
@@ -42,12 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     combiner(options.combine)  # a name that is not known is told before anything is loaded
     rows = read_calibration(options.calibrate) if options.calibrate else []
-    models = [RewardModel.from_pretrained(path, dtype=options.dtype) for path in options.models]
+    models, lower = load(options.models, dtype=options.dtype, base=options.base)
     for model in models if rows else ():
         model.mean, model.std = calibrate(model, rows, batch_tokens=options.batch_tokens)
     ensemble = Ensemble(
-        options.models, models, combine=options.combine, normalise=options.normalise, batch_tokens=options.batch_tokens
-    )
+        options.models, models, combine=options.combine, normalise=options.normalise, lower=lower,
+        batch_tokens=options.batch_tokens,
+    )  # fmt: skip
     app = make_app(ensemble, max_tokens=options.max_tokens)
     address = f"http://{options.host}:{options.port}"
     print(f"serving {', '.join(options.models)} on {address}/score and {address}/get_reward", file=sys.stderr)
@@ -55,10 +58,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def load(
+    paths: Sequence[str], *, dtype: str, base: str | None = None
+) -> tuple[Sequence[RewardModel], Callable[[Sequence[Tokens]], LowerCache | None] | None]:
+    """The models, and `lower` of `Ensemble`: adapters of one base share it in memory, and the layers below them."""
+    if not one_base(paths):
+        return [RewardModel.from_pretrained(path, dtype=dtype, base=base) for path in paths], None
+    shared = AdapterEnsemble.from_pretrained(paths, dtype=dtype, base=base)
+    return shared.members, shared.lower_cache
+
+
 class Ensemble:
     """k reward models of one tokenizer as one; a single model gives its own rewards.
 
     The members of an ensemble are always standardised by their mean and std; a single model only with `normalise`.
+
+    Args:
+        lower: rows -> `lower` of `rm.score.score_tokens` for all members, where they have layers in common.
 
     Raises:
         ArtefactError: members of other tokenizers, or whose mean and std were never measured.
@@ -71,10 +87,11 @@ class Ensemble:
         *,
         combine: str = "mean",
         normalise: bool = False,
+        lower: Callable[[Sequence[Tokens]], LowerCache | None] | None = None,
         batch_tokens: int = 8192,
     ):
         self.names, self.models, self.rule, self.batch_tokens = list(names), list(models), combine, batch_tokens
-        self.tokenizer = models[0].tokenizer
+        self.tokenizer, self._lower = models[0].tokenizer, lower
         self.standardised = normalise or len(models) > 1
         self._combine = combiner(combine)
         for name, model in zip(names, models, strict=True):
@@ -93,9 +110,10 @@ class Ensemble:
 
     def members(self, rows: Sequence[Tokens]) -> Tensor:
         """Float32 rewards [k, n], standardised where `standardised` says so."""
+        lower = self._lower(rows) if self._lower else None
         rewards = [
             score_tokens(
-                model, model.tokenizer, rows, batch_tokens=self.batch_tokens, share=model.shares_prompts,
+                model, model.tokenizer, rows, batch_tokens=self.batch_tokens, share=model.shares_prompts, lower=lower,
                 device=next(model.parameters()).device,
             )
             for model in self.models
@@ -198,5 +216,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=5000, help="(%(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="refuse longer rows (default: the positions of the model)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
+    parser.add_argument("--base", help="base of adapters, in place of the one that they name")
     return parser

@@ -24,6 +24,7 @@ from pipelines.data import ChatTokenizer, stream_seed
 from pipelines.imported import repeated
 from pipelines.labels import flip_labels
 from pipelines.models import LowerLayers, add_lora, load_causal_lm, train_top_layers
+from rm.adapters import describe_base, save_adapter_model
 from rm.evaluate import accuracy_with_interval, pair_accuracy
 from rm.model import RewardModel, save_reward_model
 from rm.objective import LowerCache, pair_logprobs, pair_losses
@@ -37,12 +38,16 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     calibration = read_table(inputs["preferences"] / "calibration.parquet")
     train = [row for row in rows if row["split"] == "rm_train"]
     val = [row for row in rows if row["split"] == "rm_val"]
-    metrics, lower = {}, None
+    if cfg.rm.save == "adapter":
+        describe_base(cfg.rm.base)  # what it refuses is told before anything is trained
+    metrics, lower = {}, {}
     for name, variant in cfg.rm.variants.items():
         done = out / name / "metrics.json"
         if not done.is_file():  # a killed stage goes on with the first unfinished variant
-            lower = lower or lower_cache(cfg)
-            train_variant(cfg, name, variant, train, val, calibration, out / name, lower)
+            depth = num_layers(cfg, variant)
+            if depth not in lower:
+                lower[depth] = lower_cache(cfg, variant)
+            train_variant(cfg, name, variant, train, val, calibration, out / name, lower[depth])
         torch.distributed.barrier()
         metrics[name] = read_json(done)
     longest = [len(r["chosen"].split()) - len(r["rejected"].split()) for r in val if not r["flipped"]]
@@ -109,7 +114,7 @@ def fit(
 def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokenizer]:
     """The untrained model; heads of all variants of one seed start from the same numbers."""
     tokenizer = ChatTokenizer(cfg.rm.base)
-    lm = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=cfg.rm.num_layers)
+    lm = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant))
     torch.manual_seed(stream_seed(cfg.run.seed, "rm", "head", *seed_name(variant)))
     if cfg.rm.lora and variant.trainable_layers is None:
         lm = add_lora(lm, cfg.rm.lora)
@@ -129,12 +134,17 @@ def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]
     )
 
 
+def num_layers(cfg: Config, variant: RewardVariant) -> int | None:
+    """Layers of the backbone that the variant keeps; None for all."""
+    return cfg.rm.num_layers if variant.num_layers is None else variant.num_layers
+
+
 def _trainable(cfg: Config, variant: RewardVariant) -> int | None:
     return cfg.rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
 
 
 def _lower_fits(cfg: Config, variant: RewardVariant) -> bool:
-    """Whether the layers that are cached are frozen in this variant too."""
+    """Whether the layers that are cached are frozen in this variant too; the cache is one of its `num_layers`."""
     return _trainable(cfg, variant) <= cfg.rm.trainable_layers
 
 
@@ -175,11 +185,16 @@ def train_step(
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": trainer.grad_norm}
 
 
-def lower_cache(cfg: Config) -> LowerCache | None:
-    """The cache that the configuration asks for; every rank holds the layers whole, so that it needs no other."""
+def lower_cache(cfg: Config, variant: RewardVariant | None = None) -> LowerCache | None:
+    """The cache that the configuration asks for, of the layers that are frozen in a backbone as deep as the variant's
+    (default: as rm.num_layers); None where there are none. Every rank holds the layers whole, so that it needs no
+    other."""
     if not cfg.rm.cache_frozen_layers:
         return None
-    base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=cfg.rm.num_layers).to(engine.device())
+    base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant or RewardVariant()))
+    if base.config.num_hidden_layers <= cfg.rm.trainable_layers:
+        return None
+    base.to(engine.device())
     if base.config._attn_implementation.startswith("flash"):
         raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
     layers = LowerLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
@@ -231,12 +246,15 @@ def measure(
 
 def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
     """Gather from all ranks, write from the first."""
-    weights = list(trainer.named_weights(model.lm))
     head = {}
     for name, weight in model.head.named_parameters():
         with engine.gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
+    about = {"variant": variant.model_dump(), "run_seed": cfg.run.seed}
+    if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
+        trainer.settle()
+        save_adapter_model(out, model, head, base=cfg.rm.base, **about)
+        return
+    weights = list(trainer.named_weights(model.lm))
     if engine.rank() == 0:
-        save_reward_model(
-            out, model, weights, head, variant=variant.model_dump(), base=cfg.rm.base.path, run_seed=cfg.run.seed
-        )
+        save_reward_model(out, model, weights, head, base=cfg.rm.base.path, **about)

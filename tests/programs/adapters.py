@@ -1,0 +1,76 @@
+"""Two seeds trained under ZeRO-3, saved whole and as adapters, and scored by PPO's proxy in both forms."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from pipelines import engine
+from pipelines.config import Config
+from pipelines.load import load
+from ppo.proxy import LocalProxy
+from rm import train
+from rm.adapters import AdapterEnsemble
+from rm.model import RewardModel
+from tests.foreign import CHATS
+
+
+def rows() -> list[dict]:
+    answers = (
+        "A pear.",
+        "I do not know.",
+        "It is the second one, as was said.",
+        "No!",
+        "Ask me again.",
+        "Yes, gladly.",
+    )
+    return [
+        {
+            "prompt_id": str(i), "pair_id": str(i), "prompt": [{"role": "user", "content": f"Question {i}?"}],
+            "chosen": answers[i % 6], "rejected": answers[(i + 1 + i // 6) % 6], "flipped": False,
+            "response": answers[i % 6], "weight": 1.0,
+        }
+        for i in range(16)
+    ]  # fmt: skip
+
+
+def config(base: str, save: str) -> Config:
+    settings = [
+        f"rm.base.path={base}", f"rm.save={save}", "rm.lora={rank: 4, alpha: 32, top_layers: 2}", "rm.global_batch=8",
+        "rm.micro_batch=2", "rm.optim.lr=0.02", "engine.dtype=float32", "rm.num_layers=3",
+        "rm.variants={a: {text_regulariser: sft}, b: {seed: 1}, grm: {}}",
+        "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+    ]  # fmt: skip
+    return load([], settings)
+
+
+def main(base: str, out: str) -> None:
+    engine.init_distributed()
+    folder = Path(out)
+    cfg = config(base, "merged")
+    for name in ("a", "b"):
+        variant = cfg.rm.variants[name]
+        trainer, model, _ = train.fit(cfg, name, variant, rows(), folder / "log" / name)
+        train.measure(trainer, model, rows(), rows(), folder / "log" / name)
+        for save in ("merged", "adapter"):
+            train.save(config(base, save), trainer, model, variant, folder / save / name)
+    torch.distributed.barrier()
+    whole = [RewardModel.from_pretrained(folder / "merged" / n, dtype="float32") for n in ("a", "b")]
+    whole = [engine.Engine(model, cfg.engine, micro_batch=2) for model in whole]
+    ensemble = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in ("a", "b")], dtype="float32")
+    shared = ensemble.through(engine.Engine(ensemble, cfg.engine, micro_batch=2))
+    mine = CHATS[engine.rank() :][:2]
+    found = {
+        name: engine.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())
+        for name, members in (("whole", whole), ("shared", shared), ("again", shared))
+    }
+    if engine.rank() == 0:
+        (folder / "scores.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
