@@ -13,14 +13,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config_base import Dtype, Fraction, Lora, Model, Optim, Section, exact_div
+from pipelines.config_base import NATIVE_DTYPE, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
 from pipelines.config_data import Data, Generation, Gold, Preferences, PreferenceSource, Splits, Vllm
 from pipelines.config_ppo import Clip, Ensemble, Kl, Ppo, Reward
 from pipelines.config_rm import RewardTraining, RewardVariant
 
 __all__ = [
     "BestOfN", "Clip", "Config", "Data", "Dtype", "Engine", "Ensemble", "Evaluation", "Fraction", "Generation", "Gold",
-    "Kl", "Lora", "Model", "Optim", "Ppo", "PreferenceSource", "Preferences", "Reward", "RewardTraining",
+    "Kl", "Lora", "Model", "NATIVE_DTYPE",
+    "Optim", "Ppo", "PreferenceSource", "Preferences", "Reward", "RewardTraining",
     "RewardVariant", "Run", "Section", "Splits", "Study", "Vllm", "exact_div",
 ]  # fmt: skip
 
@@ -56,8 +57,8 @@ class Engine(Section):
     processes: int | Literal["auto"] = "auto"
     """Ranks on this machine. auto: one per GPU, or two on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """bfloat16 keeps float32 master weights in the optimiser."""
+    dtype: Literal["bfloat16", "float32"] = NATIVE_DTYPE
+    """Default: what the machine computes fast. bfloat16 keeps float32 master weights in the optimiser."""
     offload: bool = False
     """Keep optimiser states (and at stage 3 parameters) in host memory."""
     gradient_checkpointing: bool = False
@@ -77,7 +78,7 @@ class Evaluation(Section):
 
 
 class Study(Section):
-    """The matrix of `grm study`: each method with each data size, label noise and seed."""
+    """The matrix of `grm study`: each method with each data size, model size, label noise and seed."""
 
     methods: tuple[str, ...] = ()
     """Names of rm.variants (empty: all of them)."""
@@ -85,18 +86,35 @@ class Study(Section):
     """Heads and orders of the pairs; 3 is the least that says something of a method."""
     pairs: tuple[int, ...] = ()
     """Training pairs (empty: all)."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Sizes of the reward model: the first so many layers of its base (empty: rm.num_layers, or the variant's own)."""
     label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = (0.0,)
     ensembles: tuple[str, ...] = ("mean", "min")
     """Combiners of the seeds of a condition, from their scores: no model is run for them."""
+    sweep: tuple[str, ...] = (
+        "mean", "min", "median", "quantile:0.25", "uwo:0.1", "uwo:0.5", "uwo:1", "uwo:2", "length:0.1", "length:0.3",
+    )  # fmt: skip
+    """Combiners that are compared at one n, from the same scores (`bon/sweep.py`): weights cost seconds, no model."""
+    second_gold: Gold | None = None
+    """Scores the pools too, after everything is trained: whether the verdicts are those of one gold alone."""
     soft_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     """Of soft best-of-n, in standard deviations of the proxy within prompts (empty: none)."""
     ppo_methods: tuple[str, ...] = ()
     """Methods that policies are trained against (empty: none)."""
     ppo_label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
     """Label noises of the reward models that policies are trained against (empty: all of label_noise)."""
+    ppo_layers: tuple[int, ...] = ()
+    """Sizes of the reward models that policies are trained against (empty: all of layers)."""
     ppo_seeds: int = Field(1, ge=1)
     """Of the seeds of these methods, the first so many."""
     kl_coefs: tuple[float, ...] = (0.02,)
+
+    @model_validator(mode="after")
+    def _once(self) -> Study:
+        axes = {name: value for name, value in self if isinstance(value, tuple) and len(set(value)) < len(value)}
+        if axes:
+            raise ValueError("; ".join(f"{name} {list(value)} has an entry twice" for name, value in axes.items()))
+        return self
 
 
 class Config(Section):

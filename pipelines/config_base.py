@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,19 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+def native_dtype() -> Literal["bfloat16", "float32"]:
+    """bfloat16 on a GPU and on CPUs with instructions for it; float32 elsewhere, where bfloat16 is emulated and some
+    thirty times slower."""
+    if any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):
+        return "bfloat16"
+    cpuinfo = Path("/proc/cpuinfo")
+    words = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(words) else "float32"
+
+
+NATIVE_DTYPE = native_dtype()
 
 
 class Section(BaseModel):

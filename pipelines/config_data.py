@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config_base import Dtype, Fraction, Section
+from pipelines.config_base import NATIVE_DTYPE, Dtype, Fraction, Section
 
 
 class Splits(Section):
@@ -38,7 +38,8 @@ class Data(Section):
 
 
 class Vllm(Section):
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = NATIVE_DTYPE
+    """Default: what the machine computes fast."""
     max_model_len: int = Field(512, ge=16)
     """Prompt plus response, in tokens."""
     max_num_seqs: int = Field(64, ge=1)
