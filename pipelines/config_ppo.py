@@ -86,7 +86,7 @@ class Ppo(Section):
     minibatches: int = Field(2, ge=1)
     """Optimiser steps per epoch."""
     micro_batch: int = Field(8, ge=1)
-    """Sequences per forward pass on one rank."""
+    """Sequences per forward pass on one rank, on average: passes hold equally many tokens, not sequences."""
     kl: Kl = Kl()
     clip: Clip = Clip()
     gamma: float = Field(1.0, gt=0, le=1)
@@ -107,6 +107,8 @@ class Ppo(Section):
     is not a value yet: with lam below 1 that bias drives the policy until the critic has learned (arXiv 2503.01491)."""
     reuse_frozen_layers: bool = True
     """Run the lowest layers that actor, reference and critic have in common, all frozen, once per rollout."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay, a step, of a moving average of the trained weights, which is left as a policy in `policy-ema/`."""
     checkpoint_every: int = Field(4, ge=1)
     """Steps between policies kept for evaluation; the last step always is one."""
     keep_policies: int | None = Field(None, ge=1)
@@ -116,6 +118,12 @@ class Ppo(Section):
     vllm_servers: tuple[str, ...] = ()
     """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. They read new
     weights from the run directory. Their samples are not seeded, so such a run does not repeat bit for bit."""
+    overlap: bool = False
+    """Let the servers sample the next step's responses while this one trains: one step off-policy, which
+    clip.importance_weight corrects for."""
+    sync: Literal["weights", "adapter"] = "weights"
+    """What vLLM gets after each step: whole weights, adapters merged; or the adapter as it is, which rounds nothing
+    away and moves little, but makes sampling slower (on CPU three times)."""
     server_timeout: float = Field(600.0, gt=0)
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
     trackers: tuple[str, ...] = ()
@@ -157,6 +165,13 @@ class Ppo(Section):
             raise ValueError(f"estimator {self.estimator} has no critic to warm up: set critic_warmup_steps to 0")
         if self.lora and self.lora.dropout:
             raise ValueError(f"lora.dropout {self.lora.dropout} would make the PPO ratio differ from 1: set it to 0")
+        if self.sync == "adapter" and (self.lora is None or self.vllm_servers):
+            raise ValueError("sync adapter needs lora, and an engine in each rank (no vllm_servers)")
+        if self.overlap and not (self.vllm_servers and self.clip.importance_weight):
+            raise ValueError(
+                "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "
+                "samples are those of the policy before the last update"
+            )
         if self.critic_warmup_steps >= self.steps:
             raise ValueError(f"critic_warmup_steps {self.critic_warmup_steps} leaves no step of {self.steps} to PPO")
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipelines import config
 from pipelines.load import merge
-from pipelines.models import lora_modules, merged_lora
+from pipelines.models import lora_modules, lora_product, merged_lora
 
 
 def init_distributed() -> None:
@@ -142,9 +142,10 @@ class Engine:
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
             self._engine.empty_partition_cache()
 
-    def named_weights(self, lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, lm: nn.Module, **options) -> Iterator[tuple[str, Tensor]]:
+        """`named_weights` of `lm`, a part of this engine's module."""
         self.settle()
-        return named_weights(lm)
+        return named_weights(lm, **options)
 
     def save(self, folder: Path) -> None:
         """Weights, optimiser and schedule of every rank, to resume from."""
@@ -157,11 +158,21 @@ class Engine:
             raise RuntimeError(f"no engine state in {folder}; delete it and start the stage anew")
 
 
-def named_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+MergeWatch = Callable[[str, Tensor, Tensor, Tensor, float, Tensor], None]
+"""Is shown each adapted weight: its name, the base, the adapter's A, B and scaling, and the merged weight."""
+
+
+def named_weights(
+    lm: nn.Module, *, watch: MergeWatch | None = None, values: Mapping[nn.Parameter, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor) of a causal LM, one at a time, adapters merged in.
 
     Under ZeRO-3 every rank must run through it, since each tensor is gathered from all.
+
+    Args:
+        values: taken in place of these parameters, in the type of the model.
     """
+    value = lambda p: (values or {}).get(p, p)  # noqa: E731
     adapted = {f"{name}.weight": layer for name, layer in lora_modules(lm)} if hasattr(lm, "peft_config") else {}
     for name, weight in lm.named_parameters():
         if "lora_" in name:
@@ -170,7 +181,13 @@ def named_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
         layer = adapted.get(name)
         factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight] if layer else []
         with gathered([weight, *factors]):
-            whole = merged_lora(weight, *factors, layer.scaling["default"]) if layer else weight.detach().clone()
+            if layer:
+                scaling = layer.scaling["default"]
+                whole = merged_lora(weight, lora_product(*map(value, factors), scaling).to(weight.device))
+                if watch:
+                    watch(name, weight, *factors, scaling, whole)
+            else:
+                whole = value(weight).detach().to(weight.dtype, copy=True)
         yield name, whole
 
 

@@ -11,11 +11,12 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipelines.config import Generation, Model
+from pipelines.config import Generation, Lora, Model
 from pipelines.data import ChatTokenizer
 
 
@@ -39,9 +40,11 @@ class Generator:
     In a torch.distributed program every rank makes one: each samples its own prompts.
     """
 
-    def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer):
+    def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
+        """`adapter`: the kind that `load_adapter` will be given; None for none."""
         from vllm import LLM
 
+        self._adapter, self._loaded = None, 0
         self.cfg, self.tokenizer = cfg, tokenizer
         self.seconds = {"generate": 0.0, "sync": 0.0}
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -50,6 +53,12 @@ class Generator:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(engine.cpu_kvcache_gib))
         self._sleeps = cuda and engine.sleep
         options = {"block_size": engine.block_size} if engine.block_size and not cuda else {}
+        if adapter:
+            # vLLM knows these ranks only; a smaller adapter fits a larger slot.
+            slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot}
+            # Left to itself it wraps the LM head too, and then cannot give log-probs of prompts.
+            options |= {"lora_target_modules": list(adapter.targets)}
         if cuda:
             options |= {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
         self._llm = LLM(
@@ -100,7 +109,7 @@ class Generator:
 
         sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         inputs = [{"prompt_token_ids": list(ids)} for ids in sequences]
-        outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
         return [
             [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -121,6 +130,22 @@ class Generator:
         self._llm.reset_prefix_cache()
         self.seconds["sync"] += time.perf_counter() - started
 
+    def load_adapter(self, folder: Path) -> None:
+        """Sample with this LoRA adapter (PEFT's files) on the weights that are there, in place of the last one.
+
+        Nothing is merged, so nothing is rounded away, and no cached prefix is wrong: each adapter has a number of its
+        own, which is part of the prefix's key.
+        """
+        from vllm.lora.request import LoRARequest
+
+        started = time.perf_counter()
+        old, self._loaded = self._adapter, self._loaded + 1
+        self._adapter = LoRARequest(f"step-{self._loaded}", self._loaded, str(folder))
+        if old:
+            self._llm.llm_engine.remove_lora(old.lora_int_id)
+        self._llm.llm_engine.add_lora(self._adapter)
+        self.seconds["sync"] += time.perf_counter() - started
+
     def sleep(self) -> None:
         """Give the GPU memory of weights and KV cache to the trainer; nothing on CPU."""
         if self._sleeps:
@@ -132,7 +157,8 @@ class Generator:
 
     def _run(self, prompts, sampling) -> list[list[Completion]]:
         started = time.perf_counter()
-        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling, use_tqdm=False)
+        inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
         self.seconds["generate"] += time.perf_counter() - started
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 

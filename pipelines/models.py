@@ -270,9 +270,14 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def merged_lora(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A in float32, rounded once to the type of W [out, in]."""
-    return (base.float() + scaling * (b.float() @ a.float())).to(base.dtype)
+def lora_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * B A [out, in] in float32: what an adapter adds to its weight."""
+    return scaling * (b.float() @ a.float())
+
+
+def merged_lora(base: Tensor, product: Tensor) -> Tensor:
+    """W + product in float32, rounded once to the type of W [out, in]."""
+    return (base.float() + product).to(base.dtype)
 
 
 def lora_modules(lm: nn.Module) -> Iterator[tuple[str, nn.Module]]:

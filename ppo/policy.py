@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pipelines import engine
 from pipelines.models import Lower, hidden_states, token_logprobs
 
 
@@ -51,18 +49,3 @@ class PolicyModule(nn.Module):
 def scatter(flat: Tensor, mask: Tensor) -> Tensor:
     """`flat` [number of True in mask] -> [B, T] with zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-def save_adapter(folder: Path, lm: nn.Module) -> None:
-    """The trained adapter as peft's own folder; every rank must call it, the first writes."""
-    from safetensors.torch import save_file
-
-    weights = {}
-    for name, weight in lm.named_parameters():
-        if "lora_" in name:
-            with engine.gathered([weight]):
-                weights[name.replace(".default.", ".")] = weight.detach().cpu().contiguous().clone()
-    if engine.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        lm.peft_config["default"].save_pretrained(folder)

@@ -2,63 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from pipelines import engine
 from pipelines.data import DataError
-from pipelines.generate import Generator
-from ppo.rollout import Micro
+from pipelines.generate import Completion, Generator
+from pipelines.models import Lower, lora_product, merged_lora
+from ppo.rollout import make_micros
 
-STALE = 0.5
-"""A slope below this is nearer to the old weights than to the new ones."""
-CONCLUSIVE = 0.15
-"""Standard error of the slope above which an update was too small to be told from rounding."""
+STALE = 0.25
+"""A slope below this share of what it should be is that of weights that did not arrive."""
+CONCLUSIVE = 0.1
+"""Standard error of the slope, as a share of what it should be, above which nothing is concluded."""
 
 
 class SyncProbe:
     """Did the sampler move with the actor?
 
-    With log-probs of the same tokens by the actor before the update (o) and after it (n), and by the sampler after the
-    sync (v), the slope of v - o on n - o is 1 if the weights arrived and 0 if not, however small the update was and
-    however coarse the sampler's arithmetic: unlike a bound on |v - n|, which small updates never reach. All at
-    temperature 1, where vLLM gives log-probs of given tokens.
+    Of the same tokens, with log-probs by the actor before an update (o) and after it (n), and by the sampler before
+    the sync (u) and after it (v), the slope of v - u on n - o is 1 if the weights arrived and 0 if not, however small
+    the update was and however coarse the sampler's arithmetic: unlike a bound on |v - n|, which small updates never
+    reach. All at temperature 1, where vLLM gives log-probs of given tokens.
+
+    An adapter merged into bfloat16 weights loses what is below half a unit in their last place. How much of the step's
+    change survives (1: all of it) is measured on the weights at each sync, and is what the slope should be.
+
+    Args:
+        rows: responses of each rank that are looked at.
+        dtype: of the sampler's weights.
+        lower: gives the states of the actor's frozen layers from ids and mask, to be computed once.
     """
 
-    def __init__(self, actor: engine.Engine, generator: Generator):
-        self._actor, self._generator = actor, generator
+    def __init__(
+        self,
+        actor: engine.Engine,
+        generator: Generator,
+        *,
+        rows: int,
+        pad_id: int,
+        dtype: torch.dtype,
+        lower: Callable[[Tensor, Tensor], Lower] | None = None,
+    ):
+        self._actor, self._generator, self._size, self._pad_id = actor, generator, rows, pad_id
+        self._dtype, self._lower = dtype, lower
+        self._same_type = next(actor.module.parameters()).dtype == dtype
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._exact = self._kept = 0.0
+
+    def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
+        """What `pipelines.engine.named_weights` shows of each adapted weight: how much of its change is in `merged`."""
+        product, before, old = lora_product(a, b, scaling), 0.0, base
+        if name in self._factors:
+            before = lora_product(*self._factors[name], scaling)
+            old = merged_lora(base, before)
+        change = product - before
+        survived = merged.to(self._dtype).float() - old.to(self._dtype).float()
+        self._exact += float(change.square().sum(dtype=torch.float64))
+        self._kept += float((change * survived).sum(dtype=torch.float64))
+        self._factors[name] = (a.detach().clone(), b.detach().clone())
+
+    def sampled(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> None:
+        """Choose responses of this step, and note what the sampler says of them; while it is awake."""
+        prompts, completions = prompts[: self._size], completions[: self._size]
+        (self._micro,) = make_micros(
+            prompts, completions, torch.zeros(len(prompts)), list(range(len(prompts))), self._pad_id, 1
+        )
+        self._before = self._sampler_logprobs()
 
     @torch.no_grad()
-    def before(self, micros: list[Micro]) -> None:
-        """Keep the actor's log-probs on the longest micro-batch, before it is updated."""
-        self._micro = micros[-1]
-        self._old = self._logprobs()
+    def before(self) -> None:
+        """Note the actor's log-probs, before it is updated."""
+        m, self._exact, self._kept = self._micro, 0.0, 0.0
+        m.lower = self._lower(m.input_ids, m.attention_mask) if self._lower else None
+        self._old = self._actor_logprobs()
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
-        """Slope and its standard error over all ranks; call it between waking and sleeping of the sampler.
+        """Slope, its standard error and what it should be, over all ranks; after a sync, while the sampler is awake.
 
         Raises:
             DataError: the sampler still has the old weights.
         """
-        m, new = self._micro, self._logprobs()
-        rows = [ids[: int(n)].tolist() for ids, n in zip(m.input_ids, m.attention_mask.sum(-1), strict=True)]
-        sampler = torch.zeros_like(new)
-        for b, found in enumerate(self._generator.logprobs_of(rows)):
-            sampler[b, : len(found)] = torch.tensor(found, device=new.device)
-        moved, seen = ((x - self._old)[m.is_response].double() for x in (new, sampler))
-        count, xx, xy, yy = engine.global_sum(
-            len(moved), float(moved @ moved), float(moved @ seen), float(seen @ seen)
-        )  # fmt: skip
+        mask = self._micro.is_response
+        moved = torch.where(mask, self._actor_logprobs() - self._old, 0.0).double()
+        seen = torch.where(mask, self._sampler_logprobs() - self._before, 0.0).double()
+        xx, xy = engine.global_sum(float(moved.square().sum()), float((moved * seen).sum()))
         slope = xy / xx if xx else 0.0
-        error = max(0.0, (yy - slope * xy) / count / xx) ** 0.5 if xx else float("inf")
-        if error < CONCLUSIVE and slope < STALE:
+        # Tokens of a response move together: its sum is one observation.
+        (square,) = engine.global_sum(float((moved * (seen - slope * moved)).sum(-1).square().sum()))
+        error = square**0.5 / xx if xx else float("inf")
+        expected = min(1.0, max(0.0, self._kept / self._exact)) if self._exact else float(self._same_type)
+        if error < CONCLUSIVE * expected and slope < STALE * expected:
             raise DataError(
                 f"ppo step {step}: after the weight sync vLLM's log-probs moved {slope:.2f} +- {error:.2f} times as "
-                "far as the actor's (1 is right): the new weights did not arrive"
+                f"far as the actor's ({expected:.2f} would be right): the new weights did not arrive"
             )
-        return {"sync_slope": slope, "sync_slope_se": min(error, 99.0)}
+        return {"sync_slope": slope, "sync_slope_se": min(error, 99.0), "sync_survival": expected}
 
-    def _logprobs(self) -> Tensor:
+    def _actor_logprobs(self) -> Tensor:
         m = self._micro
         return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, lower=m.lower)[0]
+
+    def _sampler_logprobs(self) -> Tensor:
+        m = self._micro
+        rows = [ids[: int(n)].tolist() for ids, n in zip(m.input_ids, m.attention_mask.sum(-1), strict=True)]
+        found = torch.zeros(m.is_response.shape, device=m.input_ids.device)
+        for b, row in enumerate(self._generator.logprobs_of(rows)):
+            found[b, : len(row)] = torch.tensor(row, device=found.device)
+        return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines import engine
-from pipelines.batching import pad_right
+from pipelines.batching import balanced, pad_right
 from pipelines.data import DataError, stream_seed
 from pipelines.generate import Completion
 from pipelines.models import Lower
@@ -70,26 +70,44 @@ def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(stream_seed(seed, "ppo", "prompts", epoch)).sample(range(n), n)
 
 
-def collect(trainer, step: int) -> Rollout:
-    """Sample, score and evaluate one step's rollouts with the current weights. `trainer` is ppo.train.Trainer."""
-    cfg, tokenizer = trainer.cfg, trainer.tokenizer
-    clock = Clock()
-    rows = prompts_of_step(trainer.prompts, step, cfg.ppo.prompts_per_step, trainer.seed)
-    prompt_ids = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
-    trainer.generator.wake()
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step's responses on this rank, as the sampler gave them; lists of one length."""
+
+    rows: list[dict]  # the prompts
+    prompts: list[list[int]]  # their token ids
+    groups: list[int]  # equal for responses to one prompt
+    completions: list[Completion]
+
+
+def sample(trainer, step: int) -> Sampled:
+    """Sample with the weights that vLLM has now. `trainer` is ppo.train.Trainer, here and below."""
+    ppo = trainer.cfg.ppo
+    rows = prompts_of_step(trainer.prompts, step, ppo.prompts_per_step, trainer.seed)
+    prompts = [trainer.generator.tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seed = stream_seed(trainer.seed, "ppo", "rollout", step, engine.rank())
-    groups = trainer.generator.generate(prompt_ids, n=cfg.ppo.samples_per_prompt, seed=seed)
+    found = trainer.generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
+    owner = [i for i, group in enumerate(found) for _ in group]
+    rows, prompts = ([of_prompt[i] for i in owner] for of_prompt in (rows, prompts))
+    return Sampled(rows, prompts, owner, [c for group in found for c in group])
+
+
+def collect(trainer, step: int) -> Rollout:
+    """Sample, score and evaluate one step's rollouts with the current weights."""
+    clock = Clock()
+    trainer.generator.wake()
+    sampled = trainer.responses(step)
+    trainer.probe.sampled(sampled.prompts, sampled.completions)
     trainer.generator.sleep()
-    completions = [c for group in groups for c in group]
-    owner = [i for i, group in enumerate(groups) for _ in group]
-    rows, prompt_ids = ([of_prompt[i] for i in owner] for of_prompt in (rows, prompt_ids))
     clock.lap("generate")
+    rows, completions = sampled.rows, sampled.completions
     answered = [
         [*row["prompt"], {"role": "assistant", "content": c.text}] for row, c in zip(rows, completions, strict=True)
     ]
     rewards = trainer.proxy.score(answered)
     clock.lap("score")
-    micros = make_micros(prompt_ids, completions, rewards, owner, tokenizer.pad_id, cfg.ppo.micro_batch)
+    count = len(completions) // trainer.cfg.ppo.micro_batch
+    micros = make_micros(sampled.prompts, completions, rewards, sampled.groups, trainer.tokenizer.pad_id, count)
     for micro in micros:
         evaluate(trainer, micro)
     clock.lap("logprobs")
@@ -113,15 +131,16 @@ def make_micros(
     rewards: Tensor,
     groups: list[int],
     pad_id: int,
-    size: int,
+    count: int,
 ) -> list[Micro]:
-    """Micro-batches of `size` rows, sorted by length so that little is padding."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i].token_ids))
+    """`count` micro-batches of rows of similar length and of padded sizes as equal as can be.
+
+    Their number is given and not a budget of tokens, since all ranks must make as many passes.
+    """
+    if empty := sum(not c.token_ids for c in completions):
+        raise DataError(f"vLLM returned no token at all for {empty} prompts; is max_new_tokens at least 1?")
     micros = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        if empty := [i for i in rows if not completions[i].token_ids]:
-            raise DataError(f"vLLM returned no token at all for {len(empty)} prompts; is max_new_tokens at least 1?")
+    for rows in balanced([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], count):
         ids, mask = pad_right([prompts[i] + completions[i].token_ids for i in rows], pad_id, engine.device())
         is_response = torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
         sampler = torch.zeros(is_response.shape, device=ids.device)

@@ -7,32 +7,32 @@ own prompts with its own vLLM engine. Gold is not among this stage's inputs. Wha
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from pipelines import engine
+from pipelines.adapters import save_adapter
 from pipelines.artefacts import ArtefactError, read_json, write_json
 from pipelines.config import Config
 from pipelines.data import ChatTokenizer, DataError, stream_seed
 from pipelines.generate import Generator
 from pipelines.generate_server import ServerGenerator
-from pipelines.models import LowerLayers, add_lora, load_causal_lm, shared_depth, train_top_layers
 from pipelines.prompts import read_split
 from pipelines.stopping import MARK, Stopped, StopSignal
 from ppo.card import write_card
+from ppo.ema import WeightAverage
+from ppo.engines import make_engines
 from ppo.keep import PolicyKeeper
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
-from ppo.policy import PolicyModule, save_adapter
 from ppo.probe import SyncProbe
-from ppo.proxy import LocalProxy, RemoteProxy
 from ppo.rewards import RewardScale
-from ppo.rollout import Clock, collect, statistics
+from ppo.rollout import Clock, Sampled, collect, sample, statistics
 from ppo.update import Learner
-from rm.heads import zero_output
-from rm.model import RewardModel, save_lm
+from rm.model import save_lm
 
 MAX_MISMATCH = 0.2
 """Mean |log-prob difference| of vLLM and trainer, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
@@ -67,79 +67,30 @@ class Trainer:
         self.prompts = read_split(inputs["prompts"], "rl_train")
         self.generator = self._generator()
         self.generator.sleep()
-        self._make_engines(inputs["rm"])
-        self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
-        self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
-        self.probe = SyncProbe(self.actor, self.generator)
-        self.log: RunLog | None = None
-
-    def _generator(self) -> Generator | ServerGenerator:
-        cfg = self.cfg
-        if not cfg.ppo.vllm_servers:
-            return Generator(cfg.policy, cfg.generation, self.tokenizer)
-        return ServerGenerator(
-            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, self.tokenizer, folder=self.out / "sync",
-            timeout=cfg.ppo.server_timeout,
-        )  # fmt: skip
-
-    def _make_engines(self, reward_models: Path) -> None:
-        cfg, settings = self.cfg, self.cfg.engine
-        micro, updates = cfg.ppo.micro_batch, cfg.ppo.epochs * cfg.ppo.minibatches
-        per_rank = cfg.ppo.rollouts // engine.world_size()
-        trained = {"micro_batch": micro, "accumulation": per_rank // (micro * cfg.ppo.minibatches)}
-        base = lambda: load_causal_lm(cfg.policy, dtype=settings.dtype)  # noqa: E731
-        module = lambda lm: PolicyModule(lm, cfg.generation.temperature)  # noqa: E731
-        members = {name: self._reward_model(reward_models / name) for name in cfg.ppo.members}
-        torch.manual_seed(stream_seed(self.seed, "ppo", "adapter"))
-        lm = add_lora(base(), cfg.ppo.lora) if cfg.ppo.lora else base()
-        critic = self._critic(reward_models / cfg.ppo.proxy) if cfg.ppo.estimator == "gae" else None
-        # Weights are compared, so before they are sharded.
-        self.lower = self._lower_layers(lm, *([critic.lm] if critic else []))
-        actor_updates = (cfg.ppo.steps - cfg.ppo.critic_warmup_steps) * updates
-        self.actor = engine.Engine(module(lm), settings, optim=cfg.ppo.actor, total_steps=actor_updates, **trained)
-        critic_updates = cfg.ppo.steps * updates
-        self.critic = critic and engine.Engine(
-            critic, settings, optim=cfg.ppo.critic, total_steps=critic_updates, **trained
-        )
-        self.reference = self.actor if cfg.ppo.lora else engine.Engine(module(base()), settings, micro_batch=micro)
-        if cfg.ppo.reward_server:
-            self.proxy = RemoteProxy(cfg.ppo.reward_server, members[cfg.ppo.proxy])
-        else:
-            engines = [engine.Engine(member, settings, micro_batch=micro) for member in members.values()]
-            self.proxy = LocalProxy(engines, cfg.ppo.combine)
+        models = make_engines(cfg, inputs["rm"], self.tokenizer, self.seed)
+        self.actor, self.critic, self.reference = models.actor, models.critic, models.reference
+        self.proxy, self.lower = models.proxy, models.lower
         self.scale = RewardScale(cfg.ppo.reward, self.proxy.mean, self.proxy.std)
         self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, self.seed)
+        self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
+        self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
+        self.probe = SyncProbe(
+            self.actor, self.generator, rows=cfg.ppo.micro_batch, pad_id=self.tokenizer.pad_id,
+            dtype=getattr(torch, cfg.generation.vllm.dtype), lower=self.lower,
+        )  # fmt: skip
+        self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
+        self.log: RunLog | None = None
+        self._sampling, self._ahead = ThreadPoolExecutor(1), None
 
-    def _reward_model(self, path: Path) -> RewardModel:
-        model = RewardModel.from_pretrained(path, dtype=self.cfg.engine.dtype, attention=self.cfg.policy.attention)
-        if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise DataError(f"{path} has another tokenizer than the policy {self.cfg.policy.path}")
-        return model
-
-    def _critic(self, proxy_path: Path) -> RewardModel:
-        """The layers of the proxy or of the policy under a value head."""
-        ppo = self.cfg.ppo
-        if ppo.critic_init == "proxy":
-            critic = self._reward_model(proxy_path)
-        else:
-            lm = load_causal_lm(self.cfg.policy, dtype=self.cfg.engine.dtype)
-            critic = RewardModel(lm, "mlp", self.tokenizer)
-            critic.head.to(dtype=lm.dtype)
-        if ppo.critic_head == "zero":
-            zero_output(critic)
-        train_top_layers(critic.lm, ppo.critic_trainable_layers)
-        return critic
-
-    def _lower_layers(self, *lms: torch.nn.Module) -> engine.Engine | None:
-        """The frozen layers that these models have in common, to be run once for all; None where there are none."""
-        depth = shared_depth(*lms) if self.cfg.ppo.reuse_frozen_layers else 0
-        if not depth:
-            return None
-        base = load_causal_lm(self.cfg.policy, dtype=self.cfg.engine.dtype)
-        layers = LowerLayers(base.to(engine.device()), depth)
-        for lm in lms:
-            layers.check(lm.to(engine.device()))
-        return engine.Engine(layers, self.cfg.engine, micro_batch=self.cfg.ppo.micro_batch)
+    def _generator(self) -> Generator | ServerGenerator:
+        cfg, tokenizer = self.cfg, ChatTokenizer(self.cfg.policy)  # its own: `overlap` uses it in another thread
+        if not cfg.ppo.vllm_servers:
+            adapter = cfg.ppo.lora if cfg.ppo.sync == "adapter" else None
+            return Generator(cfg.policy, cfg.generation, tokenizer, adapter=adapter)
+        return ServerGenerator(
+            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, tokenizer, folder=self.out / "sync",
+            timeout=cfg.ppo.server_timeout,
+        )  # fmt: skip
 
     def step(self, step: int) -> None:
         """One PPO iteration."""
@@ -147,12 +98,14 @@ class Trainer:
         rollout = collect(self, step)
         stats = statistics(rollout)
         self._check(stats, step)
-        self.probe.before(rollout.micros)
+        self.probe.before()
         clock.lap("collect")
         self.scale.update([m.proxy for m in rollout.micros])
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
         stats |= self.learner.update(rollout.micros, step, self.kl.coef)
         clock.lap("train")
+        if self.average:
+            self.average.update()
         self.generator.wake()
         self._sync()
         clock.lap("sync")
@@ -171,12 +124,33 @@ class Trainer:
             self.policies.scored(step - 1, stats["reward_mean"] - stats["kl_coef"] * stats["kl_nats_per_response"])
         self._checkpoint(step)
 
+    def responses(self, step: int) -> Sampled:
+        """This step's responses. With ppo.overlap the next step's are then begun, by the weights that vLLM has now."""
+        if not self.cfg.ppo.overlap:
+            return sample(self, step)
+        found = self._ahead.result() if self._ahead else sample(self, step)
+        more = step < self.cfg.ppo.steps
+        self._ahead: Future[Sampled] | None = self._sampling.submit(sample, self, step + 1) if more else None
+        return found
+
     def _sync(self) -> None:
-        self.generator.sync(self.actor.named_weights(self.actor.module.lm))
+        if self._ahead:  # all responses of one step are of one policy, whichever rank asked for them
+            wait([self._ahead])
+            torch.distributed.barrier()
+        lm = self.actor.module.lm
+        if self.cfg.ppo.sync == "weights":
+            return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
+        folder = self.out / "sync"
+        self.actor.settle()
+        save_adapter(folder, lm)
+        torch.distributed.barrier()
+        self.generator.load_adapter(folder)
+        torch.distributed.barrier()  # the next step's adapter goes into the same files
 
     def _check(self, stats: dict, step: int) -> None:
         """A bound on what `probe` tells by direction: all samples of the step, and whatever happened since the sync."""
-        if stats["mismatch_mean_abs"] > MAX_MISMATCH:
+        # One step behind, the sampler differs by an update too.
+        if stats["mismatch_mean_abs"] > MAX_MISMATCH and not self.cfg.ppo.overlap:
             raise DataError(
                 f"ppo step {step}: log-probs of vLLM and trainer differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
@@ -195,6 +169,8 @@ class Trainer:
         self.actor.save(folder / "actor")
         if self.critic:
             self.critic.save(folder / "critic")
+        if self.average:
+            self.average.save(folder)
         torch.distributed.barrier()
         if engine.rank() == 0:
             state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": engine.world_size()}
@@ -231,6 +207,8 @@ class Trainer:
             self.actor.load(folder / "actor")
             if self.critic:
                 self.critic.load(folder / "critic")
+            if self.average:
+                self.average.load(folder)
             self.kl.load_state_dict(state["kl"])
             self.scale.load_state_dict(state["scale"])
             self.generator.wake()
@@ -245,6 +223,10 @@ class Trainer:
         """The result: a merged policy that transformers and vLLM load as it is. Resume states are dropped."""
         lm = self.actor.module.lm
         weights = list(self.actor.named_weights(lm))
+        if self.average:
+            averaged = list(self.actor.named_weights(lm, values=self.average.values))
+            if engine.rank() == 0:
+                save_lm(self.out / "policy-ema", lm.config, averaged, self.tokenizer)
         if engine.rank() == 0:
             save_lm(self.out / "policy", lm.config, weights, self.tokenizer)
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))

@@ -78,6 +78,11 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
         "vLLM's and the trainer's log-probs differ twice as much as at first: set generation.vllm.dtype=float32 to see "
         "whether it is rounding",
     ),
+    "merging": (
+        lambda rows: _all(rows, lambda r: max(r.get("sync_survival", 1.0), r.get("sync_slope", 1.0)) < 0.5),
+        "less than half of each update survives merging into the sampler's weights, so vLLM samples from an older "
+        "policy: raise ppo.actor.lr, or set generation.vllm.dtype=float32 and engine.dtype=float32",
+    ),
     "reward variance": (
         lambda rows: _last("proxy_se", 1.0)(rows) < 0.2 * rows[0].get("proxy_se", 1.0),
         "all responses get nearly the same reward: the policy has collapsed; read samples.jsonl and raise ppo.kl.coef",

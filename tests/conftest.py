@@ -20,6 +20,37 @@ def policy_path() -> Path:
     return POLICY
 
 
+@pytest.fixture(scope="session")
+def small_policy(policy_path, tmp_path_factory) -> Path:
+    """The first four layers of the real model: for what does not depend on what it says."""
+    from pipelines.config import Model
+    from pipelines.data import ChatTokenizer
+    from pipelines.models import load_causal_lm
+    from rm.model import save_lm
+
+    where, folder = Model(path=str(policy_path)), tmp_path_factory.mktemp("small") / "policy"
+    lm = load_causal_lm(where, dtype="bfloat16", num_layers=4)
+    save_lm(folder, lm.config, lm.named_parameters(), ChatTokenizer(where))
+    return folder
+
+
+def make(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def run_dir(policy_path, tmp_path_factory) -> Path:
+    """A finished `make rm ppo eval` of configs/smoke.yaml, to read and to copy from."""
+    runs = tmp_path_factory.mktemp("runs")
+    job = ["rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}"]
+    make(*job)
+    again = make(*job, timeout=120).stderr
+    assert again.count("up to date") == 7, again
+    return runs / "smoke"
+
+
 def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600) -> str:
     """Run `python ARGUMENTS` (under torchrun with `ranks`) in the environment of a stage; stdout, or a failed test."""
     from pipelines.launch import environment

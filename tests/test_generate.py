@@ -14,3 +14,9 @@ def test_vllm_equals_transformers_before_and_after_sync(policy_path):
     # the comparison can tell old weights from new
     assert found["stale"]["worst"] > 0.1, found
     assert found["seeded"] == [True, False]
+
+
+def test_adapters_beside_the_weights_replace_each_other(small_policy, tmp_path):
+    found = json.loads(run_program("tests/programs/adapter_sync.py", small_policy, tmp_path).splitlines()[-1])
+    assert max(found["gaps"] + found["on_policy"]) < 2e-3, found
+    assert min(found["stale"]) > 0.1, found

@@ -95,6 +95,7 @@ def test_the_gradient_of_the_kl_loss_is_that_of_the_exact_kl():
 HEALTHY = {
     "kl_nats_per_response": 1.0, "clipfrac": 0.02, "approx_kl": 0.003, "explained_variance": 0.3, "value_loss": 0.5,
     "eos_rate": 0.8, "response_tokens": 40.0, "mismatch_mean_abs": 0.04, "proxy_se": 0.03, "proxy_mean": 0.0,
+    "sync_survival": 1.0, "sync_slope": 1.0,
 }  # fmt: skip
 SICK = {
     "kl negative": {"kl_nats_per_response": -2.0},
@@ -106,6 +107,7 @@ SICK = {
     "eos": {"eos_rate": 0.1},
     "length": {"response_tokens": 100.0},
     "mismatch": {"mismatch_mean_abs": 0.3},
+    "merging": {"sync_survival": 0.1, "sync_slope": 0.2},
     "reward variance": {"proxy_se": 0.001},
     "proxy falling": {"proxy_mean": -0.5},
 }

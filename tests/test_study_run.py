@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tests.conftest import ROOT
 
 TINY = [
     "--config", "configs/smoke.yaml", "study.methods=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
-    "study.label_noise=[0.25]", "study.ppo_methods=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2",
+    "study.layers=[4]", "study.label_noise=[0.25]", "study.ppo_methods=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2",
     "ppo.minibatches=1", "ppo.ensemble=null", "bon.shard_prompts=4",
 ]  # fmt: skip
 
@@ -33,15 +34,22 @@ def test_a_killed_study_ends_with_the_curves_of_an_unbroken_one(policy_path, tmp
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(whole)
     out = whole / "smoke" / "study"
-    assert {"study.html", "curves.csv", "conditions.json", "policies.json", "checks.json", "kl.csv"} <= {
+    assert {"study.html", "curves.csv", "conditions.json", "policies.json", "checks.json", "kl.csv", "rms.csv"} <= {
         p.name for p in out.iterdir()
     }
     conditions = json.loads((out / "conditions.json").read_text())
-    assert set(conditions) >= {"bt-32pairs-noise0.25", "grm-32pairs-noise0.25", "grm-32pairs-noise0.25 x 2, mean"}
+    base = "32pairs-4layers-noise0.25"
+    assert set(conditions) >= {f"bt-{base}", f"grm-{base}", f"grm-{base} x 2, mean"}
+    rms = {r["rm"]: r for r in json.loads((out / "rms.json").read_text())}
+    one = rms[f"grm-{base}-seed1"]
+    assert (one["layers"], one["pairs"], one["label_noise_realised"]) == (4, 32, 0.25) and one["params"] < 6e7
+    assert 0 <= one["accuracy"]["mean"] <= 1 and one["val_loss_nats"] > 0
     checks = {c["name"]: c["ok"] for c in json.loads((out / "checks.json").read_text())}
     assert checks["training never reads gold"] and checks["label noise is what was asked"]
     assert finish(whole).count("up to date") == 4 + 2
 
+    for stage in ("prompts", "preferences"):  # what comes before the kill is the same
+        shutil.copytree(whole / "smoke" / stage, broken / "smoke" / stage)
     rm = broken / "smoke" / "rm.partial"
     with (tmp_path / "log").open("w") as log:
         killed = subprocess.Popen(command(broken), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)

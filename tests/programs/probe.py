@@ -1,4 +1,4 @@
-"""The sync probe on the real model and vLLM: a small update, with its sync skipped and with it done."""
+"""What the probe says of a sync of vLLM that was skipped, and of one that was done: two steps."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from pipelines.generate import Generator
 from pipelines.models import add_lora, load_causal_lm
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
-from ppo.rollout import make_micros
 
 QUESTIONS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting.", "What is two plus two?"]
 
@@ -25,25 +24,30 @@ def main(path: str) -> None:
     tokenizer = ChatTokenizer(model)
     engine.init_distributed()
     generator = Generator(model, generation, tokenizer)
-    lm = add_lora(load_causal_lm(model, dtype="bfloat16"), config.Lora(rank=8, top_layers=4))
-    optim = config.Optim(lr=1e-3, schedule="constant", warmup=0.0)
-    actor = engine.Engine(PolicyModule(lm, 0.8), config.Engine(), micro_batch=8, optim=optim, total_steps=9)
-    prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in QUESTIONS for _ in range(2)]
+    prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
     completions = [group[0] for group in generator.generate(prompts, seed=1)]
-    micros = make_micros(prompts, completions, torch.zeros(8), list(range(8)), tokenizer.pad_id, 8)
-    probe, m, found = SyncProbe(actor, generator), micros[0], {}
-    probe.before(micros)
-    for _ in range(3):
-        logps, _ = actor(m.input_ids, m.attention_mask, m.is_response)
-        actor.backward(-logps[:4].sum() / m.is_response.sum() + logps[4:].sum() / m.is_response.sum())
-        actor.step()
-    found["moved"] = float((probe._logprobs() - probe._old)[m.is_response].abs().mean())
-    try:
-        probe.after(1)
-    except DataError as error:
-        found["skipped"] = str(error)
-    generator.sync(actor.named_weights(actor.module.lm))
-    found["synced"] = probe.after(1)
+    settings = config.Engine()
+    lm = add_lora(load_causal_lm(model, dtype=settings.dtype), config.Lora(rank=8, top_layers=4))
+    optim = config.Optim(lr=1e-4, schedule="constant", warmup=0.0)
+    actor = engine.Engine(PolicyModule(lm, 0.8), settings, micro_batch=4, optim=optim, total_steps=9)
+    dtype = getattr(torch, generation.vllm.dtype)
+    probe, found = SyncProbe(actor, generator, rows=4, pad_id=tokenizer.pad_id, dtype=dtype), []
+    for step in (1, 2):
+        probe.sampled(prompts, completions)
+        probe.before()
+        m = probe._micro
+        for _ in range(3):
+            logps, _ = actor(m.input_ids, m.attention_mask, m.is_response)
+            actor.backward(-logps[m.is_response].mean())
+            actor.step()
+        row = {"moved": float((probe._actor_logprobs() - probe._old)[m.is_response].abs().mean())}
+        weights = list(actor.named_weights(lm, watch=probe.watch))
+        try:
+            row["skipped"] = str(probe.after(step))
+        except DataError as error:
+            row["skipped"] = str(error)
+        generator.sync(iter(weights))
+        found.append(row | {"synced": probe.after(step)})
     print(json.dumps(found), flush=True)
     os._exit(0)
 
