@@ -116,8 +116,10 @@ class Ppo(Section):
     save_every: int = Field(4, ge=1)
     """Steps between resumable states (weights, optimisers, KL coefficient, reward statistics)."""
     vllm_servers: tuple[str, ...] = ()
-    """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. They read new
-    weights from the run directory. Their samples are not seeded, so such a run does not repeat bit for bit."""
+    """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. Their samples are
+    not seeded, so such a run does not repeat bit for bit."""
+    weight_transfer: Literal["file", "nccl"] = "file"
+    """How the servers get new weights: from a file in the run directory, or from GPU to GPU."""
     overlap: bool = False
     """Let the servers sample the next step's responses while this one trains: one step off-policy, which
     clip.importance_weight corrects for."""

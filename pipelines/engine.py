@@ -142,10 +142,9 @@ class Engine:
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
             self._engine.empty_partition_cache()
 
-    def named_weights(self, lm: nn.Module, **options) -> Iterator[tuple[str, Tensor]]:
-        """`named_weights` of `lm`, a part of this engine's module."""
-        self.settle()
-        return named_weights(lm, **options)
+    def named_weights(self, lm: nn.Module, **options) -> NamedWeights:
+        """Those of `lm`, a part of this engine's module."""
+        return NamedWeights(self, lm, **options)
 
     def save(self, folder: Path) -> None:
         """Weights, optimiser and schedule of every rank, to resume from."""
@@ -162,6 +161,24 @@ MergeWatch = Callable[[str, Tensor, Tensor, Tensor, float, Tensor], None]
 """Is shown each adapted weight: its name, the base, the adapter's A, B and scaling, and the merged weight."""
 
 
+class NamedWeights:
+    """`named_weights` of an engine's model, as often as wanted, and what they are without gathering them."""
+
+    def __init__(self, owner: Engine, lm: nn.Module, **options):
+        self._owner, self._lm, self._options = owner, lm, options
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._owner.settle()
+        return named_weights(self._lm, **self._options)
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and whole shape of each, in their order."""
+        return [
+            (name, weight.dtype, tuple(getattr(weight, "ds_shape", weight.shape)))
+            for name, weight, _ in _with_adapters(self._lm)
+        ]
+
+
 def named_weights(
     lm: nn.Module, *, watch: MergeWatch | None = None, values: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -173,12 +190,7 @@ def named_weights(
         values: taken in place of these parameters, in the type of the model.
     """
     value = lambda p: (values or {}).get(p, p)  # noqa: E731
-    adapted = {f"{name}.weight": layer for name, layer in lora_modules(lm)} if hasattr(lm, "peft_config") else {}
-    for name, weight in lm.named_parameters():
-        if "lora_" in name:
-            continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        layer = adapted.get(name)
+    for name, weight, layer in _with_adapters(lm):
         factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight] if layer else []
         with gathered([weight, *factors]):
             if layer:
@@ -189,6 +201,15 @@ def named_weights(
             else:
                 whole = value(weight).detach().to(weight.dtype, copy=True)
         yield name, whole
+
+
+def _with_adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module | None]]:
+    """(Hugging Face name, parameter, the adapted layer that it belongs to or None), adapters' own left out."""
+    adapted = {f"{name}.weight": layer for name, layer in lora_modules(lm)} if hasattr(lm, "peft_config") else {}
+    for name, weight in lm.named_parameters():
+        if "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            yield name, weight, adapted.get(name)
 
 
 @contextmanager

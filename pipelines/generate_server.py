@@ -1,7 +1,7 @@
 """Sampling by vLLM servers on other GPUs or nodes, started with `grm vllm-serve`; the interface of `Generator`.
 
-New weights go through a file that the servers read, so the run directory must be on a file system that they share. The
-servers' endpoints for that have no password: keep them on loopback or a private network.
+New weights go over NCCL between GPUs, or through a file that the servers read: then the run directory must be on a file
+system that they share. The servers' endpoints for that have no password: keep them on loopback or a private network.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pipelines.data import ChatTokenizer, DataError
 from pipelines.generate import Completion
 from pipelines.http import ask_json
 from pipelines.load import load
+from pipelines.weight_transfer import NcclTransfer
 
 
 class ServerGenerator:
     """Each rank asks one of the servers; the first rank syncs all of them.
 
     Args:
-        folder: where new weights are written.
+        folder: where new weights are written; None sends them over NCCL.
         timeout: seconds that a server has for an answer.
 
     Raises:
@@ -37,13 +38,14 @@ class ServerGenerator:
     """
 
     def __init__(
-        self, urls: Sequence[str], model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, folder: Path,
-        timeout: float,
+        self, urls: Sequence[str], model: Model, cfg: Generation, tokenizer: ChatTokenizer, *,
+        folder: Path | None, timeout: float,
     ):  # fmt: skip
         from transformers import AutoConfig
 
         self.urls, self.cfg, self.tokenizer = [u.rstrip("/") for u in urls], cfg, tokenizer
-        self._folder, self._timeout = folder.absolute(), timeout
+        self._folder, self._timeout = folder and folder.absolute(), timeout
+        self._nccl: NcclTransfer | None = None
         self._mine = self.urls[engine.rank() % len(self.urls)]
         about = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -84,8 +86,21 @@ class ServerGenerator:
             for ids, c in zip(sequences, self._complete(body, len(sequences)), strict=True)
         ]
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Every rank runs through the weights, the first one writes them, and the servers read them."""
+    def sync(self, named_tensors: engine.NamedWeights) -> None:
+        """Every rank runs through the weights; the first one sends them to all servers, or writes them to be read."""
+        if self._folder:
+            self._through_file(named_tensors)
+        else:
+            skipped = ["lm_head.weight"] if self._tied else []
+            self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
+            self._nccl.send(named_tensors)
+        if engine.rank() == 0:
+            for url in self.urls:
+                self._ask(url, "/reset_prefix_cache", {})
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def _through_file(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         from safetensors.torch import save_file
 
         file, weights = self._folder / "model.safetensors", {}
@@ -97,9 +112,6 @@ class ServerGenerator:
             save_file(weights, file)
             for url in self.urls:
                 self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]})
-                self._ask(url, "/reset_prefix_cache", {})
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
 
     def sleep(self) -> None:
         """Nothing: the server has its memory for itself."""
@@ -158,5 +170,6 @@ def server_command(cfg: Config, host: str, port: int) -> list[str]:
         "--generation-config", "vllm", "--worker-extension-cls", "pipelines.vllm_worker.WeightReload",
     ]  # fmt: skip
     command += ["--enforce-eager"] if engine_options.enforce_eager else []
+    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
     command += ["--revision", model.revision] if model.revision else []
     return command + (["--trust-remote-code"] if model.trust_remote_code else [])

@@ -88,8 +88,8 @@ class Trainer:
             adapter = cfg.ppo.lora if cfg.ppo.sync == "adapter" else None
             return Generator(cfg.policy, cfg.generation, tokenizer, adapter=adapter)
         return ServerGenerator(
-            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, tokenizer, folder=self.out / "sync",
-            timeout=cfg.ppo.server_timeout,
+            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, tokenizer,
+            folder=self.out / "sync" if cfg.ppo.weight_transfer == "file" else None, timeout=cfg.ppo.server_timeout,
         )  # fmt: skip
 
     def step(self, step: int) -> None:

@@ -9,7 +9,10 @@ from tests.conftest import run_program
 from tests.programs.ppo_update import PPO, STEPS, models, rollouts
 from tests.programs.zero3 import OPTIM
 
-LAYOUTS = {1: ("3x8", "3x2"), 2: ("3x4", "3x1", "2x2", "1x4", "0x4")}
+LAYOUTS = {
+    1: ("3x8", "3x2"),
+    2: ("3x4", "3x1", "2x2", "1x4", "0x4", "3x2+offload", "2x4+offload", "3x4+gradient_checkpointing"),
+}
 CASES = [(ranks, layout) for ranks, layouts in LAYOUTS.items() for layout in layouts]
 
 

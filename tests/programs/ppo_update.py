@@ -1,4 +1,7 @@
-"""Five PPO updates under DeepSpeed on the ranks of torchrun, in several layouts of the same 8 responses a step."""
+"""Five PPO updates under DeepSpeed on the ranks of torchrun, in several layouts of the same 8 responses a step.
+
+A layout is STAGExMICRO_BATCH, and options of `config.Engine` behind a plus.
+"""
 
 import json
 import os
@@ -57,13 +60,13 @@ def micro_of(rows: list[dict]) -> Micro:
     return m
 
 
-def train(stage: int, micro: int) -> dict:
+def train(stage: int, micro: int, **options: bool) -> dict:
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    cfg = config.Engine(dtype="float32", zero_stage=stage, overrides=overrides)
+    cfg = config.Engine(dtype="float32", zero_stage=stage, overrides=overrides, **options)
     world, rank = engine.world_size(), engine.rank()
     per_rank = ROWS // world
-    options = {"micro_batch": micro, "accumulation": per_rank // micro, "optim": OPTIM, "total_steps": 2 * STEPS}
-    actor, critic = (engine.Engine(module, cfg, **options) for module in models())
+    batches = {"micro_batch": micro, "accumulation": per_rank // micro, "optim": OPTIM, "total_steps": 2 * STEPS}
+    actor, critic = (engine.Engine(module, cfg, **batches) for module in models())
     scale = RewardScale(PPO.reward, critic.module.mean, critic.module.std)
     learner = Learner(PPO, actor, critic, scale, seed=1)
     metrics = []
@@ -85,8 +88,8 @@ def main(out: str, *layouts: str) -> None:
     engine.init_distributed()
     found = {}
     for layout in layouts:
-        stage, micro = map(int, layout.split("x"))
-        found[layout] = train(stage, micro)
+        shape, *options = layout.split("+")
+        found[layout] = train(*map(int, shape.split("x")), **dict.fromkeys(options, True))
     if engine.rank() == 0:
         Path(out).write_text(json.dumps(found))
     torch.distributed.barrier()
