@@ -16,7 +16,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from bon.bootstrap import Array, Interval, cross_fitted_peak, crossed_draws, interval, pointwise, simultaneous
+from bon.bootstrap import (
+    Array,
+    Interval,
+    cross_fitted_peak,
+    crossed_draws,
+    interval,
+    p_value,
+    pointwise,
+    simultaneous,
+)
 from bon.estimators import best_of_n, kl_bound, kl_pool, kl_with_atom, oracle, win_rate
 from bon.fits import fit_curve
 from bon.pools import Pools
@@ -145,12 +154,23 @@ def bon_curves(pools: Pools, name: str, proxies: Array, plan: Plan) -> dict[str,
     # What a linear relation of gold and proxy within prompts would give; the rest is the tail (extremal Goodhart).
     slopes = [(p * gold).sum() / (p * p).sum() for p in proxies]
     values["regressional"] = values["proxy"] * np.array(slopes)[:, None, None]
+    if (rest := beyond_length(gold, pools.length)) is not None:
+        values["gold_beyond_length"] = np.stack([best_of_n(p, rest, ns) for p in proxies])
     curves = {m: _bon(name, m, v, ns, pools, plan) for m, v in values.items()}
     below = ns[ns < pools.size]
     curves["win_rate"] = _bon(
         name, "win_rate", np.stack([win_rate(p, gold, below) for p in proxies]), below, pools, plan
     )
     return curves
+
+
+def beyond_length(gold: Array, length: Array | None) -> Array | None:
+    """What gold gains [P, N] hold beside their regression on length within prompts, in the same unit; None where
+    lengths are unknown or do not vary. A gain that is gone here was length."""
+    if length is None or not np.ptp(length, axis=1).any():
+        return None
+    x = gains(length)
+    return gold - (x * gold).sum() / (x * x).sum() * x
 
 
 def baselines(pools: Pools, plan: Plan) -> list[Curve]:
@@ -174,6 +194,13 @@ def soft_curves(pools: Pools, name: str, proxies: Array, plan: Plan) -> list[Cur
              ns, pools, plan, method="soft_bon")
         for t in plan.temperatures
     ]  # fmt: skip
+
+
+def disagreement_curve(pools: Pools, name: str, members: Array, plan: Plan) -> Curve:
+    """Standard deviation over members [S, P, N] of what best-of-n by their mean chooses: where it rises with n,
+    selection goes where the reward models have nothing in common."""
+    values = best_of_n(members.mean(axis=0), members.std(axis=0), plan.ns)
+    return _bon(name, "disagreement", values[None], plan.ns, pools, plan)
 
 
 def _bon(name: str, metric: str, values: Array, ns: Array, pools: Pools, plan: Plan, method: str = "bon") -> Curve:
@@ -200,17 +227,26 @@ def kl_table(pools: Pools, proxies: Mapping[str, Array], ns: Array) -> list[dict
 
 
 def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = None) -> dict:
-    """The numbers and the verdict of one condition of best-of-n; `best` is the oracle's curve."""
+    """The numbers and the verdict of one condition of best-of-n.
+
+    Args:
+        best: the oracle's curve.
+        baseline: gold of what it is compared with, prompt by prompt and, where both have as many, seed by seed.
+    """
     gold, last = curves["gold"], len(curves["gold"].x) - 1
     k = int(np.flatnonzero(gold.x <= max(1, gold.pool // TRUSTED))[-1])
     S, P, _ = gold.values.shape
     trusted = gold.upto(k)
     top, drop, chosen = cross_fitted_peak(trusted.values, gold.seed)
-    fallen = _crossed(drop, gold)
+    fallen_draws = crossed_draws(drop, gold.draws_asked, gold.seed)[:, 0]
+    fallen = interval(float(drop.mean()), fallen_draws)
     ratio = gold.draws[:, k] / best.draws[:, k]
-    paired = None
-    if baseline is not None and baseline.values.shape == gold.values.shape:
-        paired = _crossed((gold.values - baseline.values)[..., k : k + 1], gold)
+    paired, p = None, None
+    if baseline is not None:
+        # An ensemble is one model: it is compared with what its members yield on average.
+        other = baseline.values if len(baseline.values) == S else baseline.values.mean(axis=0, keepdims=True)
+        change = (gold.values - other)[..., k : k + 1]
+        paired, p = _crossed(change, gold), p_value(change, gold.draws_asked, gold.seed)
     peaks = trusted.draws.argmax(axis=1)
     return {
         "n_trusted": int(gold.x[k]),
@@ -222,13 +258,16 @@ def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = 
         "peak_d": interval(float(np.median(trusted.d[chosen])), trusted.d[peaks]),
         "gold_at_peak": _crossed(top, gold),
         "drop": fallen,
+        "drop_probability": float((fallen_draws > 0).mean()),
         "efficiency": interval(float(gold.mean[k] / best.mean[k]), ratio) if best.mean[k] > 0 else None,
         "regret": interval(float(best.mean[k] - gold.mean[k]), best.draws[:, k] - gold.draws[:, k]),
         "extremal_gap": _crossed((curves["regressional"].values - gold.values)[..., k : k + 1], gold),
         "harmed": float((gold.values[..., k] < 0).mean()),
         "win_rate": curves["win_rate"].at(min(k, len(curves["win_rate"].x) - 1)),
         "length": curves["length"].at(k) if "length" in curves else None,
+        "gold_beyond_length": curves["gold_beyond_length"].at(k) if "gold_beyond_length" in curves else None,
         "difference": paired,
+        "difference_p": p,
         "fit": fit_curve(trusted.d[1:], trusted.mean[1:], trusted.draws[:, 1:], "bon") if k else None,
         "verdict": verdict(
             fallen, largest_drop(trusted.mean, trusted.draws), prompts=P, seeds=S, points=k + 1, end=f"n = {gold.x[k]}"
@@ -239,27 +278,3 @@ def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = 
 def _crossed(values: Array, like: Curve) -> Interval:
     """Interval of the mean of values [S, P, 1]."""
     return interval(float(values.mean()), crossed_draws(values, like.draws_asked, like.seed)[:, 0])
-
-
-def within_prompt_correlation(a: Array, b: Array) -> Interval:
-    """Pearson correlation within prompts of [P, N] and [P, N], pooled; its interval by the bootstrap over prompts."""
-    x, y = gains(a), gains(b)
-    parts = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=-1)[None]  # [1, P, 3]
-    of = lambda sums: sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2])  # noqa: E731
-    drawn = np.maximum(crossed_draws(parts, 1000, 0), [-np.inf, 1e-12, 1e-12])  # a draw of prompts without spread
-    return interval(float(of(parts.mean(axis=(0, 1)))), of(drawn).clip(-1, 1))
-
-
-def gold_by_proxy(pools: Pools, proxies: Array, bins: int = 10) -> list[dict]:
-    """Mean gold gain by quantile of the proxy, the upper tail ever finer: where a proxy stops meaning gold."""
-    gold, proxy = gains(pools.gold).ravel(), proxies.mean(axis=0).ravel()
-    edges = np.unique([*np.linspace(0, 1, bins, endpoint=False), 0.95, 0.98, 0.99, 1.0])
-    order, count = proxy.argsort(), len(proxy)
-    rows = []
-    for lo, hi in zip(edges[:-1], edges[1:], strict=True):
-        part = order[int(lo * count) : int(hi * count)]
-        if len(part) >= 10:
-            error = float(gold[part].std(ddof=1) / np.sqrt(len(part)))
-            rows.append({"quantile": float((lo + hi) / 2), "proxy": float(proxy[part].mean()),
-                         "gold": float(gold[part].mean()), "se": error, "samples": len(part)})  # fmt: skip
-    return rows

@@ -9,6 +9,7 @@ computed on every draw.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -54,13 +55,10 @@ def crossed_draws(values: Array, draws: int, seed: int) -> Array:
             f"values of shape {values.shape}: pass finite [seeds, prompts, points] with two prompts at least"
         )
     S, P, _ = values.shape
-    mean, of_seed, of_prompt = values.mean(axis=(0, 1)), values.mean(axis=1), values.mean(axis=0)
-    variances = [(of_prompt.var(axis=0, ddof=1).sum() / P, P - 1)]
+    mean, of_seed = values.mean(axis=(0, 1)), values.mean(axis=1)
+    freedom = _freedom(values)
     if S > 1:
         values = values + (np.sqrt(S / (S - 1)) - 1) * (of_seed - mean)[:, None]
-        variances.append((of_seed.var(axis=0, ddof=1).sum() / S, S - 1))
-    total = sum(v for v, _ in variances)
-    freedom = total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
     rng = np.random.default_rng(seed)
     prompts = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
     seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
@@ -68,18 +66,61 @@ def crossed_draws(values: Array, draws: int, seed: int) -> Array:
     return mean + (means - mean) * (student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975))
 
 
+def _freedom(values: Array) -> float:
+    """Satterthwaite's degrees of freedom of the mean of values [S, P, K], from its variances over prompts and seeds."""
+    S, P, _ = values.shape
+    variances = [(values.mean(axis=0).var(axis=0, ddof=1).sum() / P, P - 1)]
+    if S > 1:
+        variances.append((values.mean(axis=1).var(axis=0, ddof=1).sum() / S, S - 1))
+    total = sum(v for v, _ in variances)
+    return total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
+
+
 def student_quantile(p: float, freedom: float) -> float:
-    """The p-quantile, p > 1/2, of Student's t: with t = sqrt(freedom) tan(a), a has density cos(a)^(freedom-1)."""
+    """The p-quantile, p > 1/2, of Student's t."""
+    a, mass = _student(freedom)
+    return float(np.sqrt(freedom) * np.tan(np.interp(2 * p - 1, mass, a)))
+
+
+def student_tails(t: float, freedom: float) -> float:
+    """P(|T| >= t), t >= 0, of Student's t; not below 1e-9, which is what the integration below is good for."""
+    a, mass = _student(freedom)
+    return float(max(1 - np.interp(np.arctan(t / np.sqrt(freedom)), a, mass), 1e-9))
+
+
+def _student(freedom: float) -> tuple[Array, Array]:
+    """Angles a and P(|T| <= sqrt(freedom) tan(a)): in a, Student's t has the density cos(a)^(freedom - 1)."""
     a = np.linspace(0, np.pi / 2, 100_001)
     density = np.cos(a) ** (freedom - 1)
     mass = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))
-    return float(np.sqrt(freedom) * np.tan(np.interp(2 * p - 1, mass / mass[-1], a)))
+    return a, mass / mass[-1]
 
 
 def interval(mean: float, draws: Array, level: float = 0.95) -> Interval:
     """Percentile interval of draws [B]."""
     lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(mean), float(lo), float(hi))
+
+
+def p_value(values: Array, draws: int, seed: int) -> float:
+    """Two-sided p of a mean of 0 for values [S, P, 1]: Student's t with the error and the degrees of freedom of the
+    interval of `crossed_draws`, so that it is below 5% where that excludes 0; 1 where nothing varies.
+
+    A share of the draws could not be below 1 / `draws`, which correction for many comparisons makes useless.
+    """
+    freedom = _freedom(values)
+    widened = student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975)
+    error = float(crossed_draws(values, draws, seed)[:, 0].std(ddof=1)) / widened
+    return student_tails(abs(float(values.mean())) / error, freedom) if error > 0 else 1.0
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number (Holm 1979): rejecting those below 5% has a 5% chance of any error."""
+    adjusted, worst = {}, 0.0
+    for k, name in enumerate(sorted(p, key=p.get)):
+        worst = max(worst, min(1.0, (len(p) - k) * p[name]))
+        adjusted[name] = worst
+    return adjusted
 
 
 def pointwise(draws: Array, level: float = 0.95) -> tuple[Array, Array]:

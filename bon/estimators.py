@@ -98,7 +98,7 @@ def _wins_by_rank(proxy_N: Array, gold_N: Array) -> tuple[Array, Array]:
     order = np.argsort(-proxy_N, kind="stable")
     proxy_N, gold_N = proxy_N[order], gold_N[order]
     # wins = (opponents + won - lost) / 2 counts a gold tie as 1/2, so carry net = won - lost.
-    net_lower = _count_lower_in_both(proxy_N, gold_N) - _count_lower_in_both(proxy_N, -gold_N)
+    net_lower = count_lower_in_both(proxy_N, gold_N) - count_lower_in_both(proxy_N, -gold_N)
     gold_sorted = np.sort(gold_N)
     left, right = (np.searchsorted(gold_sorted, gold_N, side=s) for s in ("left", "right"))
     net_all = left - (N - right)
@@ -109,7 +109,7 @@ def _wins_by_rank(proxy_N: Array, gold_N: Array) -> tuple[Array, Array]:
     return (num_above + net_all - net_lower) / 2, (N - 1 - num_above + net_lower) / 2
 
 
-def _count_lower_in_both(proxy_N: Array, gold_N: Array) -> NDArray[np.int64]:
+def count_lower_in_both(proxy_N: Array, gold_N: Array) -> NDArray[np.int64]:
     """For each sample, how many others are strictly lower in proxy and in gold. [N]."""
     # Ties are laid out so that tied samples never count as "earlier and smaller": inside a proxy
     # block golds descend, and of equal golds the later one gets the smaller rank.

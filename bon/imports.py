@@ -3,7 +3,8 @@
 gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_scores [N], and a list of N numbers for
                     each proxy (Coste et al. 2310.02743, whose own file has gold only)
 grm                 a folder with proxy_score.csv and gold_score.csv of all samples (the GRM repository)
-table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`
+table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`;
+                    gold2, where it is there, is a second gold
 
 Rows are joined by id, never by position: where a layout has no ids, texts are the ids.
 """
@@ -20,7 +21,18 @@ from bon.pools import Pools, from_tables
 from pipelines.artefacts import ArtefactError, digest, read_jsonl, read_table
 
 LAYOUTS = ("gold_labelled_gens", "grm", "table")
-NO_PROXY = {"prompt_id", "sample_id", "gold", "prompt", "response", "n_tokens", "length", "logp", "logp_sampler"}
+NO_PROXY = {
+    "prompt_id",
+    "sample_id",
+    "gold",
+    "gold2",
+    "prompt",
+    "response",
+    "n_tokens",
+    "length",
+    "logp",
+    "logp_sampler",
+}
 KLS = ("kl_rb", "kl_k1", "kl_k3", "kl")
 """Columns of a KL in nats, the best estimate first."""
 
@@ -141,7 +153,8 @@ def _table(path: Path) -> Pools:
         scores = {f.stem: read_table(f) for f in sorted((path / "scores").glob("*.parquet"))}
         if "gold" not in scores or len(scores) < 2 or not (path / "samples.parquet").is_file():
             raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
-        return from_tables(read_table(path / "samples.parquet"), scores.pop("gold"), scores)
+        gold, second = scores.pop("gold"), scores.pop("gold2", None)
+        return from_tables(read_table(path / "samples.parquet"), gold, scores, second)
     rows = _rows(path)
     if missing := [c for c in ("prompt_id", "sample_id", "gold") if c not in rows[0]]:
         raise ArtefactError(f"no column {', '.join(missing)}; it has {', '.join(rows[0])}")
@@ -164,7 +177,8 @@ def _table(path: Path) -> Pools:
     column = lambda c: [  # noqa: E731
         {**i, "score": _number(r, c, path, n)} for n, (i, r) in enumerate(zip(ids, rows, strict=True), start=1)
     ]
-    return from_tables(_with_length(samples), column("gold"), {c: column(c) for c in proxies})
+    second = column("gold2") if "gold2" in rows[0] else None
+    return from_tables(_with_length(samples), column("gold"), {c: column(c) for c in proxies}, second)
 
 
 def _with_length(samples: Sequence[dict]) -> list[dict]:

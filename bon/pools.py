@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.artefacts import ArtefactError, join
+from pipelines.artefacts import ArtefactError, digest, join
 
 Array = NDArray[np.float64]
 
@@ -26,6 +26,8 @@ class Pools:
     gold: Array
     proxies: dict[str, Array]
     """Name of a reward model -> its rewards."""
+    second_gold: Array | None = None
+    """Of another gold reward model: whether a verdict is that of one gold alone."""
     length: Array | None = None
     """Tokens (or words, or characters: any one unit) of each response."""
     logp: Array | None = None
@@ -40,7 +42,9 @@ class Pools:
             raise ArtefactError(f"gold has shape {self.gold.shape} for {len(self.prompt_ids)} prompts: pass [P, N]")
         if len(set(self.prompt_ids)) != len(self.prompt_ids):
             raise ArtefactError(f"{len(self.prompt_ids) - len(set(self.prompt_ids))} prompt ids occur twice")
-        columns = {"gold": self.gold, **self.proxies, "length": self.length, "logp": self.logp}
+        columns = {
+            "gold": self.gold, **self.proxies, "second gold": self.second_gold, "length": self.length, "logp": self.logp
+        }  # fmt: skip
         for name, values in columns.items():
             if values is None:
                 continue
@@ -52,7 +56,10 @@ class Pools:
                     f"{len(bad)} of {values.size} scores of {name} are NaN or infinite, the first is of prompt "
                     f"{self.prompt_ids[prompt]}, sample {sample}: score again; leaving rows out would change the pools"
                 )
-        if same := [name for name, values in self.proxies.items() if np.array_equal(values, self.gold)]:
+        golds = [gold for gold in (self.gold, self.second_gold) if gold is not None]
+        if len(golds) == 2 and np.array_equal(*golds):
+            raise ArtefactError("the second gold scores exactly as the first: it tells nothing that the first does not")
+        if same := [name for name, values in self.proxies.items() if any(np.array_equal(values, g) for g in golds)]:
             raise ArtefactError(
                 f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing"
             )
@@ -63,7 +70,12 @@ class Pools:
         return self.gold.shape[1]
 
 
-def from_tables(samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Mapping[str, Sequence[Mapping]]) -> Pools:
+def from_tables(
+    samples: Sequence[Mapping],
+    gold: Sequence[Mapping],
+    proxies: Mapping[str, Sequence[Mapping]],
+    second_gold: Sequence[Mapping] | None = None,
+) -> Pools:
     """Pools of the tables of stage `bon`: rows of `prompt_id` and `sample_id`, with `score` in those of scores.
 
     Columns of `samples` that are read where they are there: n_tokens, logp_sampler, prompt (messages), response.
@@ -72,6 +84,12 @@ def from_tables(samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Ma
         ArtefactError: tables that do not join, with counts; pools of different sizes; what `Pools` refuses.
     """
     samples = sorted(samples, key=lambda row: (row["prompt_id"], row["sample_id"]))
+    if (
+        any("text_sha" in rows[0] for rows in (gold, second_gold, *proxies.values()) if rows)
+        and "response" in samples[0]
+    ):
+        # So that `join` refuses scores of other texts under the same ids.
+        samples = [{"text_sha": digest(row["response"]), **row} for row in samples]
     ids = tuple(dict.fromkeys(row["prompt_id"] for row in samples))
     sizes = {i: 0 for i in ids}
     for row in samples:
@@ -102,6 +120,7 @@ def from_tables(samples: Sequence[Mapping], gold: Sequence[Mapping], proxies: Ma
         ids,
         scores("gold", gold),
         {name: scores(name, rows) for name, rows in proxies.items()},
+        second_gold=scores("the second gold", second_gold) if second_gold else None,
         length=column("n_tokens"),
         logp=column("logp_sampler"),
         prompts=tuple(row["prompt"][-1]["content"] for row in first) if "prompt" in first[0] else None,

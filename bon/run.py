@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from bon.estimators import best_of_n, kl_bound, oracle
-from pipelines.artefacts import join, read_json, read_table, write_table
+from pipelines.artefacts import digest, join, read_json, read_table, write_table
 from pipelines.config import Config
 from pipelines.curves import curve, matrix, write_curves
 from pipelines.data import ChatTokenizer, Message, stream_seed
@@ -40,15 +41,19 @@ def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tup
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
-    conversations, shared, models = [conversation(s) for s in samples], None, {}
-    if len(waiting) > 1:
-        models = {name: load(name) for name in waiting[:2]}
-        shared = SharedLayers.of(*models.values(), conversations)
-    for name in waiting:
-        model = models.pop(name, None) or load(name)
-        lower = shared.cache if shared and shared.fits(model) else None
-        rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
-        write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
+    conversations = [conversation(s) for s in samples]
+    # Sizes one after the other: models of two sizes have only the smaller one's frozen layers in common.
+    depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
+    for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
+        shared, models = None, {}
+        if len(alike) > 1:
+            models = {name: load(name) for name in alike[:2]}
+            shared = SharedLayers.of(*models.values(), conversations)
+        for name in alike:
+            model = models.pop(name, None) or load(name)
+            lower = shared.cache if shared and shared.fits(model) else None
+            rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
+            write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
     about = {name: read_json(folder / name / ABOUT_FILE) for name in names}
     return {name: (facts["mean"], facts["std"]) for name, facts in about.items()}
 
@@ -91,9 +96,13 @@ def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
 
 
 def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
+    """Rows of prompt_id, sample_id, text_sha (of the response, so that scores of other samples do not join), score."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ids = ("prompt_id", "sample_id")
-    write_table(path, [{**{k: s[k] for k in ids}, "score": x} for s, x in zip(samples, scores, strict=True)])
+    rows = [
+        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "text_sha": digest(s["response"]), "score": x}
+        for s, x in zip(samples, scores, strict=True)
+    ]
+    write_table(path, rows)
 
 
 def analyse(cfg: Config, out: Path, samples: list[dict], norms: dict[str, tuple[float, float]]) -> dict:

@@ -33,6 +33,8 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -
         if num_layers > depth:
             raise ArtefactError(f"num_layers {num_layers} exceeds the {depth} layers of {model.path}")
         config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):  # kinds of attention, one a layer (Qwen, Gemma)
+            config.layer_types = config.layer_types[:num_layers]
     lm, info = AutoModelForCausalLM.from_pretrained(
         model.path,
         config=config,

@@ -1,4 +1,4 @@
-"""`grm study`: reward models by method, seed, data size and label noise; best-of-n for all, PPO for some.
+"""`grm study`: reward models by method, seed, data size, model size and label noise; best-of-n for all, PPO for some.
 
 The matrix of `study` in the configuration becomes one run whose `rm.variants` are all its arms, so that prompts, pairs,
 pools and gold scores exist once, and a run below `policies/` for each PPO arm, which links to them. Everything is run
@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from pipelines import launch, stages
-from pipelines.artefacts import ArtefactError, read_manifest, read_table
+from pipelines.artefacts import ArtefactError, read_json, read_manifest, read_table
 from pipelines.config import Config, RewardVariant
 from pipelines.load import ConfigError, load
 
@@ -37,14 +37,20 @@ class Arm:
 
     method: str
     pairs: int | None
+    """None: all."""
+    layers: int | None
+    """None: as many as the variant or `rm.num_layers` says."""
     label_noise: float
     seed: int
 
     @property
     def condition(self) -> str:
-        """What the seeds of an arm have in common."""
-        size = "" if self.pairs is None else f"-{self.pairs}pairs"
-        return f"{self.method}{size}" + (f"-noise{self.label_noise:g}" if self.label_noise else "")
+        """What the seeds of an arm have in common; `study_results.design` reads it back."""
+        parts = [self.method]
+        parts += [f"{self.pairs}pairs"] if self.pairs is not None else []
+        parts += [f"{self.layers}layers"] if self.layers is not None else []
+        parts += [f"noise{self.label_noise:g}"] if self.label_noise else []
+        return "-".join(parts)
 
     @property
     def name(self) -> str:
@@ -79,39 +85,83 @@ def main(argv: list[str]) -> int:
 
         print(imported(cfg, options.scores, options.series, options.out or Path("runs", options.scores.stem)))
         return 0
+    given = cfg
     arms, policies = plan(cfg)
     cfg = expanded(cfg, arms)
     if options.dry_run:
         print("\n".join(describe(cfg, arms, policies)))
         return 0
-    file = write_config(cfg)
+    file = write_config(cfg, "study.yaml")
     link(cfg, policies)
     if options.commands:
-        print("\n".join(commands(file, policies, cfg)))
+        print("\n".join(commands(file, policies, cfg, write_config(given, "matrix.yaml"))))
         return 0
     return run(cfg, file, arms, policies)
 
 
 def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
-    """The arms of the matrix and the policies trained against them; ConfigError for a method that is not there."""
+    """The arms of the matrix and the policies trained against them.
+
+    Raises:
+        DataError: a combiner of `study.ensembles` or `study.sweep` that is not known.
+        ConfigError: a method, noise or size that is not there, or a size that something does not fit.
+    """
+    from bon.sweep import rule as combiner  # it needs torch, which the command line should not wait for
+
     study = cfg.study
     if cfg.ppo.ensemble:
         raise ConfigError(
             "ppo.ensemble is not part of a study, whose policies have one arm each as proxy: set ppo.ensemble=null"
         )
+    for rule in (*study.ensembles, *study.sweep):
+        combiner(rule)
     methods = study.methods or tuple(cfg.rm.variants)
     asked = {*methods, *study.ppo_methods}
     if unknown := sorted(asked - set(cfg.rm.variants)):
         raise ConfigError(f"study: no rm.variants {', '.join(unknown)}; there are {', '.join(cfg.rm.variants)}")
     if unused := sorted(set(study.ppo_methods) - set(methods)):
         raise ConfigError(f"study.ppo_methods {', '.join(unused)} are none of study.methods {', '.join(methods)}")
-    sizes = study.pairs or (None,)
-    arms = [Arm(*cell) for cell in product(methods, sizes, study.label_noise, range(study.seeds))]
-    noises = study.ppo_label_noise or study.label_noise
+    noises, depths = study.ppo_label_noise or study.label_noise, study.ppo_layers or study.layers or (None,)
     if absent := sorted(set(noises) - set(study.label_noise)):
         raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
-    chosen = [a for a in arms if a.method in study.ppo_methods and a.label_noise in noises and a.seed < study.ppo_seeds]
-    return arms, [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
+    if absent := sorted(set(study.ppo_layers) - set(study.layers)):
+        raise ConfigError(f"study.ppo_layers {absent} are none of study.layers {list(study.layers)}")
+    cells = product(methods, study.pairs or (None,), study.layers or (None,), study.label_noise, range(study.seeds))
+    arms = [Arm(*cell) for cell in cells]
+    chosen = [
+        arm for arm in arms
+        if arm.method in study.ppo_methods and arm.label_noise in noises and arm.layers in depths
+        and arm.seed < study.ppo_seeds
+    ]  # fmt: skip
+    policies = [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
+    if faults := size_faults(cfg, arms, policies):
+        raise ConfigError("study.layers do not fit:\n  " + "\n  ".join(faults))
+    return arms, policies
+
+
+def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
+    """What cannot be done with the sizes that `study.layers` asks for, one line each: hours before a stage says so."""
+    rm, ppo, faults = cfg.rm, cfg.ppo, []
+    file = Path(rm.base.path) / "config.json"
+    depth = read_json(file).get("num_hidden_layers") if file.is_file() else None
+    for layers in [n for n in cfg.study.layers if depth and n > depth]:
+        faults.append(f"{layers} layers exceed the {depth} of {rm.base.path}")
+    for method, layers in dict.fromkeys((arm.method, arm.layers) for arm in arms if arm.layers):
+        own = rm.variants[method].trainable_layers
+        trained = rm.trainable_layers if own is None else own
+        if trained and trained > layers:
+            name = "rm.trainable_layers" if own is None else f"rm.variants.{method}.trainable_layers"
+            faults.append(f"{name} {trained} exceeds {layers} layers: lower it, or leave that size out")
+        if own is None and rm.lora and (rm.lora.top_layers or 0) > layers:
+            faults.append(f"rm.lora.top_layers {rm.lora.top_layers} exceeds {layers} layers")
+    critic = ppo.critic_trainable_layers if ppo.estimator == "gae" and ppo.critic_init == "proxy" else None
+    for layers in dict.fromkeys(p.arm.layers for p in policies if p.arm.layers):
+        if critic and critic > layers:
+            faults.append(
+                f"ppo.critic_trainable_layers {critic} exceeds {layers} layers of the proxy that the critic starts "
+                "from: lower it, set ppo.critic_init=policy, or leave that size out of study.ppo_layers"
+            )
+    return list(dict.fromkeys(faults))
 
 
 def expanded(cfg: Config, arms: list[Arm]) -> Config:
@@ -124,7 +174,8 @@ def expanded(cfg: Config, arms: list[Arm]) -> Config:
 
 
 def variant(base: RewardVariant, arm: Arm) -> RewardVariant:
-    return base.model_copy(update={"pairs": arm.pairs, "label_noise": arm.label_noise, "seed": arm.seed})
+    size = {} if arm.layers is None else {"num_layers": arm.layers}
+    return base.model_copy(update={"pairs": arm.pairs, "label_noise": arm.label_noise, "seed": arm.seed, **size})
 
 
 def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
@@ -134,9 +185,10 @@ def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
     ]  # fmt: skip
 
 
-def write_config(cfg: Config) -> Path:
-    """The expanded configuration as a file, which the stages and other machines read."""
-    file = cfg.run_dir / "study.yaml"
+def write_config(cfg: Config, name: str) -> Path:
+    """A configuration as a file in the run's folder: `study.yaml` is the expanded one, which the stages and other
+    machines read, `matrix.yaml` the one that was given, from which `grm study` makes the same plan."""
+    file = cfg.run_dir / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
     return file
@@ -152,7 +204,7 @@ def link(cfg: Config, policies: list[Policy]) -> None:
                 (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
 
 
-def commands(file: Path, policies: list[Policy], cfg: Config) -> list[str]:
+def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> list[str]:
     """Shell commands: the shared stages, a blank line, one line a policy, a blank line, the analysis."""
     grm = lambda *words: shlex.join(["grm", *map(str, words)])  # noqa: E731
     lines = [grm(stage, "--config", file) for stage in SHARED]
@@ -160,7 +212,7 @@ def commands(file: Path, policies: list[Policy], cfg: Config) -> list[str]:
         " && ".join(grm(stage, "--config", file, *policy_overrides(cfg, policy)) for stage in OWN)
         for policy in policies
     ]
-    return [*lines, "", *arms, "", grm("study", "--config", file)]
+    return [*lines, "", *arms, "", grm("study", "--config", given)]
 
 
 def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bon.analysis import TRUSTED, within_prompt_correlation
+from bon.agreement import within_prompt_correlation
+from bon.analysis import TRUSTED
 from bon.pools import Pools
 from pipelines.data import normalised
 from pipelines.study_results import Results, Series
@@ -172,6 +173,16 @@ def gold_lineage(kind: str, gold_base: str | None, proxy_base: str) -> Check:
         ok,
         f"gold from {gold_base or 'an unknown base'}, proxies from {proxy_base}",
     )
+
+
+def golds_agree(results: Results) -> list[Check]:
+    """(10) A second gold gives the same verdicts; no row without one. What only one of them saw is no finding."""
+    if not results.golds:
+        return []
+    other = [f"{r['rm']}: {r['verdict']}, then {r['second_verdict']}" for r in results.golds
+             if r["verdict"] != r["second_verdict"]]  # fmt: skip
+    ceiling = f"they correlate by {results.golds[0]['agreement']:+.2f} within prompts"
+    return [Check("a second gold gives the same verdicts", not other, "; ".join([*other, ceiling]))]
 
 
 def degenerate(samples: Sequence[Mapping], what: str) -> list[Check]:

@@ -10,14 +10,18 @@ import jinja2
 import numpy as np
 
 from bon.analysis import gains
-from bon.bootstrap import Interval
 from pipelines import figures
+from pipelines import study_tables as tables
 from pipelines.study_checks import Check
 from pipelines.study_figures import all_figures
 from pipelines.study_results import Results
 
 SHOWN = 12
 """Examples of each condition and n in the sample browser."""
+NAMED = 12
+"""Conditions and policies of one verdict that the summary names; of more it gives the number."""
+REM = 6.0
+"""Of the page to an inch of a figure: so texts of all figures have one size."""
 CAPTIONS = {
     "overoptimisation": "Solid: gold. Dashed: proxy, in the same unit. Bands: gold, 95% for the whole curve, over "
     "seeds and prompts. Grey: n above a quarter of the pool. The KL of best-of-n is a bound and that of PPO is "
@@ -26,10 +30,24 @@ CAPTIONS = {
     "gold_against_proxy": "On the diagonal a gain of the proxy is real; what lies below it is its own. Dotted: PPO.",
     "gold_by_proxy": "Mean gold of the reference's samples by quantile of the proxy.",
     "win_rate": "How often the chosen response beats a sample of the reference by gold, and the ceiling of any proxy.",
-    "length": "Left: length of what is chosen. Right: gold of choosing by proxy, the longest, or at random.",
-    "harm": "Gold gain prompt by prompt.",
+    "length": "Left: length of what is chosen. Middle: gold of choosing by proxy, the longest, or at random. Right: "
+    "gold of choosing by proxy, less its regression on length within prompts; what is missing here was length.",
+    "harm": "Share of prompts whose gold gain is below a value; in the legend, the share below 0 "
+    "(`harmed` in conditions.csv).",
+    "scaling": "Parameters of the fits by size, 95% intervals from refits on every bootstrap draw.",
+    "heat_map": "Gold at the cross-fitted peak within the trusted range, and the n of that peak.",
+    "frontier": "Policies of one reward model: a penalty that only stops early moves along one curve.",
+    "sweep": "Rules to combine the seeds of a condition, on the same scores: gold against that of their mean. "
+    "*: the interval excludes 0.",
+    "disagreement": "Spread over the seeds of a condition at what their mean chooses; a rise leads to where they have "
+    "nothing in common.",
+    "foretelling": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
+    "best-of-n by it did.",
 }
-DATA = {"conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv"}
+DATA = {
+    "conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv", "scaling": "conditions.csv",
+    "heat_map": "conditions.csv", "sweep": "sweep.csv", "foretelling": "rms.csv",
+}  # fmt: skip
 """File of a figure's numbers, where that is not curves.csv."""
 
 
@@ -38,11 +56,16 @@ def write(
     accuracy: Mapping[str, float] | None = None, seconds: Sequence[tuple[str, float]] = (), config: str = "",
 ) -> None:  # fmt: skip
     """Figures, page and Markdown."""
-    svg = {name: figures.save(figure, out / "figures", name) for name, figure in all_figures(found).items()}
+    drawn = all_figures(found)
+    widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
+    svg = {name: figures.save(figure, out / "figures", name) for name, figure in drawn.items()}
     page = {
+        "widths": widths,
         "title": title, "asked": asked, "svg": svg, "captions": CAPTIONS, "data": DATA,
-        "conditions": condition_table(found, accuracy or {}), "policies": policy_table(found),
-        "rules": rule_table(found), "fits": fit_table(found), "checks": [c for c in checks], "seconds": seconds,
+        "conditions": tables.condition_table(found, accuracy or {}), "policies": tables.policy_table(found),
+        "rules": tables.rule_table(found), "fits": tables.fit_table(found), "models": tables.model_table(found),
+        "members": tables.member_table(found), "foretelling": tables.foretelling_table(found),
+        "golds": tables.gold_table(found), "checks": list(checks), "seconds": seconds,
         "failed": [c for c in checks if not c.ok], "config": config, "summary": summary(found),
         "reasons": [(n, f["verdict"].why) for n, f in {**found.found, **found.policies}.items()],
         "samples": browser(found) if found.pools.responses else None,
@@ -66,59 +89,9 @@ def summary(found: Results) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, facts in {**found.found, **found.policies}.items():
         kinds.setdefault(facts["verdict"].kind, []).append(name)
-    return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items()]
-
-
-def condition_table(found: Results, accuracy: Mapping[str, float]) -> list[list[str]]:
-    n = next(iter(found.found.values()))["n_trusted"]
-    head = ["condition", "verdict", "seeds", "accuracy", f"gold, best of {n}", "against its baseline",
-            "efficiency", "harmed",
-            "peak at n", "drop from the peak"]  # fmt: skip
-    rows = []
-    for name, f in found.found.items():
-        members = [accuracy[m] for m in found.conditions.get(name, ()) if m in accuracy]
-        rows.append([
-            name, f["verdict"].kind, str(f["seeds"]), f"{np.mean(members):.3f}" if members else "", str(f["gold"]),
-            str(f["difference"] or ""), _percent(f["efficiency"]), f"{f['harmed']:.0%}",
-            f"{f['peak_n'].mean:.0f} [{f['peak_n'].lo:.0f}, {f['peak_n'].hi:.0f}]", str(f["drop"]),
-        ])  # fmt: skip
-    return [head, *rows]
-
-
-def policy_table(found: Results) -> list[list[str]]:
-    head = ["policy", "step", "KL, nats", "proxy", "gold", "drop from the best step", "verdict"]
-    rows = [
-        [name, str(f["step"]), f"{f['kl']:.2f}", str(f["proxy"]), str(f["gold"]), str(f["drop"]), f["verdict"].kind]
-        for name, f in found.policies.items()
-    ]
-    return [head, *rows]
-
-
-def rule_table(found: Results) -> list[list[str]]:
-    head = ["policy", "rule", "step", "KL, nats", "gold", "regret"]
-    rows = [
-        [name, r["rule"], str(r["step"]), f"{r['kl']:.2f}", str(r["gold"]), str(r["regret"] or "")]
-        for name, f in found.policies.items()
-        for r in f["rules"]
-    ]
-    return [head, *rows]
-
-
-def fit_table(found: Results) -> list[list[str]]:
-    head = ["curve", "form", "alpha", "beta", "d at the peak", "gold at the peak", "error of extrapolation"]
-    rows = []
-    for name, facts in {**found.found, **found.policies}.items():
-        if fit := facts["fit"]:
-            none = "no turn-over within range"
-            rows.append([
-                name, fit.form, str(fit.alpha), str(fit.beta), str(fit.d_peak or none), str(fit.gold_peak or ""),
-                str(fit.extrapolation_error or ""),
-            ])  # fmt: skip
-    return [head, *rows]
-
-
-def _percent(i: Interval | None) -> str:
-    return f"{100 * i.mean:.0f}% [{100 * i.lo:.0f}, {100 * i.hi:.0f}]" if i else ""
+    few = lambda names: ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
+    total = sum(map(len, kinds.values()))
+    return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
 
 
 def browser(found: Results) -> list[dict]:
@@ -158,9 +131,13 @@ def markdown(page: dict) -> str:
     ]
     lines += [CAPTIONS["overoptimisation"], ""] + [f"- {s}" for s in page["summary"]] + [""]
     lines += [f"- check failed: {c.name} ({c.detail})" for c in page["failed"]] + [""]
-    tables = ("conditions", "policies", "rules", "fits")
-    for name, (head, *body) in ((t, page[t]) for t in tables):
+    titles = {
+        "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
+        "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
+        "foretelling": "What foretells the outcome",
+    }  # fmt: skip
+    for title, (head, *body) in ((title, page[t]) for t, title in titles.items()):
         if body:
-            lines += [f"## {name.capitalize()}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+            lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
             lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
     return "\n".join(lines) + "\n"

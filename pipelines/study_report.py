@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from pipelines import study_checks as check
-from pipelines import study_page, study_results
+from pipelines import study_models, study_page, study_results
 from pipelines.artefacts import read_json, read_manifest, read_table, write_json
 from pipelines.config import Config
 from pipelines.study import Arm, Policy
@@ -20,6 +20,7 @@ from rm.train import arm_rows
 def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     """Everything that follows from the stages; the line to print."""
     run, out = cfg.run_dir, cfg.run_dir / "study"
+    study_models.score_second_gold(cfg)
     conditions: dict[str, list[str]] = {}
     for arm in arms:
         conditions.setdefault(arm.condition, []).append(arm.name)
@@ -27,9 +28,13 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     folders = {p.name: run / "policies" / p.name for p in policies}
     series = {p.name: study_results.read_policy(folders[p.name], p.arm.name) for p in policies}
     plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples)
-    found = study_results.results(pools, conditions, series, plan, baselines(arms))
+    realised = realised_noise(cfg, arms)
+    found = study_results.results(
+        pools, conditions, series, plan, baselines(arms),
+        facts=study_models.facts(cfg, realised), rules=cfg.study.sweep,
+    )  # fmt: skip
     study_results.write(out, found)
-    checks = run_checks(cfg, arms, policies, found, series)
+    checks = run_checks(cfg, arms, policies, found, series, realised)
     write_json(out / "checks.json", study_results.plain(list(checks)))
     study_page.write(
         out, cfg.run.name, asked(cfg, arms, policies), found, checks,
@@ -40,11 +45,11 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
 
 
 def baselines(arms: Sequence[Arm]) -> dict[str, str]:
-    """Condition -> that of the first method with as many pairs and as much noise."""
+    """Condition -> that of the first method with as many pairs, layers and as much noise."""
     first: dict[tuple, str] = {}
     for arm in arms:
-        first.setdefault((arm.pairs, arm.label_noise), arm.condition)
-    return {arm.condition: first[arm.pairs, arm.label_noise] for arm in arms}
+        first.setdefault((arm.pairs, arm.layers, arm.label_noise), arm.condition)
+    return {arm.condition: first[arm.pairs, arm.layers, arm.label_noise] for arm in arms}
 
 
 def asked(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
@@ -52,11 +57,12 @@ def asked(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     methods = " against ".join(dict.fromkeys(a.method for a in arms))
     sizes = ", ".join("all" if s is None else str(s) for s in dict.fromkeys(a.pairs for a in arms))
     noises = ", ".join(f"{n:.0%}" for n in dict.fromkeys(a.label_noise for a in arms))
+    layers = ", ".join(str(n) for n in dict.fromkeys(a.layers for a in arms) if n)
     prompts = cfg.bon.prompts or "all"
     text = (
-        f"Which is over-optimised, and how soon? {methods}, {cfg.study.seeds} seeds each, on {sizes} "
-        f"pairs with {noises} of the labels wrong; best-of-n from pools of {cfg.bon.samples} on {prompts} held-out "
-        f"prompts of {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}."
+        f"Which is over-optimised, and how soon? {methods}{f' of {layers} layers' if layers else ''}, "
+        f"{cfg.study.seeds} seeds each, on {sizes} pairs with {noises} of the labels wrong; best-of-n from pools of "
+        f"{cfg.bon.samples} on {prompts} held-out prompts of {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}."
     )
     if policies:
         coefs = ", ".join(f"{c:g}" for c in dict.fromkeys(p.kl_coef for p in policies))
@@ -64,9 +70,21 @@ def asked(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     return text
 
 
+def realised_noise(cfg: Config, arms: Sequence[Arm]) -> dict[str, float]:
+    """Arm -> share of its training labels that were flipped for it."""
+    pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet")
+    train, realised = [r for r in pairs if r["split"] == "rm_train"], {}
+    before = {r["pair_id"]: r["flipped"] for r in train}
+    for arm in arms:
+        rows = arm_rows(train, cfg.rm.variants[arm.name], cfg.run.seed)
+        realised[arm.name] = float(np.mean([r["flipped"] != before[r["pair_id"]] for r in rows]))
+    return realised
+
+
 def run_checks(
-    cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy], found: Results, series: dict[str, Series]
-) -> list[check.Check]:
+    cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy], found: Results, series: dict[str, Series],
+    realised: dict[str, float],
+) -> list[check.Check]:  # fmt: skip
     run = cfg.run_dir
     prompts, pairs = (read_table(run / f) for f in ("prompts/prompts.parquet", "preferences/pairs.parquet"))
     trained = {r["prompt_id"] for r in pairs} | {
@@ -74,12 +92,6 @@ def run_checks(
     }
     manifests = {"rm": read_manifest(run / "rm")}
     manifests |= {p.name: read_manifest(run / "policies" / p.name / "ppo") for p in policies}
-    train = [r for r in pairs if r["split"] == "rm_train"]
-    realised = {}
-    for arm in arms:
-        rows = arm_rows(train, cfg.rm.variants[arm.name], cfg.run.seed)
-        before = {r["pair_id"]: r["flipped"] for r in train}
-        realised[arm.name] = float(np.mean([r["flipped"] != before[r["pair_id"]] for r in rows]))
     flipped = sum(bool(r["flipped"]) for r in pairs if r["split"] == "rm_val")
     sizes = {a.name: a.pairs for a in arms}
     trainings = manifests["rm"]["metrics"]["variants"]
@@ -97,6 +109,7 @@ def run_checks(
         *check.enough(found, series, cfg.study.ppo_seeds),
         check.label_noise({a.name: a.label_noise for a in arms}, realised, flipped),
         check.gold_lineage(cfg.gold.kind, gold_base(cfg), cfg.rm.base.path),
+        *check.golds_agree(found),
         *check.degenerate(samples, "pools"),
         check.equal_cost(seen),
     ]
@@ -119,11 +132,11 @@ def imported(cfg: Config, scores: Path, series: Path | None, out: Path) -> str:
         runs.setdefault(str(row["run"]), Series([])).rows.append(row)
     plan = study_results.plan_of(cfg, cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size)
     conditions = study_results.by_seed(list(pools.proxies))
-    found = study_results.results(pools, conditions, runs, plan)
+    found = study_results.results(pools, conditions, runs, plan, rules=cfg.study.sweep)
     study_results.write(out, found)
     checks = [
         check.aligned(found), check.length_confound(pools, found), check.bound_is_close(found),
-        *check.enough(found, runs, 1), check.kl_estimates(runs),
+        *check.enough(found, runs, 1), check.kl_estimates(runs), *check.golds_agree(found),
     ]  # fmt: skip
     write_json(out / "checks.json", study_results.plain(checks))
     what = f"Scores of {scores}: {len(pools.proxies)} proxies, {len(pools.prompt_ids)} prompts, pools of {pools.size}."

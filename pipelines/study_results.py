@@ -1,8 +1,11 @@
 """What a study found, from its pools and series: computed by `bon.analysis` and `bon.series`, written as tables.
 
 study/curves.csv       every curve with intervals and simultaneous bands
-study/conditions.json  numbers, fits and verdict of each condition of best-of-n
+study/conditions.json  numbers, fits and verdict of each condition of best-of-n (conditions.csv: without the fits' rest)
 study/policies.json    the same of each policy, and rules of when to stop
+study/rms.json         each reward model: what it is, what it agrees with gold in, what optimising it did (rms.csv too)
+study/members.csv      what the seeds of a condition have in common; sweep.csv: rules to combine them
+study/foretelling.csv  which number of a reward model foretells what optimising it does; golds.csv: a second gold
 study/kl.csv, tail.csv, per_prompt.parquet (and .csv), checks.json, figures/, study.html, study.md
 """
 
@@ -17,10 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from bon import analysis
+from bon.agreement import agreement, foretelling, gold_by_proxy, members
 from bon.analysis import Curve, Plan
-from bon.bootstrap import Interval
+from bon.bootstrap import Interval, holm
+from bon.fits import Fit
 from bon.pools import Pools, from_tables
 from bon.series import series_curves, series_findings
+from bon.sweep import sweep
+from bon.verdict import Verdict
+from pipelines import study_models
 from pipelines.artefacts import read_json, read_manifest, read_table, write_json, write_table
 from pipelines.config import Config
 from pipelines.data import stream_seed
@@ -49,6 +57,11 @@ class Results:
     policies: dict[str, dict] = field(default_factory=dict)
     kl: list[dict] = field(default_factory=list)
     tail: list[dict] = field(default_factory=list)
+    rms: list[dict] = field(default_factory=list)
+    members: list[dict] = field(default_factory=list)
+    foretelling: list[dict] = field(default_factory=list)
+    sweep: list[dict] = field(default_factory=list)
+    golds: list[dict] = field(default_factory=list)
 
     @property
     def rows(self) -> list[dict]:
@@ -68,28 +81,45 @@ def results(
     series: Mapping[str, Series],
     plan: Plan,
     baseline: Mapping[str, str] | None = None,
+    *,
+    facts: Mapping[str, Mapping] | None = None,
+    rules: Sequence[str] = (),
 ) -> Results:
     """Everything that pools and series say.
 
     Args:
         conditions: name -> the proxies that differ in their seed only.
         baseline: condition -> the condition that it is compared with, prompt by prompt and seed by seed.
+        facts: proxy -> what is known of it beside its scores (`pipelines.study_models.facts`).
+        rules: combiners of `bon.sweep`.
     """
     out = Results(
         pools, analysis.condition_proxies(pools, conditions, plan), {k: list(v) for k, v in conditions.items()}
     )
     bases = analysis.baselines(pools, plan)
-    gold = {}
+    gold, agreed = {}, {n: agreement(p, pools.gold) for n, p in pools.proxies.items()}
     for name, proxies in out.proxies.items():
         curves = analysis.bon_curves(pools, name, proxies, plan)
         gold[name] = curves["gold"]
-        against = (baseline or {}).get(name)
+        base = next((c for c in conditions if name.startswith(f"{c} x ")), name)  # of an ensemble: its members
+        against = (baseline or {}).get(name) if base == name else base
         out.found[name] = analysis.findings(curves, bases[0], gold.get(against) if against != name else None)
+        out.found[name] |= design(base)
         out.curves += curves.values()
         if name in conditions:
             out.curves += analysis.soft_curves(pools, name, proxies, plan)
-            out.tail += [{"rm": name} | row for row in analysis.gold_by_proxy(pools, proxies)]
+            out.tail += [{"rm": name} | row for row in gold_by_proxy(pools, proxies)]
+            out.rms += study_models.rows(name, conditions[name], curves["gold"], agreed, facts or {})
     out.curves += bases
+    p_values = {n: f["difference_p"] for n, f in out.found.items() if f["difference_p"] is not None}
+    for name, p in holm(p_values).items():
+        out.found[name]["difference_p_holm"] = p
+    out.foretelling = foretelling(out.rms, study_models.OUTCOMES, seed=plan.seed)
+    out.sweep = sweep(pools, out.proxies, list(conditions), rules, plan)
+    out.golds = study_models.second_gold(out, plan)
+    for name in (c for c in conditions if len(conditions[c]) > 1):
+        out.members.append({"rm": name, "members": len(conditions[name])} | members(out.proxies[name], pools.gold))
+        out.curves.append(analysis.disagreement_curve(pools, name, out.proxies[name], plan))
     grid = plan.ns[np.unique(np.round(np.geomspace(1, len(plan.ns), 12)).astype(int) - 1)]
     out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in conditions}, grid)
     for name, one in series.items():
@@ -113,21 +143,29 @@ def write(out: Path, found: Results) -> None:
     write_csv(out / "curves.csv", found.rows, analysis.COLUMNS)
     write_csv(out / "kl.csv", found.kl)
     write_csv(out / "tail.csv", found.tail)
+    for name in ("members", "foretelling", "sweep", "golds"):
+        write_csv(out / f"{name}.csv", getattr(found, name))
+    write_json(out / "rms.json", plain(found.rms))
+    write_csv(out / "rms.csv", [flat(row) for row in found.rms])
     write_json(out / "conditions.json", plain(found.found))
     write_json(out / "policies.json", plain(found.policies))
-    write_csv(out / "conditions.csv", [flat(name, facts) for name, facts in found.found.items()])
+    write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in found.found.items()])
     prompts = per_prompt(found)
     write_table(out / "per_prompt.parquet", prompts)
     write_csv(out / "per_prompt.csv", prompts)
 
 
-def flat(name: str, facts: Mapping) -> dict:
-    """One row of `conditions.csv`: each interval as three columns."""
-    row = {"rm": name, "verdict": facts["verdict"].kind}
+def flat(facts: Mapping) -> dict:
+    """One row of a CSV: each interval as three columns, alpha and beta of a fit, a verdict as its kind."""
+    row = {}
     for key, value in facts.items():
-        if isinstance(value, Interval):
+        if isinstance(value, Fit):
+            row |= flat({"alpha": value.alpha, "beta": value.beta})
+        elif isinstance(value, Interval):
             row |= {key: value.mean, f"{key}_lo": value.lo, f"{key}_hi": value.hi}
-        elif isinstance(value, int | float):
+        elif isinstance(value, Verdict):
+            row[key] = value.kind
+        elif value is None or isinstance(value, int | float | str):
             row[key] = value
     return row
 
@@ -167,6 +205,17 @@ def plain(value):
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
+def design(condition: str) -> dict:
+    """method, pairs, layers (None: all, or not said) and label_noise of a condition, from a name such as
+    `grm-384pairs-12layers-noise0.25` (`pipelines.study.Arm.condition`)."""
+    found = re.fullmatch(r"(.+?)(?:-(\d+)pairs)?(?:-(\d+)layers)?(?:-noise([\d.]+))?", condition)
+    method, pairs, layers, noise = found.groups()
+    return {
+        "method": method, "pairs": int(pairs) if pairs else None, "layers": int(layers) if layers else None,
+        "label_noise": float(noise or 0),
+    }  # fmt: skip
+
+
 def by_seed(names: Sequence[str]) -> dict[str, list[str]]:
     """Proxies whose names differ in `-seed3`, `_seed3` or `.s3` at their end only, as one condition."""
     groups: dict[str, list[str]] = {}
@@ -176,10 +225,11 @@ def by_seed(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_pools(run_dir: Path, names: Sequence[str]) -> Pools:
-    """The pools of stage `bon` with the scores of these reward models."""
-    bon = run_dir / "bon"
+    """The pools of stage `bon` with the scores of these reward models, and of a second gold where it is there."""
+    bon, second = run_dir / "bon", run_dir / "study" / "gold2.parquet"
     scores = {name: read_table(bon / "scores" / f"{name}.parquet") for name in ("gold", *names)}
-    return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores)
+    others = read_table(second) if second.is_file() else None
+    return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores, others)
 
 
 def read_policy(folder: Path, proxy: str) -> Series:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from bon.analysis import Plan, baselines, bon_curves, condition_proxies, findings, gains, gold_by_proxy, kl_table
-from bon.analysis import within_prompt_correlation as correlation
+from bon.agreement import gold_by_proxy
+from bon.agreement import within_prompt_correlation as correlation
+from bon.analysis import Plan, baselines, bon_curves, condition_proxies, findings, gains, kl_table
 from bon.pools import Pools, from_tables
 from bon.series import series_curves, series_findings
 from bon.verdict import CANNOT_CONCLUDE, NO_TURN_OVER, OVER_OPTIMISED

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bon.estimators import (
-    _count_lower_in_both,
     best_of_n,
     bootstrap_ci,
+    count_lower_in_both,
     kl_bound,
     kl_discrete,
     kl_pool,
@@ -195,10 +195,10 @@ def test_win_rate_equals_simulation_with_fresh_samples():
 
 @pytest.mark.parametrize("levels", [None, 1, 4])
 @pytest.mark.parametrize("N", [1, 2, 31, 32, 33])
-def test_count_lower_in_both_equals_all_comparisons(N, levels):
+def testcount_lower_in_both_equals_all_comparisons(N, levels):
     proxy, gold = (scores[0] for scores in pools(N, levels))
     expected = ((proxy < proxy[:, None]) & (gold < gold[:, None])).sum(axis=1)
-    np.testing.assert_array_equal(_count_lower_in_both(proxy, gold), expected)
+    np.testing.assert_array_equal(count_lower_in_both(proxy, gold), expected)
 
 
 def test_tied_win_rate_is_the_mean_over_random_tie_breaks():

@@ -11,6 +11,7 @@ from pipelines.engine import named_weights
 from pipelines.load import load
 from pipelines.models import LowerLayers, load_causal_lm, shared_depth, train_top_layers
 from pipelines.pool import conversation
+from pipelines.study_models import parameters
 from rm.model import RewardModel, save_reward_model
 from rm.objective import pair_losses
 from rm.pairs import Pair
@@ -82,3 +83,15 @@ def test_pools_are_scored_alike_with_reward_models_of_several_sizes(policy_path,
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
         assert torch.equal(torch.tensor(found), rewards), name
     assert len({tuple(rewards.tolist()) for rewards in expected.values()}) == 4
+
+
+def test_parameters_of_an_adapter_are_those_of_its_layers(policy_path, tmp_path):
+    where = Model(path=str(policy_path))
+    lm = load_causal_lm(where, dtype="bfloat16", num_layers=2)
+    model = RewardModel(lm, "mlp", ChatTokenizer(where))
+    save_reward_model(tmp_path / "whole", model, named_weights(lm), model.head.state_dict())
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    expected = sum(p.numel() for p in lm.parameters())
+    assert parameters(tmp_path / "whole", str(policy_path), 2) == expected
+    assert parameters(tmp_path / "adapter", str(policy_path), 2) == expected

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from bon.bootstrap import crossed_draws, student_quantile
-from pipelines import study
+from pipelines import study, study_models
+from pipelines.artefacts import read_table, write_json, write_table
 from pipelines.config import RewardVariant
+from pipelines.data import DataError
 from pipelines.load import ConfigError, load
-from rm.train import arm_rows
+from pipelines.study_report import baselines
+from pipelines.study_results import design
+from rm.train import arm_rows, num_layers
 
 ASKED = [
     "study.methods=[bt, grm]", "study.seeds=3", "study.pairs=[100, 200]", "study.label_noise=[0, 0.25]",
@@ -36,7 +40,7 @@ def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
 
 def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
     cfg, _, policies = planned(tmp_path)
-    file = study.write_config(cfg)
+    file = study.write_config(cfg, "study.yaml")
     assert load([file]) == cfg
     study.link(cfg, policies)
     study.link(cfg, policies)  # again, as a resumed study does
@@ -51,10 +55,20 @@ def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
 
 def test_commands_of_a_scheduler(tmp_path):
     cfg, _, policies = planned(tmp_path)
-    shared, arms, last = "\n".join(study.commands(Path("s.yaml"), policies, cfg)).split("\n\n")
+    shared, arms, last = "\n".join(study.commands(Path("s.yaml"), policies, cfg, Path("m.yaml"))).split("\n\n")
     assert shared.splitlines() == [f"grm {s} --config s.yaml" for s in ("prompts", "preferences", "rm", "bon")]
-    assert len(arms.splitlines()) == len(policies) and last == "grm study --config s.yaml"
+    assert len(arms.splitlines()) == len(policies) and last == "grm study --config m.yaml"
     assert re.fullmatch(r"grm ppo --config s.yaml run.name=\S+ .* && grm eval --config .*", arms.splitlines()[0])
+
+
+def test_the_last_command_makes_the_plan_of_the_first(tmp_path, capsys):
+    """It reads the matrix as it was given: the expanded file has arms where the matrix has methods."""
+    asked = ["--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]
+    assert study.main(["--commands", *asked]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert last[:3] == ["grm", "study", "--config"]
+    assert study.main(["--dry-run", "--config", last[3]]) == 0
+    assert "24 reward models, 8 policies" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts(tmp_path, capsys):
@@ -63,11 +77,109 @@ def test_a_dry_run_counts(tmp_path, capsys):
     assert "8 conditions x 3 seeds = 24 reward models, 8 policies" in said and not list(tmp_path.iterdir())
 
 
+def test_sizes_are_an_axis_of_the_matrix(tmp_path):
+    """Each size is a reward model of so many layers; policies can be trained against some of them alone."""
+    cfg, arms, policies = planned(tmp_path, "study.layers=[6, 12]", "study.ppo_layers=[12]")
+    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.layers for p in policies} == {12}
+    variants = cfg.rm.variants
+    assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
+    assert num_layers(cfg, variants["bt-100pairs-12layers-seed0"]) == 12
+    assert {p.name for p in policies} >= {"grm-200pairs-12layers-noise0.25-seed0-kl0.1"}
+    for arm in arms:
+        found = design(arm.condition)
+        assert (found["method"], found["pairs"], found["layers"]) == (arm.method, arm.pairs, arm.layers)
+        assert found["label_noise"] == arm.label_noise
+    assert design("grm-all") == {"method": "grm-all", "pairs": None, "layers": None, "label_noise": 0.0}
+    own, _, _ = planned(tmp_path, "rm.num_layers=9", "rm.variants={bt: {num_layers: 5}, grm: {}}")
+    assert [num_layers(own, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
+
+
+def test_arms_are_compared_with_the_first_method_of_their_size(tmp_path):
+    _, arms, _ = planned(tmp_path, "study.layers=[6, 12]")
+    found = baselines(arms)
+    assert found["grm-100pairs-6layers-noise0.25"] == "bt-100pairs-6layers-noise0.25"
+    assert found["bt-200pairs-12layers"] == "bt-200pairs-12layers"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["study.layers=[6, 6]"], "layers .6, 6. has an entry twice"),
+        (["study.layers=[6]", "study.ppo_layers=[12]"], r"ppo_layers \[12\] are none of study.layers \[6\]"),
+        (["study.layers=[6, 12]", "rm.trainable_layers=8"], "rm.trainable_layers 8 exceeds 6 layers"),
+        (["study.layers=[6]", "rm.variants={bt: {}, grm: {trainable_layers: 7}}"],
+         "rm.variants.grm.trainable_layers 7 exceeds 6 layers"),
+        (["study.layers=[6]", "rm.lora={top_layers: 8}"], "rm.lora.top_layers 8 exceeds 6 layers"),
+        (["study.layers=[4, 12]", "ppo.critic_trainable_layers=8"],
+         "ppo.critic_trainable_layers 8 exceeds 4 layers of the proxy that the critic starts from"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_told_before_anything_runs(tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, *more)
+
+
+def test_a_critic_of_the_policy_and_sizes_without_policies_do_fit(tmp_path):
+    planned(tmp_path, "study.layers=[4, 12]", "ppo.critic_trainable_layers=8", "ppo.critic_init=policy")
+    planned(tmp_path, "study.layers=[4, 12]", "ppo.critic_trainable_layers=8", "study.ppo_layers=[12]")
+
+
+def test_more_layers_than_the_base_has_are_told_before_anything_runs(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"num_hidden_layers": 10}')
+    with pytest.raises(ConfigError, match="12 layers exceed the 10 of"):
+        planned(tmp_path, "study.layers=[6, 12]", f"rm.base.path={tmp_path / 'base'}")
+
+
 def test_methods_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no rm.variants other; there are grm, bt"):
         planned(tmp_path, "study.methods=[bt, other]")
     with pytest.raises(ConfigError, match="ppo_methods grm are none of study.methods bt"):
         planned(tmp_path, "study.methods=[bt]")
+
+
+def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):
+    cfg, _, _ = planned(tmp_path)
+    for stage in ("prompts", "preferences"):
+        (cfg.run_dir / stage).mkdir(parents=True)
+    splits = {"a": "rm_train", "b": "eval", "c": "eval"}
+    write_table(cfg.run_dir / "prompts" / "prompts.parquet", [{"prompt_id": i, "split": s} for i, s in splits.items()])
+    pairs = cfg.run_dir / "preferences" / "pairs.parquet"
+    write_table(pairs, [{"prompt_id": "a"}])
+    study.refuse_leaks(cfg)
+    write_table(pairs, [{"prompt_id": "a"}, {"prompt_id": "c"}])
+    with pytest.raises(ConfigError, match="train on 1 of its 2 evaluation prompts .first c.: leave them out"):
+        study.refuse_leaks(cfg)
+
+
+@pytest.mark.parametrize("axis", ["ensembles", "sweep"])
+def test_combiners_that_are_not_known_are_told_before_anything_runs(tmp_path, axis):
+    with pytest.raises(DataError, match="no combiner 'mode'"):
+        planned(tmp_path, f"study.{axis}=[mean, mode]")
+
+
+def test_the_second_gold_is_scored_once_for_one_pool(tmp_path, monkeypatch):
+    cfg, _, _ = planned(tmp_path, "study.second_gold={kind: hub, path: some/gold}")
+    samples = [{"prompt_id": "a", "sample_id": k, "prompt": [], "response": f"r{k}"} for k in range(3)]
+    scored = []
+    monkeypatch.setattr("pipelines.gold.load_gold", lambda gold: gold.path)
+    monkeypatch.setattr("pipelines.gold.score_samples", lambda gold, rows: scored.append(gold) or np.arange(len(rows)))
+
+    (cfg.run_dir / "bon").mkdir(parents=True)
+
+    def pools(sha):
+        write_table(cfg.run_dir / "bon" / "samples.parquet", samples)
+        outputs = [{"path": "samples.parquet", "sha256": sha}]
+        write_json(cfg.run_dir / "bon" / "manifest.json", {"format": 1, "stage": "bon", "outputs": outputs})
+        study_models.score_second_gold(cfg)
+
+    pools("first")
+    pools("first")
+    assert scored == ["some/gold"]
+    pools("other")
+    assert len(scored) == 2 and [r["score"] for r in read_table(cfg.run_dir / "study" / "gold2.parquet")] == [0, 1, 2]
+    study_models.score_second_gold(planned(tmp_path)[0])  # no second gold any more: its scores are of no run now
+    assert not (cfg.run_dir / "study" / "gold2.parquet").exists()
 
 
 def test_arms_of_one_size_share_their_wrong_labels():
