@@ -36,7 +36,7 @@ setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda 
 	@bash scripts/setup.sh
 
 test: | $(GRM)       ## run the tests, less the slow ones
-	@.venv/bin/python -m pytest -m "not slow"
+	@.venv/bin/python -m pytest -m "not slow" --durations=15
 
 study: | $(GRM)      ## the over-optimisation study of CONFIG=configs/study.yaml: hours on two cores; DRY=--dry-run
 	@$(GRM) study --config $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)) $(DRY) $(SET)

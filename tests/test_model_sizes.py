@@ -95,3 +95,15 @@ def test_parameters_of_an_adapter_are_those_of_its_layers(policy_path, tmp_path)
     expected = sum(p.numel() for p in lm.parameters())
     assert parameters(tmp_path / "whole", str(policy_path), 2) == expected
     assert parameters(tmp_path / "adapter", str(policy_path), 2) == expected
+
+
+def test_kinds_of_attention_by_layer_are_cut_with_the_layers(tmp_path):
+    """Qwen and Gemma list one a layer; a saved model whose list is longer than its layers does not load."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(tmp_path / "a")
+    lm = load_causal_lm(Model(path=str(tmp_path / "a")), dtype="float32", num_layers=2)
+    lm.save_pretrained(tmp_path / "b")
+    again = load_causal_lm(Model(path=str(tmp_path / "b")), dtype="float32")
+    assert len(again.config.layer_types) == len(again.model.layers) == 2
