@@ -148,6 +148,11 @@ class Config(Section):
                 f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is below data.max_prompt_tokens"
                 f" + generation.max_new_tokens = {longest}"
             )
+        if self.ppo.sync == "adapter" and self.engine.dtype != self.generation.vllm.dtype:
+            faults.append(
+                f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {self.engine.dtype}, "
+                f"generation.vllm.dtype {self.generation.vllm.dtype}"
+            )
         if self.engine.processes != "auto":
             faults += self.batch_faults(self.engine.processes)
         if faults:

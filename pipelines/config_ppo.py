@@ -167,8 +167,10 @@ class Ppo(Section):
             raise ValueError(f"estimator {self.estimator} has no critic to warm up: set critic_warmup_steps to 0")
         if self.lora and self.lora.dropout:
             raise ValueError(f"lora.dropout {self.lora.dropout} would make the PPO ratio differ from 1: set it to 0")
-        if self.sync == "adapter" and (self.lora is None or self.vllm_servers):
-            raise ValueError("sync adapter needs lora, and an engine in each rank (no vllm_servers)")
+        if self.sync == "adapter" and (self.lora is None or self.vllm_servers or self.lora.rank > 512):
+            raise ValueError("sync adapter needs lora of rank 512 at most, and no vllm_servers")
+        if self.weight_transfer == "nccl" and not self.vllm_servers:
+            raise ValueError("weight_transfer nccl is for vllm_servers; an engine in each rank needs no transfer")
         if self.overlap and not (self.vllm_servers and self.clip.importance_weight):
             raise ValueError(
                 "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "

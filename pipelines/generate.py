@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import Generation, Lora, Model
-from pipelines.data import ChatTokenizer
+from pipelines.data import ChatTokenizer, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,8 @@ class Generator:
         weights = ((name, t) for name, t in named_tensors if not (tied and name == "lm_head.weight"))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.apply_model(repack_tied_lm_head)
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise DataError("vLLM did not drop its prefix cache after a weight sync: it would use old keys")
         self.seconds["sync"] += time.perf_counter() - started
 
     def load_adapter(self, folder: Path) -> None:

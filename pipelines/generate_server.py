@@ -10,6 +10,7 @@ import argparse
 import http.client
 import os
 import sys
+import time
 import urllib.error
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -96,9 +97,20 @@ class ServerGenerator:
             self._nccl.send(named_tensors)
         if engine.rank() == 0:
             for url in self.urls:
-                self._ask(url, "/reset_prefix_cache", {})
+                self._drop_prefixes(url)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+
+    def _drop_prefixes(self, url: str) -> None:
+        """vLLM refuses while a request runs; the caller waits for those of this run, others may be there."""
+        deadline = time.monotonic() + self._timeout
+        while not self._ask(url, "/reset_prefix_cache", {})["success"]:
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"vLLM server {url} did not drop its prefix cache within {self._timeout:g} s (ppo.server_timeout): "
+                    "does something else use it?"
+                )
+            time.sleep(0.2)
 
     def _through_file(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         from safetensors.torch import save_file

@@ -17,6 +17,9 @@ STALE = 0.25
 """A slope below this share of what it should be is that of weights that did not arrive."""
 CONCLUSIVE = 0.1
 """Standard error of the slope, as a share of what it should be, above which nothing is concluded."""
+ROUNDING = {torch.bfloat16: 0.1, torch.float32: 2e-4}
+"""Root mean square move of the actor's log-probs, nats, below which it may be rounding of its own: then the slope says
+nothing, since errors of what it is taken on pull it to 0."""
 
 
 class SyncProbe:
@@ -28,7 +31,8 @@ class SyncProbe:
     reach. All at temperature 1, where vLLM gives log-probs of given tokens.
 
     An adapter merged into bfloat16 weights loses what is below half a unit in their last place. How much of the step's
-    change survives (1: all of it) is measured on the weights at each sync, and is what the slope should be.
+    change survives (1: all of it) is measured on the weights at each sync, and is what the slope should at least be. Of
+    whole weights that are rounded it is not known, and nothing is concluded.
 
     Args:
         rows: responses of each rank that are looked at.
@@ -48,7 +52,8 @@ class SyncProbe:
     ):
         self._actor, self._generator, self._size, self._pad_id = actor, generator, rows, pad_id
         self._dtype, self._lower = dtype, lower
-        self._same_type = next(actor.module.parameters()).dtype == dtype
+        self._of_actor = next(actor.module.parameters()).dtype
+        self._same_type = self._of_actor == dtype
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._exact = self._kept = 0.0
 
@@ -81,7 +86,7 @@ class SyncProbe:
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
-        """Slope, its standard error and what it should be, over all ranks; after a sync, while the sampler is awake.
+        """Slope, its standard error and what it should be (where known), over all ranks; after a sync, before sleep.
 
         Raises:
             DataError: the sampler still has the old weights.
@@ -89,18 +94,22 @@ class SyncProbe:
         mask = self._micro.is_response
         moved = torch.where(mask, self._actor_logprobs() - self._old, 0.0).double()
         seen = torch.where(mask, self._sampler_logprobs() - self._before, 0.0).double()
-        xx, xy = engine.global_sum(float(moved.square().sum()), float((moved * seen).sum()))
+        count, xx, xy = engine.global_sum(
+            float(mask.sum()), float(moved.square().sum()), float((moved * seen).sum())
+        )  # fmt: skip
         slope = xy / xx if xx else 0.0
         # Tokens of a response move together: its sum is one observation.
         (square,) = engine.global_sum(float((moved * (seen - slope * moved)).sum(-1).square().sum()))
         error = square**0.5 / xx if xx else float("inf")
         expected = min(1.0, max(0.0, self._kept / self._exact)) if self._exact else float(self._same_type)
-        if error < CONCLUSIVE * expected and slope < STALE * expected:
+        told = error < CONCLUSIVE * expected and (xx / count) ** 0.5 > ROUNDING[self._of_actor]
+        if told and slope < STALE * expected:
             raise DataError(
                 f"ppo step {step}: after the weight sync vLLM's log-probs moved {slope:.2f} +- {error:.2f} times as "
                 f"far as the actor's ({expected:.2f} would be right): the new weights did not arrive"
             )
-        return {"sync_slope": slope, "sync_slope_se": min(error, 99.0), "sync_survival": expected}
+        found = {"sync_slope": slope, "sync_slope_se": min(error, 99.0)}
+        return found | ({"sync_survival": expected} if self._exact or self._same_type else {})
 
     def _actor_logprobs(self) -> Tensor:
         m = self._micro

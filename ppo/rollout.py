@@ -52,6 +52,10 @@ class Rollout:
 
     micros: list[Micro]
     samples: list[dict]
+    policy: int
+    """The step whose weights sampled it."""
+    behind: int
+    """Steps between them and the actor's weights: 0, or 1 with ppo.overlap."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,12 +80,16 @@ class Sampled:
 
     rows: list[dict]  # the prompts
     prompts: list[list[int]]  # their token ids
+    policy: int  # the step whose weights sampled them; 0 is the reference
     groups: list[int]  # equal for responses to one prompt
     completions: list[Completion]
 
 
-def sample(trainer, step: int) -> Sampled:
-    """Sample with the weights that vLLM has now. `trainer` is ppo.train.Trainer, here and below."""
+def sample(trainer, step: int, policy: int) -> Sampled:
+    """Sample with the weights that vLLM has now, those of step `policy`.
+
+    `trainer` is ppo.train.Trainer, here and below.
+    """
     ppo = trainer.cfg.ppo
     rows = prompts_of_step(trainer.prompts, step, ppo.prompts_per_step, trainer.seed)
     prompts = [trainer.generator.tokenizer.prompt_ids(row["prompt"]) for row in rows]
@@ -89,7 +97,7 @@ def sample(trainer, step: int) -> Sampled:
     found = trainer.generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
     owner = [i for i, group in enumerate(found) for _ in group]
     rows, prompts = ([of_prompt[i] for i in owner] for of_prompt in (rows, prompts))
-    return Sampled(rows, prompts, owner, [c for group in found for c in group])
+    return Sampled(rows, prompts, policy, owner, [c for group in found for c in group])
 
 
 def collect(trainer, step: int) -> Rollout:
@@ -98,6 +106,7 @@ def collect(trainer, step: int) -> Rollout:
     trainer.generator.wake()
     sampled = trainer.responses(step)
     trainer.probe.sampled(sampled.prompts, sampled.completions)
+    trainer.sample_ahead(step + 1)
     trainer.generator.sleep()
     clock.lap("generate")
     rows, completions = sampled.rows, sampled.completions
@@ -122,7 +131,7 @@ def collect(trainer, step: int) -> Rollout:
         }
         for row, c, r in zip(rows, completions, rewards.tolist(), strict=True)
     ]
-    return Rollout(micros, samples, clock.seconds)
+    return Rollout(micros, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
 
 
 def make_micros(
@@ -168,14 +177,16 @@ def evaluate(trainer, micro: Micro) -> None:
 
 
 def statistics(rollout: Rollout) -> dict[str, float]:
-    """Means over the responses, or response tokens, of all ranks."""
+    """Means over the responses, or response tokens, of all ranks; KL is that of the policy that sampled."""
     rows, tokens, kl, k3, mismatch, cut, proxy, square, entropy_bound = 0, 0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0
     for m in rollout.micros:
         mask = m.is_response
         rows += len(mask)
         tokens += int(mask.sum())
-        kl += float(kl_k1(m.logprobs, m.ref_logprobs)[mask].sum())
-        k3 += float(kl_k3(m.logprobs, m.ref_logprobs)[mask].sum())
+        # The trainer's log-probs are the finer ones, but of another policy where it is ahead.
+        logps = m.sampler_logprobs if rollout.behind else m.logprobs
+        kl += float(kl_k1(logps, m.ref_logprobs)[mask].sum())
+        k3 += float(kl_k3(logps, m.ref_logprobs)[mask].sum())
         mismatch += float((m.logprobs - m.sampler_logprobs)[mask].abs().sum())
         cut += int((~m.finished).sum())
         proxy += float(m.proxy.double().sum())

@@ -81,6 +81,7 @@ class Trainer:
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
         self.log: RunLog | None = None
         self._sampling, self._ahead = ThreadPoolExecutor(1), None
+        self._synced = 0
 
     def _generator(self) -> Generator | ServerGenerator:
         cfg, tokenizer = self.cfg, ChatTokenizer(self.cfg.policy)  # its own: `overlap` uses it in another thread
@@ -97,7 +98,8 @@ class Trainer:
         clock = Clock()
         rollout = collect(self, step)
         stats = statistics(rollout)
-        self._check(stats, step)
+        if not rollout.behind:  # else the sampler differs by an update too
+            self._check(stats, step)
         self.probe.before()
         clock.lap("collect")
         self.scale.update([m.proxy for m in rollout.micros])
@@ -105,9 +107,10 @@ class Trainer:
         stats |= self.learner.update(rollout.micros, step, self.kl.coef)
         clock.lap("train")
         if self.average:
+            self.actor.settle()
             self.average.update()
         self.generator.wake()
-        self._sync()
+        self._sync(step)
         clock.lap("sync")
         stats |= self.probe.after(step)
         self.generator.sleep()
@@ -121,19 +124,24 @@ class Trainer:
         samples = engine.gather_rows(rollout.samples[:4])
         if self.log:
             self.log.step(step, stats, samples)
-            self.policies.scored(step - 1, stats["reward_mean"] - stats["kl_coef"] * stats["kl_nats_per_response"])
+            penalty = stats["kl_coef"] * stats["kl_nats_per_response"]
+            self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
         self._checkpoint(step)
 
     def responses(self, step: int) -> Sampled:
-        """This step's responses. With ppo.overlap the next step's are then begun, by the weights that vLLM has now."""
-        if not self.cfg.ppo.overlap:
-            return sample(self, step)
-        found = self._ahead.result() if self._ahead else sample(self, step)
-        more = step < self.cfg.ppo.steps
-        self._ahead: Future[Sampled] | None = self._sampling.submit(sample, self, step + 1) if more else None
-        return found
+        """This step's responses, unless they were begun in the step before: sampled now."""
+        return self._ahead.result() if self._ahead else sample(self, step, self._synced)
 
-    def _sync(self) -> None:
+    def sample_ahead(self, step: int) -> None:
+        """With ppo.overlap, begin this step's responses, by the weights that vLLM has now."""
+        more = self.cfg.ppo.overlap and step <= self.cfg.ppo.steps
+        self._ahead: Future[Sampled] | None = (
+            self._sampling.submit(sample, self, step, self._synced) if more else None
+        )  # fmt: skip
+
+    def _sync(self, step: int) -> None:
+        """Give vLLM the weights after this step."""
+        self._synced = step
         if self._ahead:  # all responses of one step are of one policy, whichever rank asked for them
             wait([self._ahead])
             torch.distributed.barrier()
@@ -149,8 +157,7 @@ class Trainer:
 
     def _check(self, stats: dict, step: int) -> None:
         """A bound on what `probe` tells by direction: all samples of the step, and whatever happened since the sync."""
-        # One step behind, the sampler differs by an update too.
-        if stats["mismatch_mean_abs"] > MAX_MISMATCH and not self.cfg.ppo.overlap:
+        if stats["mismatch_mean_abs"] > MAX_MISMATCH:
             raise DataError(
                 f"ppo step {step}: log-probs of vLLM and trainer differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
@@ -185,9 +192,13 @@ class Trainer:
             self.actor.settle()
             save_adapter(folder, lm)
         else:
-            weights = list(self.actor.named_weights(lm))
-            if engine.rank() == 0:
-                save_lm(folder, lm.config, weights, self.tokenizer)
+            self._save_merged(folder)
+
+    def _save_merged(self, folder: Path, **options) -> None:
+        lm, first = self.actor.module.lm, engine.rank() == 0
+        weights = [(name, w.cpu()) for name, w in self.actor.named_weights(lm, **options) if first]
+        if first:
+            save_lm(folder, lm.config, weights, self.tokenizer)
 
     def resume(self) -> int:
         """The first step to run: 1, or the one after the last saved state.
@@ -211,8 +222,9 @@ class Trainer:
                 self.average.load(folder)
             self.kl.load_state_dict(state["kl"])
             self.scale.load_state_dict(state["scale"])
+        if state["step"] or self.cfg.ppo.vllm_servers:  # servers may have the weights of another run
             self.generator.wake()
-            self._sync()
+            self._sync(state["step"])
             self.generator.sleep()
         if engine.rank() == 0:
             (self.out / MARK).unlink(missing_ok=True)
@@ -221,14 +233,10 @@ class Trainer:
 
     def finish(self) -> None:
         """The result: a merged policy that transformers and vLLM load as it is. Resume states are dropped."""
-        lm = self.actor.module.lm
-        weights = list(self.actor.named_weights(lm))
+        self._save_merged(self.out / "policy")
         if self.average:
-            averaged = list(self.actor.named_weights(lm, values=self.average.values))
-            if engine.rank() == 0:
-                save_lm(self.out / "policy-ema", lm.config, averaged, self.tokenizer)
+            self._save_merged(self.out / "policy-ema", values=self.average.values)
         if engine.rank() == 0:
-            save_lm(self.out / "policy", lm.config, weights, self.tokenizer)
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
             for folder in ("state", "sync"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)

@@ -246,13 +246,13 @@ def measure(
 
 def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
     """Gather from all ranks, write from the first."""
+    trainer.settle()
     head = {}
     for name, weight in model.head.named_parameters():
         with engine.gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
     about = {"variant": variant.model_dump(), "run_seed": cfg.run.seed}
     if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
-        trainer.settle()
         save_adapter_model(out, model, head, base=cfg.rm.base, **about)
         return
     weights = list(trainer.named_weights(model.lm))
