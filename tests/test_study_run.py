@@ -1,4 +1,4 @@
-"""A whole study, reward models, pools, PPO, report, on the first layers of the real model: killed, it ends as unbroken."""
+"""A whole study, reward models, pools, PPO, report, on the first layers of the model: killed, it ends as unbroken."""
 
 import json
 import os
