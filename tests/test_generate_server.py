@@ -42,9 +42,9 @@ def test_ppo_with_a_vllm_server_that_samples_while_it_trains(run_dir, policy_pat
     out = tmp_path / "smoke" / "ppo"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["kl_nats_per_response"] == 0.0 and rows[2]["kl_k3_nats_per_response"] > 0
-    assert all(row["sync_slope"] > 0.5 * row["sync_survival"] for row in rows if row["sync_slope_se"] < 0.1)
     assert all(row["mismatch_mean_abs"] < 0.2 for row in rows)
-    if NATIVE_DTYPE == "float32":  # else rounding hides an update so small
+    if NATIVE_DTYPE == "float32":  # else rounding hides updates so small
+        assert all(row["sync_slope"] == pytest.approx(1, abs=0.05) for row in rows)
         # The second rollout was asked for before the first update: it is the reference's, and the actor has moved on.
         assert abs(rows[1]["kl_nats_per_response"]) < 1e-4 and rows[2]["kl_k3_nats_per_response"] > 1e-6
         assert 10 * rows[0]["mismatch_mean_abs"] < rows[1]["mismatch_mean_abs"]
