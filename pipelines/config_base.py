@@ -15,7 +15,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 def native_dtype() -> Literal["bfloat16", "float32"]:
     """bfloat16 on a GPU and on CPUs with instructions for it; float32 elsewhere, where bfloat16 is emulated and some
-    thirty times slower."""
+    ten times slower."""
     if any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):
         return "bfloat16"
     cpuinfo = Path("/proc/cpuinfo")

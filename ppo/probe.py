@@ -26,9 +26,9 @@ class SyncProbe:
     """Did the sampler move with the actor?
 
     Of the same tokens, with log-probs by the actor before an update (o) and after it (n), and by the sampler before
-    the sync (u) and after it (v), the slope of v - u on n - o is 1 if the weights arrived and 0 if not, however small
-    the update was and however coarse the sampler's arithmetic: unlike a bound on |v - n|, which small updates never
-    reach. All at temperature 1, where vLLM gives log-probs of given tokens.
+    the sync (u) and after it (v), the slope of v - u on n - o is 1 if the weights arrived and 0 if not, however coarse
+    the sampler's arithmetic, as long as the actor moved by more than its own (`ROUNDING`): a bound on |v - n| would
+    have to lie far above such updates. All at temperature 1, where vLLM gives log-probs of given tokens.
 
     An adapter merged into bfloat16 weights loses what is below half a unit in their last place. How much of the step's
     change survives (1: all of it) is measured on the weights at each sync, and is what the slope should at least be. Of
