@@ -43,11 +43,11 @@ study: | $(GRM)      ## the over-optimisation study of CONFIG=configs/study.yaml
 
 human-preferences: | $(GRM)  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
 	@$(GRM) prompts --config configs/human.yaml
-	@.venv/bin/python -m benchmarks.human_preferences train
-	@.venv/bin/python -m benchmarks.human_preferences table
+	@.venv/bin/python -m experiments.human_preferences train
+	@.venv/bin/python -m experiments.human_preferences table
 
 ppo-seeds: rm | $(GRM)  ## PPO with three seeds against one reward model, and its learning curves
-	@.venv/bin/python -m benchmarks.ppo_seeds --config $(CONFIG) $(SET)
+	@.venv/bin/python -m experiments.ppo_seeds --config $(CONFIG) $(SET)
 
 lint: | $(GRM)       ## check style and format
 	@.venv/bin/ruff check .

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 
-from bon.analysis import Plan, bon_curves, gains
 from bon.pools import Pools
+from study.analysis.conditions import Plan, bon_curves, gains
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from pipelines.config import RewardVariant
+from core.config import RewardVariant
 from rm.heads import make_head
 from rm.model import RewardModel
 from rm.objective import pair_losses

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.artefacts import ArtefactError, digest, join
+from core.artefacts import ArtefactError, digest, join
 
 Array = NDArray[np.float64]
 

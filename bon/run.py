@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from bon.curves import curve, matrix, write_curves
 from bon.estimators import best_of_n, kl_bound, oracle
-from pipelines.artefacts import digest, join, read_json, read_table, write_table
-from pipelines.config import Config
-from pipelines.curves import curve, matrix, write_curves
-from pipelines.data import ChatTokenizer, Message, stream_seed
-from pipelines.generate import Generator
-from pipelines.gold import load_gold, score_samples
-from pipelines.models import LowerLayers, shared_depth
-from pipelines.pool import conversation, sample_pool
+from core.artefacts import digest, join, read_json, read_table, write_table
+from core.config import Config
+from core.data.chat import ChatTokenizer, Message, stream_seed
+from core.generation.local import Generator
+from core.generation.pool import conversation, sample_pool
+from core.models.layers import LowerLayers, shared_depth
 from pipelines.prompts import read_split
+from rm.gold import load_gold, score_samples
 from rm.model import ABOUT_FILE, RewardModel
 from rm.objective import LowerCache
 from rm.score import tokens_of

@@ -10,22 +10,22 @@ import sys
 
 import yaml
 
+from core.artefacts import ArtefactError
+from core.config.load import ConfigError, load
+from core.data.chat import DataError
+from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import launch, stages
-from pipelines.artefacts import ArtefactError
-from pipelines.data import DataError
-from pipelines.load import ConfigError, load
-from pipelines.stopping import EXIT_STOPPED, Stopped
 
 GOLD = ("prompts", "preferences", "rm")
 """The stages of `grm gold`."""
 
 TOOLS = {
-    "study": ("pipelines.study", "a matrix of reward models, best-of-n and PPO, and what it shows"),
-    "vllm-serve": ("pipelines.generate_server", "the policy behind a vLLM server, for ppo.vllm_servers"),
-    "rm-eval": ("rm.benchmarks", "accuracy of a reward model on benchmark files"),
-    "rm-merge": ("rm.merge", "the weights of reward models averaged (WARM)"),
-    "rm-serve": ("rm.serve", "rewards over HTTP, of one model or an ensemble"),
-    "rm-export": ("rm.export", "a reward model as a standard transformers folder"),
+    "study": ("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
+    "vllm-serve": ("core.generation.remote", "the policy behind a vLLM server, for ppo.vllm_servers"),
+    "rm-eval": ("rm.evaluation.command", "accuracy of a reward model on benchmark files"),
+    "rm-merge": ("rm.tools.merge", "the weights of reward models averaged (WARM)"),
+    "rm-serve": ("rm.serving.server", "rewards over HTTP, of one model or an ensemble"),
+    "rm-export": ("rm.tools.export", "a reward model as a standard transformers folder"),
 }
 """Command -> (module whose `main(argv)` it is, what it does); each has options of its own, outside any run."""
 

@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bon.curves import curve, matrix, read_curves, write_curves
 from bon.estimators import bootstrap_ci
-from pipelines.artefacts import ArtefactError, read_json, read_table, write_table
-from pipelines.batching import pad_right
-from pipelines.config import Config
-from pipelines.curves import curve, matrix, read_curves, write_curves
-from pipelines.data import ChatTokenizer, stream_seed
-from pipelines.engine import device, named_weights
-from pipelines.generate import Generator
-from pipelines.gold import load_gold, score_samples
-from pipelines.models import LowerLayers, hidden_states, load_causal_lm, shared_depth
-from pipelines.pool import conversation
+from core.artefacts import ArtefactError, read_json, read_table, write_table
+from core.batching import pad_right
+from core.config import Config
+from core.data.chat import ChatTokenizer, stream_seed
+from core.generation.local import Generator
+from core.generation.pool import conversation
+from core.models.layers import LowerLayers, hidden_states, load_causal_lm, shared_depth
+from core.training.engine import device, named_weights
 from pipelines.prompts import read_split
 from pipelines.verdicts import checks, interval, verdicts
 from ppo.math import exact_kl, kl_k1, kl_k3
 from rm.combine import proxy_reward, proxy_units
+from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
 
 ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))

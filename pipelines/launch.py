@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipelines.config import Config
-from pipelines.stopping import EXIT_STOPPED, MARK
+from core.config import Config
+from core.stopping import EXIT_STOPPED, MARK
 
 STOP_SECONDS = 1800
 STARTED = "GRM_STAGE_STARTED"

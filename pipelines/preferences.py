@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.artefacts import ArtefactError, digest, write_table
-from pipelines.config import Config
-from pipelines.data import ChatTokenizer, stream_seed
-from pipelines.generate import Generator
-from pipelines.gold import load_gold, score_samples
-from pipelines.imported import import_pairs
-from pipelines.labels import flip_labels
-from pipelines.pool import sample_pool
+from core.artefacts import ArtefactError, digest, write_table
+from core.config import Config
+from core.data.chat import ChatTokenizer, stream_seed
+from core.data.labels import flip_labels
+from core.data.sources import Malformed
+from core.generation.local import Generator
+from core.generation.pool import sample_pool
+from pipelines.import_pairs import import_pairs
 from pipelines.prompts import read_split
-from pipelines.sources import Malformed
+from rm.gold import load_gold, score_samples
 
 PAIR_SPLITS = ("rm_train", "rm_val")
 SAMPLES = 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from pipelines.artefacts import ArtefactError, read_jsonl, read_table, write_jsonl, write_table
-from pipelines.config import Config, Splits
-from pipelines.data import ChatTokenizer, DataError, Message, check_prompt, normalised, prompt_id, unit_interval
+from core.artefacts import ArtefactError, read_jsonl, read_table, write_jsonl, write_table
+from core.config import Config, Splits
+from core.data.chat import ChatTokenizer, DataError, Message, check_prompt, normalised, prompt_id, unit_interval
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:

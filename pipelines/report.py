@@ -8,11 +8,11 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from pipelines import figures
-from pipelines.artefacts import read_json, read_jsonl, read_table
-from pipelines.config import Config
-from pipelines.curves import read_curves
-from pipelines.data import stream_seed
+from bon.curves import read_curves
+from core.artefacts import read_json, read_jsonl, read_table
+from core.config import Config
+from core.data.chat import stream_seed
+from pipelines import report_figures as figures
 from ppo.card import write_card
 
 NUM_SAMPLES = 20

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.artefacts import (
+from core.artefacts import (
     ArtefactError,
     Fingerprint,
     manifest_digest,
@@ -19,7 +19,7 @@ from pipelines.artefacts import (
     publish,
     read_manifest,
 )
-from pipelines.config import Config
+from core.config import Config
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from bon.estimators import bootstrap_ci
-from pipelines.artefacts import read_table
-from pipelines.data import normalised
+from core.artefacts import read_table
+from core.data.chat import normalised
 
 ENOUGH_PROMPTS = 500
 """Below it intervals of the gold change are wide (docs of the study); the report says so."""

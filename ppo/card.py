@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.config import Config
+from core.config import Config
 
 
 def write_card(file: Path, cfg: Config, summary: dict, gold: str | None = None) -> None:

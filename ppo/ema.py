@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipelines import engine
+from core.training import engine
 
 FILE = "ema.safetensors"
 
@@ -22,7 +22,7 @@ class WeightAverage:
         self._decay = decay
         self._trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
         self.values: dict[nn.Parameter, Tensor] = {}
-        """What `pipelines.engine.named_weights` takes in place of the weights; empty on other ranks than the first."""
+        """What `core.training.engine.named_weights` takes in place of the weights; empty on other ranks than the first."""
         self._blend(0.0)
 
     def update(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pipelines.artefacts import read_json, write_json
+from core.artefacts import read_json, write_json
 
 
 class PolicyKeeper:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipelines.config import Config
-from pipelines.data import DataError
+from core.config import Config
+from core.data.chat import DataError
 from ppo.watch import warnings_of
 
 FILES = ("metrics.jsonl", "samples.jsonl")

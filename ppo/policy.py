@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from pipelines.models import Lower, hidden_states, token_logprobs
+from core.models.layers import Lower, hidden_states, token_logprobs
 
 
 class PolicyModule(nn.Module):

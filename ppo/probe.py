@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipelines import engine
-from pipelines.data import DataError
-from pipelines.generate import Completion, Generator
-from pipelines.models import Lower, lora_product, merged_lora
+from core.data.chat import DataError
+from core.generation.local import Completion, Generator
+from core.models.layers import Lower, lora_product, merged_lora
+from core.training import engine
 from ppo.rollout import make_micros
 
 STALE = 0.25
@@ -58,7 +58,7 @@ class SyncProbe:
         self._exact = self._kept = 0.0
 
     def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
-        """What `pipelines.engine.named_weights` shows of each adapted weight: how much of its change is in `merged`."""
+        """What `core.training.engine.named_weights` shows of each adapted weight: how much of its change is in `merged`."""
         product, before, old = lora_product(a, b, scaling), 0.0, base
         if name in self._factors:
             before = lora_product(*self._factors[name], scaling)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipelines import engine
-from pipelines.artefacts import ArtefactError
-from pipelines.data import Message
+from core.artefacts import ArtefactError
+from core.data.chat import Message
+from core.training import engine
 from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
-from rm.remote import RemoteRewardModel
 from rm.score import score
+from rm.serving.client import RemoteRewardModel
 
 Answered = Sequence[Sequence[Message]]
 
@@ -54,7 +54,7 @@ class RemoteProxy:
 
     Raises:
         ArtefactError: the server has another model, or an ensemble.
-        rm.remote.RemoteError: no server there.
+        rm.serving.client.RemoteError: no server there.
     """
 
     def __init__(self, url: str, expected: RewardModel):

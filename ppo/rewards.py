@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines import engine
-from pipelines.config import Reward
+from core.config import Reward
+from core.training import engine
 
 
 class RewardScale:

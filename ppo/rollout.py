@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipelines import engine
-from pipelines.batching import balanced, pad_right
-from pipelines.data import DataError, stream_seed
-from pipelines.generate import Completion
-from pipelines.models import Lower
+from core.batching import balanced, pad_right
+from core.data.chat import DataError, stream_seed
+from core.generation.local import Completion
+from core.models.layers import Lower
+from core.training import engine
 from ppo.math import importance_weight, kl_k1, kl_k3
 
 

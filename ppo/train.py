@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pipelines import engine
-from pipelines.adapters import save_adapter
-from pipelines.artefacts import ArtefactError, read_json, write_json
-from pipelines.config import Config
-from pipelines.data import ChatTokenizer, DataError, stream_seed
-from pipelines.generate import Generator
-from pipelines.generate_server import ServerGenerator
+from core.artefacts import ArtefactError, read_json, write_json
+from core.config import Config
+from core.data.chat import ChatTokenizer, DataError, stream_seed
+from core.generation.local import Generator
+from core.generation.remote import ServerGenerator
+from core.stopping import MARK, Stopped, StopSignal
+from core.training import engine
+from core.training.weights import save_adapter
 from pipelines.prompts import read_split
-from pipelines.stopping import MARK, Stopped, StopSignal
 from ppo.card import write_card
 from ppo.ema import WeightAverage
-from ppo.engines import make_engines
 from ppo.keep import PolicyKeeper
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
+from ppo.models import make_engines
 from ppo.probe import SyncProbe
 from ppo.rewards import RewardScale
 from ppo.rollout import Clock, Sampled, collect, sample, statistics

@@ -7,9 +7,9 @@ import random
 
 import torch
 
-from pipelines import engine
-from pipelines.config import Ppo
-from pipelines.data import DataError, stream_seed
+from core.config import Ppo
+from core.data.chat import DataError, stream_seed
+from core.training import engine
 from ppo.math import (
     explained_variance,
     gae,

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipelines.artefacts import ArtefactError, read_json, write_json
-from pipelines.batching import Batch, Targets
-from pipelines.config import NATIVE_DTYPE, Model
-from pipelines.data import ChatTokenizer, Message
-from pipelines.engine import device
-from pipelines.models import Lower, hidden_states, load_causal_lm, token_logprobs
-from rm.checkpoint_files import check_vocabulary
+from core.artefacts import ArtefactError, read_json, write_json
+from core.batching import Batch, Targets
+from core.config import NATIVE_DTYPE, Model
+from core.data.chat import ChatTokenizer, Message
+from core.models.layers import Lower, hidden_states, load_causal_lm, token_logprobs
+from core.training.engine import device
+from rm.checkpoints.folder import check_vocabulary
 from rm.heads import make_head
 
 HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
 MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
-"""Of ABOUT_FILE: beside a whole language model, or beside an adapter (`rm.adapters`)."""
+"""Of ABOUT_FILE: beside a whole language model, or beside an adapter (`rm.checkpoints.adapters`)."""
 
 
 class RewardModel(nn.Module):
@@ -52,7 +52,7 @@ class RewardModel(nn.Module):
         lower: Lower | None = None,
         head_terms: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Rewards, and log-probs where asked; inputs as in `pipelines.models.hidden_states`.
+        """Rewards, and log-probs where asked; inputs as in `core.models.layers.hidden_states`.
 
         Args:
             input_ids: [B, L].
@@ -108,11 +108,12 @@ class RewardModel(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
     ) -> RewardModel:
-        """A reward model of stage `rm`, whole or an adapter, or of other code (`rm.checkpoints`): a folder or a hub id.
+        """A reward model of stage `rm`, whole or an adapter, or of other code (`rm.checkpoints.foreign`): a folder or a hub id.
 
         `base` is the base of a LoRA checkpoint, in place of the one it names. ArtefactError when anything does not fit.
         """
-        from rm import adapters, checkpoints  # they build RewardModel, so not at the top
+        from rm.checkpoints import adapters
+        from rm.checkpoints import foreign as checkpoints
 
         folder = checkpoints.locate(path)
         if not (folder / ABOUT_FILE).is_file():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipelines import engine
-from pipelines.batching import Batch, pack
-from pipelines.config import RewardVariant
-from pipelines.models import Lower, LowerLayers
+from core.batching import Batch, pack
+from core.config import RewardVariant
+from core.models.layers import Lower, LowerLayers
+from core.training import engine
 from rm.losses import (
     bradley_terry,
     center_penalty,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from pipelines.artefacts import ArtefactError
-from pipelines.config import Config, RewardVariant
-from pipelines.data import ChatTokenizer, DataError, stream_seed
+from core.artefacts import ArtefactError
+from core.config import Config, RewardVariant
+from core.data.chat import ChatTokenizer, DataError, stream_seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.batching import Batch, Group, pack
-from pipelines.data import ChatTokenizer, DataError, Message
-from pipelines.engine import global_sum, rank, world_size
-from pipelines.models import Lower
+from core.batching import Batch, Group, pack
+from core.data.chat import ChatTokenizer, DataError, Message
+from core.models.layers import Lower
+from core.training.engine import global_sum, rank, world_size
 
 ROW_TOKENS = 1024
 """Responses share a row with their prompt up to this length: attention grows with its square."""

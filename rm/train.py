@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipelines import engine
-from pipelines.artefacts import ArtefactError, read_json, read_table, write_json, write_table
-from pipelines.batching import balanced
-from pipelines.config import Config, RewardVariant
-from pipelines.data import ChatTokenizer, stream_seed
-from pipelines.imported import repeated
-from pipelines.labels import flip_labels
-from pipelines.models import LowerLayers, add_lora, load_causal_lm, train_top_layers
-from rm.adapters import describe_base, save_adapter_model
-from rm.evaluate import accuracy_with_interval, pair_accuracy
+from core.artefacts import ArtefactError, read_json, read_table, write_json, write_table
+from core.batching import balanced
+from core.config import Config, RewardVariant
+from core.data.chat import ChatTokenizer, stream_seed
+from core.data.labels import flip_labels
+from core.models.layers import LowerLayers, add_lora, load_causal_lm, train_top_layers
+from core.training import engine
+from pipelines.import_pairs import repeated
+from rm.checkpoints.adapters import describe_base, save_adapter_model
+from rm.evaluation.metrics import accuracy_with_interval, pair_accuracy
 from rm.model import RewardModel, save_reward_model
 from rm.objective import LowerCache, pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise

@@ -23,9 +23,9 @@ def policy_path() -> Path:
 @pytest.fixture(scope="session")
 def small_policy(policy_path, tmp_path_factory) -> Path:
     """The first four layers of the real model: for what does not depend on what it says."""
-    from pipelines.config import Model
-    from pipelines.data import ChatTokenizer
-    from pipelines.models import load_causal_lm
+    from core.config import Model
+    from core.data.chat import ChatTokenizer
+    from core.models.layers import load_causal_lm
     from rm.model import save_lm
 
     where, folder = Model(path=str(policy_path)), tmp_path_factory.mktemp("small") / "policy"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from pipelines import config, engine
-from pipelines.adapters import save_adapter
-from pipelines.data import ChatTokenizer
-from pipelines.generate import Generator
-from pipelines.models import add_lora, load_causal_lm
+from core import config
+from core.data.chat import ChatTokenizer
+from core.generation.local import Generator
+from core.models.layers import add_lora, load_causal_lm
+from core.training import engine
+from core.training.weights import save_adapter
 from ppo.policy import PolicyModule
 
 QUESTIONS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting to a friend."]

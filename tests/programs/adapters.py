@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pipelines import engine
-from pipelines.config import Config
-from pipelines.load import load
+from core.config import Config
+from core.config.load import load
+from core.training import engine
 from ppo.proxy import LocalProxy
 from rm import train
-from rm.adapters import AdapterEnsemble
+from rm.checkpoints.adapters import AdapterEnsemble
 from rm.model import RewardModel
-from tests.foreign import CHATS
+from tests.builders.checkpoints import CHATS
 
 
 def rows() -> list[dict]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from pipelines import config, engine
-from pipelines.batching import pad_right
+from core import config
+from core.batching import pad_right
+from core.training import engine
 from ppo.policy import PolicyModule
 from ppo.rewards import RewardScale
 from ppo.rollout import Micro

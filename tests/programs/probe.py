@@ -6,10 +6,11 @@ import sys
 
 import torch
 
-from pipelines import config, engine
-from pipelines.data import ChatTokenizer, DataError
-from pipelines.generate import Generator
-from pipelines.models import add_lora, load_causal_lm
+from core import config
+from core.data.chat import ChatTokenizer, DataError
+from core.generation.local import Generator
+from core.models.layers import add_lora, load_causal_lm
+from core.training import engine
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
 

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-from pipelines.config import Generation, Model, Vllm
-from pipelines.data import ChatTokenizer
-from pipelines.generate import Generator
-from pipelines.models import hidden_states, load_causal_lm, token_logprobs
+from core.config import Generation, Model, Vllm
+from core.data.chat import ChatTokenizer
+from core.generation.local import Generator
+from core.models.layers import hidden_states, load_causal_lm, token_logprobs
 
 QUESTIONS = [
     "Name three fruits.",

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines import config, engine
+from core import config
+from core.training import engine
 
 # A large eps: Adam divides by it where a gradient is nearly 0, and rounding there would decide the sign of a step.
 OPTIM = config.Optim(lr=1e-2, schedule="constant", warmup=0.0, max_grad_norm=1.0, eps=1e-3)

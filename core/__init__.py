@@ -1,0 +1,1 @@
+"""What every stage stands on. It knows nothing of reward models or PPO."""

@@ -1,0 +1,38 @@
+"""The configuration tree, whose sections can all be imported from here."""
+
+from core.config.base import NATIVE_DTYPE, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
+from core.config.data import Data, Generation, Gold, Preferences, PreferenceSource, Splits, Vllm
+from core.config.ppo import Clip, Ensemble, Kl, Ppo, Reward
+from core.config.rm import RewardTraining, RewardVariant
+from core.config.tree import BestOfN, Config, Engine, Evaluation, Run, Study
+
+__all__ = [
+    "BestOfN",
+    "Clip",
+    "Config",
+    "Data",
+    "Dtype",
+    "Engine",
+    "Ensemble",
+    "Evaluation",
+    "Fraction",
+    "Generation",
+    "Gold",
+    "Kl",
+    "Lora",
+    "Model",
+    "NATIVE_DTYPE",
+    "Optim",
+    "Ppo",
+    "PreferenceSource",
+    "Preferences",
+    "Reward",
+    "RewardTraining",
+    "RewardVariant",
+    "Run",
+    "Section",
+    "Splits",
+    "Study",
+    "Vllm",
+    "exact_div",
+]

@@ -1,0 +1,144 @@
+"""YAML files and dotted overrides -> one validated Config, or one message with every fault."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from core.config import Config
+
+
+class ConfigError(ValueError):
+    """Bad configuration; the command line prints the message and exits 2, without a traceback."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
+    """Lay `files` over the defaults, then `overrides` (`a.b=value`); raise ConfigError with all faults at once."""
+    tree: dict = {}
+    for file in files:
+        tree = merge(tree, read_yaml(Path(file)))
+    if "variants" not in (tree.get("rm") or {}):
+        # Files that name reward models replace the default ones; overrides then change what is there.
+        tree = merge({"rm": Config().model_dump(include={"rm": {"variants"}})["rm"]}, tree)
+    for text in overrides:
+        tree = merge(tree, parse_override(text))
+    faults: list[str] = []
+    while True:
+        try:
+            config = Config.model_validate(tree)
+            break
+        except ValidationError as error:
+            # Rules over several sections are checked only when each section is valid: take what is faulty
+            # out and look again, so that one message tells everything.
+            faults += [fault for fault in _faults(error) if fault not in faults]
+            if not any([_remove(tree, e["loc"]) for e in error.errors()]):
+                break
+    if faults:
+        raise ConfigError("\n".join(["the configuration is not valid:", *faults]))
+    return config
+
+
+def read_yaml(file: Path) -> dict:
+    """The mapping in `file`; a missing file, bad YAML or another type is a ConfigError naming the file and line."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def merge(base: dict, extra: dict) -> dict:
+    """`base` with `extra` laid over it, key by key, at every depth."""
+    laid = {
+        k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
+    }
+    return {**base, **laid}
+
+
+def parse_override(text: str) -> dict:
+    """`ppo.kl.coef=0.1` -> `{"ppo": {"kl": {"coef": 0.1}}}`; the value is YAML, so lists and null work."""
+    path, sep, value = text.partition("=")
+    if not sep or not all(path.split(".")):
+        raise ConfigError(f"override {text!r}: expected key.path=value")
+    try:
+        tree = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    for key in reversed(path.split(".")):
+        tree = {key: tree}
+    return tree
+
+
+def _remove(tree: dict, path: tuple) -> bool:
+    """Take the key at `path` out of `tree`; False when it is not there."""
+    for key in path[:-1]:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return bool(path) and isinstance(tree, dict) and tree.pop(path[-1], tree) is not tree
+
+
+def _faults(error: ValidationError) -> list[str]:
+    lines = []
+    for e in error.errors():
+        path = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path, _known_paths(e["loc"]), n=1, cutoff=0.0)
+            lines.append(f"  {path}: no such key (got {e['input']!r}); the nearest is {near[0]}")
+        elif e["type"] == "value_error":
+            # A rule over several fields: its input is a whole section, of no use in a message.
+            message = e["msg"].removeprefix("Value error, ")
+            lines += [f"  {path + ': ' if path else ''}{part}" for part in message.split("; ")]
+        else:
+            lines.append(f"  {path}: {e['msg']} (got {e['input']!r})")
+    return lines
+
+
+def _known_paths(location: tuple) -> list[str]:
+    """Every dotted key, with the names of mapping entries (`rm.variants.grm`) taken from `location`."""
+    known = []
+    for path in _paths(Config):
+        parts = path.split(".")
+        names = (*location, *parts[len(location) :])
+        known.append(".".join(str(b) if a == "*" else a for a, b in zip(parts, names, strict=False)))
+    return known
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree, `*` for the name of a mapping's entry."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        star = "*." if typing.get_origin(field.annotation) is dict else ""
+        for kind in _sections(field.annotation):
+            yield from _paths(kind, f"{prefix}{name}.{star}")
+
+
+def _sections(annotation) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, dict):
+        return [s for part in typing.get_args(annotation) for s in _sections(part)]
+    return []

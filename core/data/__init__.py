@@ -1,0 +1,1 @@
+"""Messages, chat templates, splits, random streams, and preference data in its published layouts."""

@@ -1,0 +1,163 @@
+"""Messages, prompt ids and the chat template: the only place where text becomes tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+from core.artefacts import digest
+from core.config import Model
+
+Message = dict[str, str]
+"""`{"role": ..., "content": ...}`"""
+
+
+class DataError(ValueError):
+    """A row, prompt or tokenizer that cannot be used; the message names it and says what to do."""
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
+    """Stable id of a prompt: 16 hex digits over roles and contents."""
+    return digest([[m["role"], m["content"]] for m in messages])
+
+
+def normalised(messages: Sequence[Message]) -> str:
+    """The turns of a prompt without case, space, punctuation and system message: what two prompts are compared by."""
+    turns = [m["content"] for m in messages if m["role"] != "system"]
+    return "\n".join("".join(c for c in turn.lower() if c.isalnum()) for turn in turns)
+
+
+def opening(messages: Sequence[Message]) -> str:
+    """The normalised prompt up to its first user turn: conversations that share it are not independent."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return normalised(messages[: first + 1])
+
+
+def unit_interval(key: str, salt: str = "") -> float:
+    """A number in [0, 1) fixed by `key`; independent of every other key, so splits never reshuffle."""
+    return int.from_bytes(hashlib.sha256(f"{salt}\0{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def stream_seed(seed: int, *name: object) -> int:
+    """Seed of a named random stream (`stream_seed(cfg.run.seed, "ppo", "rollout", step)`), below 2^31."""
+    return int(unit_interval(repr(name), salt=str(seed)) * 2**31)
+
+
+def check_prompt(messages: object) -> list[Message]:
+    """`messages` when it is a prompt (roles alternate, user last, no empty turn); DataError otherwise."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError("a prompt must be a non-empty list of messages")
+    for m in messages:
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str) or not m["content"].strip():
+            raise DataError("a message needs a role and a non-empty text")
+    roles = [m.get("role") for m in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or not turns or turns[-1] != "user":
+        raise DataError(f"roles must alternate user, assistant, ... and end with user, not {roles}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template, checked once.
+
+    A conversation is `prompt_ids(prompt) + response_ids(text)`: exactly the tokens that the policy
+    produced them in, for reward models, the critic and the policy alike. BOS comes from the template only.
+
+    Raises:
+        DataError: no chat template; pad token equal to an end-of-turn token; a template whose rendering of an
+            answered prompt does not begin with its rendering of the prompt.
+    """
+
+    def __init__(self, model: Model):
+        from transformers import AutoTokenizer
+
+        self.name = model.path
+        self.hf = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if not self.hf.chat_template:
+            raise DataError(
+                f"{model.path} has no chat template: set `chat_template` in its tokenizer, or use a chat model"
+            )
+        end = self._end_of_turn()
+        self.eot_id = self._single_id(end)
+        self.stop_ids = sorted({self.eot_id, *filter(None, [self.hf.eos_token_id])})
+        if self.hf.pad_token_id is None or self.hf.pad_token_id in self.stop_ids:
+            # Padding with EOS hides real ends of turns wherever pads are masked by id.
+            unused = self.hf.unk_token_id
+            if unused is None or unused in self.stop_ids:
+                raise DataError(
+                    f"{model.path}: the pad token ({self.hf.pad_token!r}) ends turns; set another in its tokenizer"
+                )
+            self.hf.pad_token = self.hf.unk_token
+        self.pad_id = self.hf.pad_token_id
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens up to and including the header of the answer."""
+        return self._encode(self._render(messages, add_generation_prompt=True))
+
+    def response_ids(self, text: str) -> list[int]:
+        """Tokens of an answer and its end of turn."""
+        return [*self._encode(text), self.eot_id]
+
+    def rendered_ids(self, text: str) -> list[int]:
+        """Tokens of a text in which the template's special tokens stand already; none is added."""
+        return self._encode(text)
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a prompt answered by the last message; the last token is the end of turn."""
+        if messages[-1]["role"] != "assistant":
+            raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
+        return self.prompt_ids(messages[:-1]) + self.response_ids(messages[-1]["content"])
+
+    def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
+        """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
+
+        Raises:
+            DataError: a template that writes earlier turns otherwise than it generates them.
+        """
+        whole, spans = self.prompt_ids(prompt), []
+        for i, message in enumerate(prompt):
+            if message["role"] != "assistant":
+                continue
+            start, turn = len(self.prompt_ids(prompt[:i])), self.response_ids(message["content"])
+            if whole[start : start + len(turn)] != turn:
+                raise DataError(
+                    f"{self.name}: its chat template has no span that is the assistant's turn {message['content']!r} "
+                    "as it was generated: set rm.variants.*.regularise to last, or use another template"
+                )
+            spans.append((start, start + len(turn)))
+        return spans
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.hf.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of vocabulary and template: two models score the same tokens when theirs are equal."""
+        return digest([sorted(self.hf.get_vocab().items()), self.hf.chat_template, self.pad_id, self.eot_id])
+
+    def _encode(self, text: str) -> list[int]:
+        return self.hf(text, add_special_tokens=False).input_ids
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _end_of_turn(self) -> str:
+        """What the template writes after an answer, from a probe conversation."""
+        question, answer = [{"role": "user", "content": "Question"}], "A probe answer"
+        prompt = self._render(question, add_generation_prompt=True)
+        full = self._render([*question, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        if not full.startswith(prompt + answer):
+            raise DataError(
+                f"{self.name}: its chat template renders an answer differently from its generation prompt, so a "
+                "response cannot be scored as it was generated; use a template in which one begins with the other"
+            )
+        return full[len(prompt + answer) :].strip() or self.hf.eos_token
+
+    def _single_id(self, token: str) -> int:
+        ids = self._encode(token)
+        if len(ids) != 1:
+            raise DataError(f"{self.name}: the end of turn {token!r} is not one token but {ids}")
+        return ids[0]

@@ -1,0 +1,317 @@
+"""Preference data of others, in the layouts they publish it in -> pairs of responses to one prompt.
+
+unified  llm-blender/Unified-Feedback: conv_A, conv_B, conv_A_rating, conv_B_rating
+trl      chosen, rejected (texts, answers or whole chats; `prompt` where it is not in them): TRL's preference
+         format, Skywork-80K, preference_700K, UltraFeedback-binarized
+hh       chosen, rejected as one text of "Human:" and "Assistant:" turns: HH-RLHF
+ratings  prompt, response and a rating, several rows a prompt: HelpSteer
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from core.config import PreferenceSource
+from core.data.chat import DataError, Message, check_prompt, prompt_id
+
+SUMMARISE = "Generate one-sentence summary for the following post: "
+"""Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do: the raw rows hold
+the post alone."""
+RATINGS = ("rating", "score", "helpfulness", "overall_score")
+"""Columns of the `ratings` layout, in order of preference."""
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(slots=True)
+class Malformed:
+    """Rows that cannot be used, counted by reason with the first three of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    read: int = 0
+    """Rows that could be used."""
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] += 1
+        self.rows.append({"reason": reason, "where": where})
+        if len(rows := self.first.setdefault(reason, [])) < 3:
+            rows.append(where)
+
+    def lines(self) -> list[str]:
+        return [f"{n} x {reason} ({', '.join(self.first[reason])})" for reason, n in self.counts.most_common()]
+
+
+def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[dict]:
+    """Pairs in the order of the rows: source, prompt, prompt_id, chosen, rejected, margin, tie, row.
+
+    `margin` is the difference of the two ratings or None; where `tie`, which response is chosen means nothing. `row`
+    counts from 1 within the file. Rows that make no pair go to `malformed`. `name` is the source of rows that tell
+    none themselves (by default the file's).
+
+    Raises:
+        DataError: nothing at `source.path`, or a layout that is not recognised.
+    """
+    for file, rows in _tables(source, malformed):
+        layout, rows = _recognised(rows, file, malformed) if source.layout == "auto" else (source.layout, rows)
+        if layout == "ratings":
+            found = _rated(rows, file, malformed, name or file)
+        else:
+            found = _each(rows, LAYOUTS.get(layout), file, malformed, name or file)
+        for number, pair in found:
+            if pair["chosen"] == pair["rejected"]:
+                malformed.add("chosen and rejected are identical", f"{file} row {number}")
+                malformed.read -= layout != "ratings"  # there a row is a response, and stays a good one
+            else:
+                yield pair | {"row": number, "prompt_id": prompt_id(pair["prompt"])}
+
+
+def _recognised(rows: Iterator[tuple], file: str, malformed: Malformed) -> tuple[str | None, Iterator[tuple]]:
+    """The layout of the first row that is of any, and the rows from it on; rows before it are malformed."""
+    odd: list[tuple[int, DataError]] = []
+    for number, row in rows:
+        try:
+            layout = recognise(row, file)
+        except DataError as error:
+            odd.append((number, error))
+            continue
+        for before, _ in odd:
+            malformed.add("columns of no known layout", f"{file} row {before}")
+        return layout, _chain((number, row), rows)
+    if odd:
+        raise odd[0][1]
+    return None, iter(())
+
+
+def recognise(row: dict, where: str) -> str:
+    """The layout whose columns a row has; DataError with the known ones for any other."""
+    columns = row.keys()
+    if {"conv_A", "conv_B"} <= columns:
+        return "unified"
+    if {"chosen", "rejected"} <= columns:
+        texts = [row["chosen"], row["rejected"]]
+        dialogue = all(isinstance(t, str) and "Assistant:" in t for t in texts)
+        return "hh" if dialogue and not row.get("prompt") else "trl"
+    if {"prompt", "response"} <= columns and any(c in columns for c in RATINGS):
+        return "ratings"
+    raise DataError(
+        f"{where}: columns {', '.join(sorted(columns))} are of no layout known here: conv_A and conv_B; chosen and "
+        f"rejected; or prompt, response and one of {', '.join(RATINGS)}"
+    )
+
+
+def _unified(row: dict, name: str) -> dict:
+    source = str(row.get("source") or name)
+    a, b = _number(row["conv_A_rating"]), _number(row["conv_B_rating"])
+    chosen, rejected = (row["conv_A"], row["conv_B"]) if a >= b else (row["conv_B"], row["conv_A"])
+    pair = _of_chats(chosen, rejected)
+    if "summarize" in source:
+        first = pair["prompt"][0]
+        pair["prompt"][0] = first | {"content": SUMMARISE + first["content"].strip()}
+    return pair | {"source": source, "margin": abs(a - b), "tie": a == b}
+
+
+def _trl(row: dict, name: str) -> dict:
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            raise DataError("chosen and rejected are texts, and there is no prompt")
+        pair = _of_answers(prompt, chosen, rejected)
+    elif prompt is None or (isinstance(chosen, list) and chosen and chosen[0].get("role") != "assistant"):
+        pair = _of_chats(chosen, rejected)  # the prompt stands in both; UltraFeedback-binarized repeats it as a column
+    else:
+        if len(chosen) != 1 or len(rejected) != 1:
+            raise DataError("an answer beside a prompt is not one message of the assistant")
+        pair = _of_answers(prompt, _answer(chosen[0]), _answer(rejected[0]))
+    margin = row.get("margin")
+    for better, worse in SCORES:
+        if margin is None and row.get(better) is not None and row.get(worse) is not None:
+            margin = _number(row[better]) - _number(row[worse])
+    if margin is not None and _number(margin) < 0:
+        raise DataError("the rating of rejected exceeds that of chosen")
+    source = str(row.get("source") or name)
+    return pair | {"source": source, "margin": None if margin is None else float(margin), "tie": margin == 0}
+
+
+def _hh(row: dict, name: str) -> dict:
+    pair = _of_chats(parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"]))
+    return pair | {"source": str(row.get("source") or name), "margin": None, "tie": False}
+
+
+LAYOUTS: dict[str, Callable[[dict, str], dict]] = {"unified": _unified, "trl": _trl, "hh": _hh}
+"""Layouts of one pair a row; `ratings` has several rows a pair."""
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    r"""Messages of `...\n\nAssistant: ...\n\nHuman: ...`; the first turn is the user's, with or without `Human:`."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    parts = ["Human", *parts] if parts[0].strip() else parts[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]  # fmt: skip
+
+
+def _of_chats(chosen: object, rejected: object) -> dict:
+    """Prompt and answers of two chats that differ in their last message only."""
+    for chat in (chosen, rejected):
+        if not isinstance(chat, list) or len(chat) < 2 or not all(isinstance(m, dict) for m in chat):
+            raise DataError("a conversation is not a list of at least two messages")
+    plain = [[(m.get("role"), m.get("content")) for m in chat[:-1]] for chat in (chosen, rejected)]
+    if plain[0] != plain[1]:
+        raise DataError("the two conversations have different prompts")
+    return _of_answers(chosen[:-1], _answer(chosen[-1]), _answer(rejected[-1]))
+
+
+def _of_answers(prompt: object, chosen: str, rejected: str) -> dict:
+    messages = check_prompt(_turns(prompt) if isinstance(prompt, str) else prompt)
+    if not chosen.strip() or not rejected.strip():
+        raise DataError("a response is empty")
+    try:
+        "".join([*(m["content"] for m in messages), chosen, rejected]).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        raise DataError("not valid Unicode") from None
+    return {"prompt": messages, "chosen": chosen, "rejected": rejected}
+
+
+def _turns(prompt: str) -> list[Message]:
+    """A prompt given as one text: of several turns where it is written as HH-RLHF or HelpSteer2 write them."""
+    if re.match(r"\s*Human:", prompt):
+        turns = parse_dialogue("\n\n" + prompt.strip())
+        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", prompt)
+    turns = [{"role": "user", "content": parts[0]}]
+    return turns + [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _answer(message: dict) -> str:
+    if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
+        raise DataError("the last message is not a text of the assistant")
+    return message["content"]
+
+
+def _number(value: object) -> float:
+    number = float("nan") if value is None or isinstance(value, bool) else float(value)
+    if not math.isfinite(number):
+        raise DataError("a rating is not a finite number")
+    return number
+
+
+def _each(
+    rows: Iterable[tuple[int, dict]], read: Callable, file: str, malformed: Malformed, name: str
+) -> Iterator[tuple]:
+    for number, row in rows:
+        if (pair := _tried(read, row, name, f"{file} row {number}", malformed)) is not None:
+            yield number, pair
+
+
+def _rated(rows: Iterable[tuple[int, dict]], file: str, malformed: Malformed, name: str) -> Iterator[tuple]:
+    """Each two rated responses of a prompt; the number is that of the later row."""
+    prompts: dict[str, list[tuple]] = {}
+    for number, row in rows:
+        read = _tried(_rating, row, name, f"{file} row {number}", malformed)
+        if read is not None:
+            prompts.setdefault(prompt_id(read[0]), []).append((number, *read))
+    for group in prompts.values():
+        for first, second in combinations(group, 2):
+            better, worse = (first, second) if first[3] >= second[3] else (second, first)
+            margin = better[3] - worse[3]
+            yield second[0], {
+                "prompt": better[1], "chosen": better[2], "rejected": worse[2], "source": better[4], "margin": margin,
+                "tie": margin == 0,
+            }  # fmt: skip
+
+
+def _rating(row: dict, name: str) -> tuple[list[Message], str, float, str]:
+    column = next((c for c in RATINGS if c in row), None)
+    if column is None:
+        raise DataError(f"none of the columns {', '.join(RATINGS)}")
+    pair = _of_answers(row["prompt"], row["response"], row["response"])
+    return pair["prompt"], row["response"], _number(row[column]), str(row.get("source") or name)
+
+
+def _tried(read: Callable, row: dict, name: str, where: str, malformed: Malformed):
+    """What `read` makes of a row; None, with the reason kept, when it refuses."""
+    try:
+        found = read(row, name)
+        malformed.read += 1
+        return found
+    except KeyError as error:
+        malformed.add(f"no column {error.args[0]!r}", where)
+    except DataError as error:
+        malformed.add(str(error), where)
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        malformed.add(f"a column of another type ({error})", where)
+
+
+def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[str, Iterator[tuple[int, dict]]]]:
+    """Name and numbered rows of each file of the source; of the hub's split where there is no such path."""
+    path = source.path
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name != "dataset_infos.json")
+        files = [p for p in files if p.stem.startswith(source.split)] or files  # as the hub lays out its splits
+    else:
+        files = [path] if path.is_file() else []
+    if files:
+        yield from ((file.stem, _rows(file, malformed)) for file in files)
+    elif path.exists() or path.is_absolute() or len(path.parts) != 2:
+        raise DataError(f"{path}: neither a {', '.join(SUFFIXES)} file, a folder of such, nor a hub id (owner/name)")
+    else:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(str(path), source.subset, split=source.split, revision=source.revision)
+        except Exception as error:  # whatever the hub client raises, its user needs the option
+            raise DataError(
+                f"{path}: no such file or folder, and the hub gives no split {source.split!r} of it: {error}"
+            ) from None
+        yield path.name, iter(enumerate(rows, start=1))
+
+
+def _rows(file: Path, malformed: Malformed) -> Iterator[tuple[int, dict]]:
+    """Numbered rows of a file; lines that are no JSON object in UTF-8 go to `malformed`."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        table: Iterable = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
+    elif file.suffix == ".json":
+        try:
+            table = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file}: not JSON in UTF-8 ({error})") from None
+        if not isinstance(table, list):
+            raise DataError(f"{file}: holds a {type(table).__name__}; a .json file must hold an array of rows")
+    else:
+        table = _lines(file, malformed)
+    for number, row in enumerate(table, start=1):
+        if isinstance(row, dict):
+            yield number, row
+        elif row is not None:
+            malformed.add("not an object", f"{file.stem} row {number}")
+
+
+def _lines(file: Path, malformed: Malformed) -> Iterator[object]:
+    """One value a line, None for a blank or unreadable one, so that numbers stay those of the lines."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            value = None
+            try:
+                value = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+            except UnicodeDecodeError:
+                malformed.add("not UTF-8", f"{file.stem} row {number}")
+            except json.JSONDecodeError:
+                malformed.add("not JSON", f"{file.stem} row {number}")
+            yield value
+
+
+def _chain(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:
+    yield first
+    yield from rest

@@ -1,0 +1,180 @@
+"""Sampling with vLLM: the only file that imports it.
+
+The engine lives in the trainer's process (one engine a rank), on CPU and GPU alike, so new weights pass
+as tensors. A run is reproducible because the process's generator, from which vLLM samples, is seeded
+before each call: seeds in `SamplingParams` crash the CPU engine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.config import Generation, Lora, Model
+from core.data.chat import ChatTokenizer, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response."""
+
+    token_ids: list[int]
+    """Response tokens, the end of turn included when it was sampled."""
+    logprobs: list[float]
+    """Of each token, at the sampling temperature, as vLLM computed them."""
+    text: str
+    """Decoded without special tokens."""
+    finished: bool
+    """False when cut off by max_new_tokens."""
+
+
+class Generator:
+    """vLLM behind `generate`, `sync`, `sleep` and `wake`.
+
+    In a torch.distributed program every rank makes one: each samples its own prompts.
+    """
+
+    def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
+        """`adapter`: the kind that `load_adapter` will be given; None for none."""
+        from vllm import LLM
+
+        self._adapter, self._loaded = None, 0
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.seconds = {"generate": 0.0, "sync": 0.0}
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        cuda = torch.cuda.is_available()
+        engine = cfg.vllm
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(engine.cpu_kvcache_gib))
+        self._sleeps = cuda and engine.sleep
+        options = {"block_size": engine.block_size} if engine.block_size and not cuda else {}
+        if adapter:
+            # vLLM knows these ranks only; a smaller adapter fits a larger slot.
+            slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot}
+            # Left to itself it wraps the LM head too, and then cannot give log-probs of prompts.
+            options |= {"lora_target_modules": list(adapter.targets)}
+        if cuda:
+            options |= {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+        self._llm = LLM(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            enforce_eager=engine.enforce_eager,
+            # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
+            distributed_executor_backend="external_launcher" if ranks > 1 else None,
+            # Log-probs of the distribution that is sampled from, temperature included.
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            **options,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
+        """`n` responses to each prompt of token ids, at the configured temperature over the whole vocabulary.
+
+        top_p = 1 and top_k = 0 always: log-probs of a cut distribution are not those of the policy.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            n=n,
+            temperature=self.cfg.temperature,
+            max_tokens=self.cfg.max_new_tokens,
+            stop_token_ids=self.tokenizer.stop_ids,
+            logprobs=0,
+            detokenize=False,
+        )
+        torch.manual_seed(seed)
+        return self._run(prompts, sampling)
+
+    def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
+        """The most probable tokens and their log-probs at T = 1: for comparisons with another implementation."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, ignore_eos=True, detokenize=False)
+        return [group[0] for group in self._run(prompts, sampling)]
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs at T = 1 of each token of each sequence but its first, given those before it."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        inputs = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
+        return [
+            [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the engine's weights; names and shapes are those of the Hugging Face model.
+
+        Tied LM heads are skipped by name and repacked on CPU, where vLLM keeps a packed copy that its reload
+        forgets; the prefix cache is dropped, since it holds keys and values of the old weights. Whether the
+        engine now computes the trainer's numbers is proved by the log-probs of the next samples.
+        """
+        started = time.perf_counter()
+        tied = self._llm.llm_engine.model_config.hf_config.tie_word_embeddings
+        weights = ((name, t) for name, t in named_tensors if not (tied and name == "lm_head.weight"))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.apply_model(repack_tied_lm_head)
+        if not self._llm.reset_prefix_cache():
+            raise DataError("vLLM did not drop its prefix cache after a weight sync: it would use old keys")
+        self.seconds["sync"] += time.perf_counter() - started
+
+    def load_adapter(self, folder: Path) -> None:
+        """Sample with this LoRA adapter (PEFT's files) on the weights that are there, in place of the last one.
+
+        Nothing is merged, so nothing is rounded away, and no cached prefix is wrong: each adapter has a number of its
+        own, which is part of the prefix's key.
+        """
+        from vllm.lora.request import LoRARequest
+
+        started = time.perf_counter()
+        old, self._loaded = self._adapter, self._loaded + 1
+        self._adapter = LoRARequest(f"step-{self._loaded}", self._loaded, str(folder))
+        if old:
+            self._llm.llm_engine.remove_lora(old.lora_int_id)
+        self._llm.llm_engine.add_lora(self._adapter)
+        self.seconds["sync"] += time.perf_counter() - started
+
+    def sleep(self) -> None:
+        """Give the GPU memory of weights and KV cache to the trainer; nothing on CPU."""
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def _run(self, prompts, sampling) -> list[list[Completion]]:
+        started = time.perf_counter()
+        inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
+        self.seconds["generate"] += time.perf_counter() - started
+        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+
+    def _completion(self, sample) -> Completion:
+        ids = list(sample.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+        return Completion(ids, logprobs, self.tokenizer.decode(ids), sample.finish_reason == "stop")
+
+
+def repack_tied_lm_head(model) -> None:
+    """On CPU vLLM keeps a packed copy of a tied LM head that its reload of weights forgets."""
+    from vllm.platforms import current_platform
+
+    head = getattr(model, "lm_head", None)
+    if current_platform.is_cpu() and hasattr(head, "cpu_linear") and model.config.tie_word_embeddings:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)

@@ -1,0 +1,77 @@
+"""Pools of samples: `n` responses to each prompt, drawn in shards that survive a kill."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from core.artefacts import read_table, write_table
+from core.data.chat import ChatTokenizer, stream_seed
+from core.generation.local import Completion, Generator
+
+
+def sample_pool(
+    make_generator: Callable[[], Generator],
+    tokenizer: ChatTokenizer,
+    rows: Sequence[dict],
+    n: int,
+    *,
+    out: Path,
+    shard_prompts: int,
+    seed: int,
+    name: str,
+) -> list[dict]:
+    """`n` responses to every prompt of `rows`, as rows `len(rows) * n` long, prompt by prompt.
+
+    Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on, and is read back
+    when it is there already. Its seed is a function of `seed`, `name` and its number alone, so a resumed
+    pool equals an uninterrupted one. At the end the shards become one table, `out/samples.parquet`.
+
+    Args:
+        make_generator: not called when all shards are there.
+        rows: rows of `prompts.parquet` (prompt_id, split, prompt).
+        seed: `cfg.run.seed`.
+        name: of the random stream, by custom that of the stage.
+    """
+    folder, whole = out / "samples", out / "samples.parquet"
+    if whole.exists():
+        return read_table(whole)
+    generator = None
+    folder.mkdir(parents=True, exist_ok=True)
+    samples: list[dict] = []
+    with tqdm(total=len(rows), desc=f"{name}: {n} samples each", unit="prompt") as bar:
+        for index, start in enumerate(range(0, len(rows), shard_prompts)):
+            shard, path = rows[start : start + shard_prompts], folder / f"shard-{index:04d}.parquet"
+            if not path.exists():
+                generator = generator or make_generator()
+                prompts = [tokenizer.prompt_ids(row["prompt"]) for row in shard]
+                groups = generator.generate(prompts, n=n, seed=stream_seed(seed, name, index))
+                write_table(path, [_row(*pair, k) for pair in zip(shard, groups, strict=True) for k in range(n)])
+            samples += read_table(path)
+            bar.update(len(shard))
+    write_table(whole, samples)
+    shutil.rmtree(folder)
+    return samples
+
+
+def _row(prompt: dict, group: list[Completion], sample_id: int) -> dict:
+    completion = group[sample_id]
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "sample_id": sample_id,
+        "split": prompt["split"],
+        "prompt": prompt["prompt"],
+        "response": completion.text,
+        "token_ids": completion.token_ids,
+        "n_tokens": len(completion.token_ids),
+        "finished": completion.finished,
+        "logp_sampler": float(sum(completion.logprobs)),  # nats, at the sampling temperature
+    }
+
+
+def conversation(sample: dict) -> list[dict[str, str]]:
+    """A sample as the messages that reward models score."""
+    return [*sample["prompt"], {"role": "assistant", "content": sample["response"]}]

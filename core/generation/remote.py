@@ -1,0 +1,188 @@
+"""Sampling by vLLM servers on other GPUs or nodes, started with `grm vllm-serve`; the interface of `Generator`.
+
+New weights go over NCCL between GPUs, or through a file that the servers read: then the run directory must be on a file
+system that they share. The servers' endpoints for that have no password: keep them on loopback or a private network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import sys
+import time
+import urllib.error
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.config import Config, Generation, Model
+from core.config.load import load
+from core.data.chat import ChatTokenizer, DataError
+from core.generation.local import Completion
+from core.generation.weight_transfer import NcclTransfer
+from core.http import ask_json
+from core.training import engine
+from pipelines import launch
+
+
+class ServerGenerator:
+    """Each rank asks one of the servers; the first rank syncs all of them.
+
+    Args:
+        folder: where new weights are written; None sends them over NCCL.
+        timeout: seconds that a server has for an answer.
+
+    Raises:
+        DataError: no server there, one with another context length, or no answer in time; names the server.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], model: Model, cfg: Generation, tokenizer: ChatTokenizer, *,
+        folder: Path | None, timeout: float,
+    ):  # fmt: skip
+        from transformers import AutoConfig
+
+        self.urls, self.cfg, self.tokenizer = [u.rstrip("/") for u in urls], cfg, tokenizer
+        self._folder, self._timeout = folder and folder.absolute(), timeout
+        self._nccl: NcclTransfer | None = None
+        self._mine = self.urls[engine.rank() % len(self.urls)]
+        about = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        self._tied = about.tie_word_embeddings
+        served = self._ask(self._mine, "/v1/models")["data"][0]
+        self._name = served["id"]
+        if served["max_model_len"] < cfg.vllm.max_model_len:
+            raise DataError(
+                f"vLLM server {self._mine} has max_model_len {served['max_model_len']} and the configuration "
+                f"{cfg.vllm.max_model_len}: start it with `grm vllm-serve` and the same configuration"
+            )
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
+        """As `Generator.generate`, but `seed` has no effect: the server samples from a generator of its own."""
+        body = {
+            "prompt": [list(ids) for ids in prompts], "n": n, "temperature": self.cfg.temperature, "top_p": 1.0,
+            "top_k": 0, "max_tokens": self.cfg.max_new_tokens, "stop_token_ids": self.tokenizer.stop_ids,
+            "logprobs": 0, "return_token_ids": True,
+        }  # fmt: skip
+        choices = self._complete(body, len(prompts) * n)
+        done = [
+            Completion(
+                c["token_ids"], c["logprobs"]["token_logprobs"], self.tokenizer.decode(c["token_ids"]),
+                c["finish_reason"] == "stop",
+            )
+            for c in choices
+        ]  # fmt: skip
+        return [done[i : i + n] for i in range(0, len(done), n)]
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As `Generator.logprobs_of`."""
+        body = {
+            "prompt": [list(ids) for ids in sequences], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0,
+        }  # fmt: skip
+        return [
+            [at[str(token)]["logprob"] for token, at in zip(ids[1:], c["prompt_logprobs"][1:], strict=True)]
+            for ids, c in zip(sequences, self._complete(body, len(sequences)), strict=True)
+        ]
+
+    def sync(self, named_tensors: engine.NamedWeights) -> None:
+        """Every rank runs through the weights; the first one sends them to all servers, or writes them to be read."""
+        if self._folder:
+            self._through_file(named_tensors)
+        else:
+            skipped = ["lm_head.weight"] if self._tied else []
+            self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
+            self._nccl.send(named_tensors)
+        if engine.rank() == 0:
+            for url in self.urls:
+                self._drop_prefixes(url)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def _drop_prefixes(self, url: str) -> None:
+        """vLLM refuses while a request runs; the caller waits for those of this run, others may be there."""
+        deadline = time.monotonic() + self._timeout
+        while not self._ask(url, "/reset_prefix_cache", {})["success"]:
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"vLLM server {url} did not drop its prefix cache within {self._timeout:g} s (ppo.server_timeout): "
+                    "does something else use it?"
+                )
+            time.sleep(0.2)
+
+    def _through_file(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        from safetensors.torch import save_file
+
+        file, weights = self._folder / "model.safetensors", {}
+        for name, tensor in named_tensors:
+            if engine.rank() == 0 and not (self._tied and name == "lm_head.weight"):
+                weights[name] = tensor.contiguous().cpu()
+        if engine.rank() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, file)
+            for url in self.urls:
+                self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]})
+
+    def sleep(self) -> None:
+        """Nothing: the server has its memory for itself."""
+
+    wake = sleep
+
+    def _complete(self, body: dict, expected: int) -> list[dict]:
+        choices = self._ask(self._mine, "/v1/completions", {"model": self._name, **body})["choices"]
+        choices.sort(key=lambda c: c["index"])
+        if [c["index"] for c in choices] != list(range(expected)):
+            raise DataError(f"vLLM server {self._mine} gave {len(choices)} completions for {expected}")
+        return choices
+
+    def _ask(self, url: str, path: str, body: dict | None = None):
+        try:
+            return ask_json(url + path, body, self._timeout)
+        except urllib.error.HTTPError as error:
+            fault = f"HTTP {error.code}: {error.read().decode(errors='replace')[:300]}"
+            if error.code == 404:
+                fault += " (start it with `grm vllm-serve`, which opens the endpoints that a sync needs)"
+        except TimeoutError:
+            fault = f"no answer within {self._timeout:g} s (ppo.server_timeout)"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            fault = str(getattr(error, "reason", error))
+        raise DataError(f"vLLM server {url}{path}: {fault}")
+
+
+def main(argv: list[str]) -> int:
+    """`grm vllm-serve`: replace this process by a vLLM server of `policy`."""
+    parser = argparse.ArgumentParser(
+        prog="grm vllm-serve", description="Serve the policy with vLLM, for `ppo.vllm_servers`.",
+        epilog="What stands behind -- goes to vLLM, for example -- --tensor-parallel-size 2",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); it has no password")
+    parser.add_argument("--port", type=int, default=8000)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = parser.parse_intermixed_args(argv[:cut])
+    cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
+    command = [*server_command(cfg, options.host, options.port), *argv[cut + 1 :]]
+    settings = {**os.environ, **launch.environment(1), "VLLM_SERVER_DEV_MODE": "1"}
+    settings["VLLM_CPU_KVCACHE_SPACE"] = str(cfg.generation.vllm.cpu_kvcache_gib)
+    root = str(Path(__file__).parents[2])  # vLLM's worker imports `core.generation.worker`
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, [root, settings.get("PYTHONPATH")]))
+    sys.stdout.flush()
+    os.execve(command[0], command, settings)
+
+
+def server_command(cfg: Config, host: str, port: int) -> list[str]:
+    engine_options, model = cfg.generation.vllm, cfg.policy
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
+        "--port", str(port), "--dtype", engine_options.dtype, "--max-model-len", str(engine_options.max_model_len),
+        "--max-num-seqs", str(engine_options.max_num_seqs), "--logprobs-mode", "processed_logprobs",
+        "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
+    ]  # fmt: skip
+    command += ["--enforce-eager"] if engine_options.enforce_eager else []
+    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
+    command += ["--revision", model.revision] if model.revision else []
+    return command + (["--trust-remote-code"] if model.trust_remote_code else [])

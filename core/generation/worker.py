@@ -1,0 +1,15 @@
+"""What `grm vllm-serve` adds to vLLM's worker, so that new weights can be read from a file; runs in vLLM's process."""
+
+from __future__ import annotations
+
+from core.generation.local import repack_tied_lm_head
+
+
+class WeightReload:
+    """Given to vLLM as `--worker-extension-cls`; its methods are called over /collective_rpc."""
+
+    def reload_from(self, path: str) -> None:
+        from safetensors.torch import load_file
+
+        self.reload_weights(weights_iterator=iter(load_file(path).items()))
+        repack_tied_lm_head(self.model_runner.get_model())

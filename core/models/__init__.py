@@ -1,0 +1,1 @@
+"""Causal language models: loading, hidden states and frozen layers, log-probs, adapters."""

@@ -1,0 +1,1 @@
+"""DeepSpeed engines, ranks, and weights gathered from their partitions."""

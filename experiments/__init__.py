@@ -1,0 +1,1 @@
+"""What docs/ shows of this project's own runs."""

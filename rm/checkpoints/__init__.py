@@ -1,0 +1,1 @@
+"""Reading and writing reward models, ours and other people's."""

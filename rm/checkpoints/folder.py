@@ -1,0 +1,130 @@
+"""What a checkpoint folder holds, told from its headers and configuration before anything is built."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from core.artefacts import ArtefactError
+from core.data.chat import ChatTokenizer
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CONVERT = (
+    "import glob, torch; from safetensors.torch import save_file; w = {}; files = sorted(glob.glob('*.bin')); "
+    "[w.update(torch.load(f, map_location='cpu', weights_only=True)) for f in files if 'model' in f]; "
+    "save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors', metadata={'format': 'pt'})"
+)
+
+
+def locate(path: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the local snapshot of a hub id (only a `str` can be one); ArtefactError for neither."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not (isinstance(path, str) and HUB_ID.fullmatch(path)):
+        raise ArtefactError(f"{path} holds no reward model (no such folder): run `grm rm` first")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is neither a local folder nor a model of the hub: {error}") from None
+
+
+def read_config(folder: str | Path):
+    """The configuration of a causal LM's architecture, whatever head it was saved with; ArtefactError for others."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"cannot read the configuration of {folder}: {error}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise ArtefactError(f"{folder} is a {config.model_type}, no causal LM: encoder models are not supported")
+    return config
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the headers; ArtefactError where there are only pickles, or nothing."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in files(folder):
+        with safe_open(file, framework="pt") as weights:
+            found |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    return found
+
+
+def types(folder: Path) -> set[str]:
+    """Types of the tensors, as safetensors writes them (`BF16`, `F16`, `F32`), from the headers."""
+    from safetensors import safe_open
+
+    found = set()
+    for file in files(folder):
+        with safe_open(file, framework="pt") as weights:
+            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    return found
+
+
+def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors named by the values of `names`, under its keys."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in files(folder):
+        with safe_open(file, framework="pt") as weights:
+            here = set(weights.keys())
+            found |= {name: weights.get_tensor(key) for name, key in names.items() if key in here}
+    return found
+
+
+def faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What differs between two tables of shapes, the first few by name; empty when they are equal."""
+    lines = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+    lines += [f"{key} is extra" for key in sorted(found.keys() - wanted.keys())]
+    both = sorted(wanted.keys() & found.keys())
+    lines += [f"{k} is {list(found[k])}, not {list(wanted[k])}" for k in both if wanted[k] != found[k]]
+    return ", ".join(lines[:6]) + (f" and {len(lines) - 6} more" if len(lines) > 6 else "")
+
+
+def check_vocabulary(folder: Path, tokenizer: ChatTokenizer) -> None:
+    """ArtefactError when embeddings, `vocab_size` and tokenizer of `folder` do not belong together."""
+    size = read_config(folder).vocab_size
+    for key, shape in shapes(folder).items():
+        if key.endswith("embed_tokens.weight") and shape[0] != size:
+            raise ArtefactError(f"{folder}: {key} has {shape[0]} rows, but vocab_size in config.json is {size}")
+    if beyond := tokens_from(tokenizer, size):
+        raise ArtefactError(
+            f"{folder}: vocab_size is {size}, but its tokenizer has {len(beyond)} tokens beyond, such as "
+            f"{next(iter(beyond))!r}: the tokenizer or the weights are another model's"
+        )
+
+
+def tokens_from(tokenizer: ChatTokenizer, size: int) -> dict[str, int]:
+    """Tokens whose ids are `size` or more."""
+    return {token: i for token, i in tokenizer.hf.get_vocab().items() if i >= size}
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of the folder: an adapter, a model, or its shards; ArtefactError for none, or pickles."""
+    if (index := folder / "model.safetensors.index.json").is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    found = [p for name in ("adapter_model.safetensors", "model.safetensors") if (p := folder / name).is_file()]
+    if len(found) == 1:
+        return found
+    if found:
+        raise ArtefactError(f"{folder} holds {found[0].name} and {found[1].name}: keep the one that is meant")
+    if pickles := sorted(
+        p for name in ("pytorch_model*.bin", "adapter_model*.bin", "v_head.pt") for p in folder.glob(name)
+    ):
+        raise ArtefactError(
+            f"{folder} holds its weights as pickles ({pickles[0].name}), which can run code when opened and are not "
+            f'read. Where you trust them, convert them there: python -c "{CONVERT}"'
+        )
+    raise ArtefactError(f"{folder} holds no reward model (no safetensors): run `grm rm` first")

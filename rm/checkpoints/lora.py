@@ -1,0 +1,119 @@
+"""LoRA adapters in a folder, of this project or of others: what they adapt, whether they fit, how they are merged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.artefacts import ArtefactError, digest
+from core.models.layers import lora_product, merged_lora
+from rm.checkpoints.folder import faults, files, read_config
+
+SAME_BASE = (
+    "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+"""Settings of a base that its LoRA checkpoint repeats."""
+NOT_MERGED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "layer_replication",
+    "trainable_token_indices", "lora_bias",
+)  # fmt: skip
+"""Options of PEFT that change what an adapter computes."""
+
+
+def adapter_config(folder: Path):
+    """`adapter_config.json` as PEFT's `LoraConfig`; ArtefactError where it asks for more than `merge` computes."""
+    from peft import LoraConfig, PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ArtefactError(f"{folder} holds LoRA tensors, but no adapter_config.json with their rank, alpha and base")
+    adapter = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(adapter, LoraConfig):
+        raise ArtefactError(f"{folder}: adapter_config.json is of type {adapter.peft_type}, not LORA")
+    unknown = [f"{k} = {value!r}" for k in NOT_MERGED if (value := getattr(adapter, k, None))]
+    if adapter.bias != "none":
+        unknown.append(f"bias = {adapter.bias!r}")
+    if unknown:
+        raise ArtefactError(f"{folder}: adapter_config.json asks for what is not supported: {', '.join(unknown)}")
+    return adapter
+
+
+def check_settings(folder: Path, base: str | Path, keys: Iterable[str]) -> None:
+    """ArtefactError, naming them, where settings of `base` are not those in `config.json` of its checkpoint."""
+    trained, given = read_config(folder), read_config(base)
+    pairs = [(key, getattr(trained, key, None), getattr(given, key, None)) for key in keys]
+    if other := [f"{key} is {b!r}, not {a!r}" for key, a, b in pairs if a != b]:
+        raise ArtefactError(f"{base} is not the base of {folder}: its {', its '.join(other)}")
+
+
+def adapted(lm: nn.Module, adapter, folder: Path) -> dict[str, nn.Linear]:
+    """Name -> layer that the adapter's targets mean."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    kept = adapter.modules_to_save or []
+    # For the task type that the GRM authors set, PEFT lists `classifier` and `score`, which no causal LM has.
+    if whole := [name for name, _ in lm.named_modules() if name.split(".")[-1] in kept]:
+        raise ArtefactError(f"{folder}: adapter_config.json has modules_to_save {whole[:3]}, which is not supported")
+    adapter.modules_to_save = None
+    layers = {
+        name: layer
+        for name, layer in lm.named_modules()
+        if isinstance(layer, nn.Linear)
+        and any(check_target_module_exists(adapter, prefix + name) for prefix in ("", "pretrained_model."))
+    }
+    tied = lm.get_input_embeddings().weight
+    if any(layer.weight is tied for layer in layers.values()):
+        raise ArtefactError(f"{folder}: an adapter on the LM head, which is tied to the embeddings, is not supported")
+    return layers
+
+
+def check_factors(
+    folder: Path,
+    base: str | Path,
+    layers: Mapping[str, nn.Linear],
+    adapter,
+    found: Mapping[str, tuple[int, ...]],
+    prefix: str = "",
+) -> None:
+    """ArtefactError, naming them, for tensors that are missing, extra or of another shape.
+
+    found: name of the factor (`prefix` + `LAYER.lora_A.weight` or `LAYER.lora_B.weight`) -> shape.
+    """
+    wanted = {}
+    for name, layer in layers.items():
+        wanted[f"{prefix}{name}.lora_A.weight"] = (adapter.r, layer.in_features)
+        wanted[f"{prefix}{name}.lora_B.weight"] = (layer.out_features, adapter.r)
+    if wrong := faults(wanted, found):
+        raise ArtefactError(f"{folder} does not fit its adapter_config.json on {base}: {wrong}")
+
+
+@torch.no_grad()
+def merge(layers: Mapping[str, nn.Linear], adapter, factors: Mapping[str, Tensor]) -> None:
+    """Add the adapter to the weights of `layers`, in float32 and rounded once."""
+    scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
+    for name, layer in layers.items():
+        a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
+        layer.weight.copy_(merged_lora(layer.weight, lora_product(a, b, scaling)))
+
+
+def weights_digest(folder: Path) -> str:
+    """Of the names, types and shapes of a model's tensors and of the first row of each.
+
+    It reads a few MiB of a large model. Fine-tuning, a merged adapter or quantisation change some first row; another
+    division into shards does not count.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for file in files(folder):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(key)
+                shape = part.get_shape()
+                row = part[:1] if len(shape) > 1 else weights.get_tensor(key)
+                numbers = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+                found[key] = [part.get_dtype(), shape, hashlib.sha256(numbers).hexdigest()]
+    return digest(found)

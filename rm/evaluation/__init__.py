@@ -1,0 +1,1 @@
+"""Metrics of reward models and published evaluation sets."""

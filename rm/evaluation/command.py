@@ -1,0 +1,265 @@
+"""`grm rm-eval MODEL [MODEL...] --set NAME[:LAYOUT]=PATH ...`: reward models on evaluation sets."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from core.artefacts import code_version, package_versions, path_digest, write_json, write_table
+from core.config import NATIVE_DTYPE, Dtype
+from core.data.chat import ChatTokenizer, DataError
+from rm.evaluation.benchmark_scores import benchmark_score
+from rm.evaluation.metrics import Scored, Ties, Units, measure, paired_difference, units
+from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
+from rm.model import RewardModel
+
+SEED = 1
+"""Of the bootstrap; one for all, so that models on the same comparisons get the same draws."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    asked = [parse_set(text) for text in options.set]
+    if doubled := sorted({name for name, _, _ in asked if [n for n, _, _ in asked].count(name) > 1}):
+        raise DataError(f"--set {doubled[0]} is given twice: name each set differently, as in a=PATH b=PATH")
+    names = model_names(options.models)
+    sets = [
+        read_set(name, path, layout, label_ties=options.label_ties, max_malformed=options.max_malformed)
+        for name, layout, path in asked
+    ]
+    results: dict[str, dict] = {}
+    found: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
+    for name, path in zip(names, options.models, strict=True):
+        model = RewardModel.from_pretrained(path, dtype=options.dtype)
+        results[name] = {"path": path, "dtype": options.dtype, "sets": {}}
+        for evalset in sets:
+            rows, long = score_set(model, evalset, batch_tokens=options.batch_tokens, max_tokens=options.max_tokens,
+                                   progress=f"{name}, {evalset.name}")  # fmt: skip
+            if options.out:
+                write_rows(options.out / name / f"{evalset.name}.parquet", rows)
+            results[name]["sets"][evalset.name] = metrics_of(
+                rows, evalset.layout, ties=options.ties, draws=options.bootstrap
+            ) | {"too_long": long}
+            found[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
+        del model  # before the next one is loaded
+    report = {
+        "sets": {s.name: describe(s, path) for s, (_, _, path) in zip(sets, asked, strict=True)},
+        "models": results,
+        "differences": differences(found, options.bootstrap),
+        "options": {k: v for k, v in vars(options).items() if k not in ("models", "set")},
+        "code": code_version(),
+        "packages": package_versions(),
+    }
+    print(render(report))
+    if options.out:
+        write_json(options.out / "metrics.json", report)
+        print(f"\nnumbers in {options.out / 'metrics.json'}, rewards beside it", file=sys.stderr)
+    return 0
+
+
+def parse_set(text: str) -> tuple[str, str, Path]:
+    """(name, layout, path) of `NAME=PATH` or `NAME:LAYOUT=PATH`; DataError on anything else."""
+    head, _, path = text.partition("=")
+    name, _, layout = head.partition(":")
+    if not path or not re.fullmatch(r"[\w.-]+", name) or layout not in ("", "auto", *LAYOUTS):
+        raise DataError(
+            f"--set {text}: write NAME=PATH or NAME:LAYOUT=PATH; names are of letters, digits, '_', '.', '-'; "
+            f"layouts are {', '.join(LAYOUTS)}"
+        )
+    return name, layout or "auto", Path(path)
+
+
+def model_names(paths: Sequence[str]) -> list[str]:
+    """A folder name for each model: as many last parts of its path as tell it from the others."""
+    parts = [[p for p in Path(path).parts if p not in ("/", "..")] or ["model"] for path in paths]
+    if len(set(map(tuple, parts))) != len(parts):
+        raise DataError("a model is given twice: give each once")
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["_".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"no distinct names for the models {', '.join(paths)}: move or link one to another folder name")
+
+
+def score_set(
+    model: RewardModel, evalset: EvalSet, *, batch_tokens: int, max_tokens: int | None = None, progress: str = ""
+) -> tuple[list[dict], int]:
+    """Rows of the set's table, and how many comparisons belong to an item with a conversation over `max_tokens`.
+
+    `max_tokens` is never more than the positions that the model has. Items are left out whole, since the score of an
+    item without one of its candidates is another score.
+    """
+    positions = getattr(model.lm.config, "max_position_embeddings", None)
+    limit = min(n for n in (max_tokens, positions, sys.maxsize) if n)
+    kept = within(evalset.comparisons, model.tokenizer, limit)
+    if not kept:
+        raise DataError(f"{evalset.name}: no comparison within {limit} tokens; raise --max-tokens, or leave it out")
+    chats = [chat for c in kept for chat in (c.chosen, c.rejected)]
+    rewards = model.score(chats, batch_tokens=batch_tokens, progress=progress).tolist()
+    rows = [
+        {
+            "id": c.id,
+            "subset": c.subset,
+            "item": c.item,
+            "prompt_id": c.prompt_id,
+            "chosen_index": c.chosen_index,
+            "rejected_index": c.rejected_index,
+            "label_tie": c.label_tie,
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "chosen_words": len(c.chosen[-1]["content"].split()),
+            "rejected_words": len(c.rejected[-1]["content"].split()),
+        }
+        for c, chosen, rejected in zip(kept, rewards[::2], rewards[1::2], strict=True)
+    ]
+    return rows, len(evalset.comparisons) - len(kept)
+
+
+def within(comparisons: Sequence[Comparison], tokenizer: ChatTokenizer, limit: int) -> list[Comparison]:
+    """Comparisons of the items whose conversations all have at most `limit` tokens."""
+    lengths: dict[int, int] = {}  # a conversation stands in several comparisons of an item
+    for c in comparisons:
+        for chat in (c.chosen, c.rejected):
+            if id(chat) not in lengths:
+                lengths[id(chat)] = len(tokenizer.conversation_ids(chat))
+    long = {c.item for c in comparisons if max(lengths[id(c.chosen)], lengths[id(c.rejected)]) > limit}
+    return [c for c in comparisons if c.item not in long]
+
+
+def metrics_of(rows: list[dict], layout: str, *, ties: Ties = "half", draws: int) -> dict:
+    """`rm.evaluation.metrics.measure` and the benchmark's own scores: all that metrics.json says of one table."""
+    scored = Scored.of(rows)
+    return measure(rows, layout, ties=ties, draws=draws, seed=SEED) | {
+        "benchmark": benchmark_score(layout, scored, units(scored, layout, ties), ties)
+    }
+
+
+def differences(found: dict[str, dict[str, Units]], draws: int) -> dict[str, dict[str, dict]]:
+    """Set -> model -> accuracy less that of the first model."""
+    return {
+        name: {
+            model: paired_difference(mine, next(iter(models.values())), draws=draws, seed=SEED)
+            for model, mine in list(models.items())[1:]
+        }
+        for name, models in found.items()
+    }
+
+
+def describe(evalset: EvalSet, path: Path) -> dict:
+    return {
+        "path": path,
+        "digest": path_digest(path),
+        "layout": evalset.layout,
+        "rows": evalset.rows,
+        "comparisons": len(evalset.comparisons),
+        "label_ties": evalset.label_ties,
+        "malformed": evalset.malformed.lines(),
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, rows)
+
+
+def render(report: dict) -> str:
+    """The report as markdown tables, aligned for a terminal."""
+    models = report["models"]
+    parts = [_table(_HEADLINES, [_headline(s, m, models[m]["sets"][s]) for s in report["sets"] for m in models])]
+    parts.append("Intervals are 95%: w Wilson, b bootstrap over prompts. ECE of sigmoid(r_chosen - r_rejected), T its "
+                 "best temperature; r(words) over all responses; ties: equal rewards.")  # fmt: skip
+    parts.append(_table(["set", "part", "n", *models], _parts(report)))
+    rows = [
+        [name, f"{model} - {next(iter(models))}", _number(d["mean"], "+.3f"), _interval(d, "+.3f"), str(d["n"])]
+        for name, found in report["differences"].items()
+        for model, d in found.items()
+    ]
+    if rows:
+        parts.append(_table(["set", "models", "accuracy difference", "95%, paired", "n"], rows))
+    return "\n\n".join(parts + _remarks(report))
+
+
+_HEADLINES = [
+    "set", "model", "accuracy", "95%", "n (prompts)", "macro", "benchmark", "longest", "ECE", "T", "r(words)", "ties",
+]  # fmt: skip
+
+
+def _headline(name: str, model: str, m: dict) -> list[str]:
+    accuracy, calibration, own = m["accuracy"], m["calibration"] or {}, m["benchmark"] or {}
+    kind = {"cluster bootstrap": " b", "wilson": " w", None: ""}[accuracy["interval"]]
+    bound = {"low": "<", "high": ">"}.get(calibration.get("bound"), "")
+    return [
+        name, model, _number(accuracy["mean"]), _interval(accuracy) + kind, f"{accuracy['n']} ({m['prompts']})",
+        _number(m["macro_accuracy"]),
+        _number(own.get("score")) + ("*" if own.get("missing") else ""), _number(m["longest_answer_accuracy"]),
+        _number(calibration.get("ece")), bound + _number(calibration.get("temperature"), ".3g"),
+        _number(m["length"]["pearson"], "+.2f"), str(m["reward_ties"]),
+    ]  # fmt: skip
+
+
+def _parts(report: dict) -> list[list[str]]:
+    """Subsets, then the parts of the benchmark's own score."""
+    rows = []
+    for name in report["sets"]:
+        results = [model["sets"][name] for model in report["models"].values()]
+        for subset in sorted({s for m in results for s in m["subsets"]}):
+            found = [m["subsets"].get(subset, {}) for m in results]
+            counts = sorted({f.get("n", 0) for f in found})
+            rows.append([name, subset, "/".join(map(str, counts)), *(_number(f.get("mean")) for f in found)])
+        own = [(m["benchmark"] or {}).get("parts", {}) for m in results]
+        rows += [[name, f"= {part}", "", *(_number(o.get(part)) for o in own)] for part in own[0]]
+    return rows
+
+
+def _remarks(report: dict) -> list[str]:
+    """What was left out, one line each."""
+    lines = []
+    for name, about in report["sets"].items():
+        results = [model["sets"][name] for model in report["models"].values()]
+        lines += [f"{name}: {line}" for line in about["malformed"]]
+        if about["label_ties"]:
+            lines.append(f"{name}: {about['label_ties']} label ties ({report['options']['label_ties']})")
+        if long := max(m["too_long"] for m in results):
+            lines.append(f"{name}: up to {long} comparisons left out as too long")
+        if missing := (results[0]["benchmark"] or {}).get("missing"):
+            lines.append(f"{name}: * without {', '.join(missing)}")
+    return ["\n".join(lines)] if lines else []
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def _interval(found: dict, form: str = ".3f") -> str:
+    return "-" if found["lo"] is None else f"[{found['lo']:{form}}, {found['hi']:{form}}]"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="grm rm-eval", description="Accuracy of reward models on evaluation sets.")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or hub id; differences are against the first"
+    )
+    parser.add_argument(
+        "--set", action="append", required=True, metavar="NAME[:LAYOUT]=PATH",
+        help=f"file or folder; repeat it. Layouts, told from the columns by default: {', '.join(LAYOUTS)}",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder of metrics.json and the rewards; nothing is written without")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass")
+    parser.add_argument("--max-tokens", type=int, help="leave out items with a longer conversation (default: the "
+                        "positions of the model)")  # fmt: skip
+    parser.add_argument("--ties", choices=get_args(Ties), default="half", help="how equal rewards count")
+    parser.add_argument("--label-ties", choices=get_args(LabelTies), default="drop", help="rows without a winner")
+    parser.add_argument("--max-malformed", type=float, default=MAX_MALFORMED, help="largest share of bad rows")
+    parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE)
+    return parser

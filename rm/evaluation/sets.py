@@ -1,0 +1,290 @@
+"""Evaluation sets of reward models: files in the layouts their authors publish -> comparisons of two conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from core.artefacts import digest, read_jsonl, read_table
+from core.config import PreferenceSource
+from core.data.chat import DataError, Message, prompt_id
+from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
+from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
+
+MAX_MALFORMED = 0.01
+LabelTies = Literal["drop", "half"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two conversations, each ending with the assistant; usually of one prompt, but not in a chat of several turns."""
+
+    id: str
+    """Unique within its set."""
+    subset: str
+    prompt_id: str
+    """Comparisons that share it are not independent."""
+    chosen: list[Message]
+    rejected: list[Message]
+    item: str
+    """Comparisons of one benchmark item share it."""
+    chosen_index: int = 0
+    """Which candidate of the item; in RM-Bench the style."""
+    rejected_index: int = 0
+    label_tie: bool = False
+    """The judges saw no difference, so which one stands as chosen means nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    name: str
+    layout: str
+    comparisons: list[Comparison]
+    rows: int
+    """Read from the files."""
+    label_ties: int
+    """Rows whose labels tie, whether dropped or kept."""
+    malformed: Malformed
+
+
+def read_set(
+    name: str, path: Path, layout: str = "auto", *, label_ties: LabelTies = "drop", max_malformed: float = MAX_MALFORMED
+) -> EvalSet:
+    """The set in `path`, a file or a folder of files (JSON Lines, JSON arrays, Parquet).
+
+    Args:
+        layout: one of `LAYOUTS`, or auto: told from the columns of the first row.
+        label_ties: drop the rows whose labels tie, or keep them (they count 1/2).
+
+    Raises:
+        DataError: no such file, an unknown layout, nothing to compare, an item in two files, or a larger share of
+            malformed rows than `max_malformed`.
+    """
+    files = _files(path)
+    malformed, items, rows = Malformed(), [], 0
+    for file in files:
+        table = None if layout == "pairs" else _read(file)
+        if table == []:
+            continue
+        known = recognise(table[0], file) if layout == "auto" else layout
+        if known not in LAYOUTS:
+            raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
+        layout = known  # the other files of a folder are like the first
+        found, read = _pairs(file, malformed) if known == "pairs" else _parse(table, file, LAYOUTS[known], malformed)
+        rows += read
+        items += [(file, item) for item in found]
+    bad = malformed.counts.total()
+    if bad > max_malformed * rows:
+        raise DataError(
+            f"{path}: {bad} of {rows} rows do not fit the layout {layout}, more than --max-malformed "
+            f"{max_malformed:g}: " + "; ".join(malformed.lines())
+        )
+    ties = sum(item[0].label_tie for _, item in items)
+    if label_ties == "drop":
+        items = [(file, item) for file, item in items if not item[0].label_tie]
+    if not items:
+        raise DataError(f"{path}: no comparison among {rows} rows (layout {layout}, {ties} of them ties)")
+    return EvalSet(name, layout, _unique(items), rows, ties, malformed)
+
+
+def recognise(row: dict, file: Path) -> str:
+    """The layout whose columns `row` has; `pairs` for any other."""
+    if not isinstance(row, dict):
+        raise DataError(f"{file}, row 1: not an object but {type(row).__name__}")
+    columns = row.keys()
+    strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
+    if {"input", "targets"} <= columns:
+        return "hhh"
+    if {"conversation_a", "conversation_b", "winner", "turn", "question_id"} <= columns:
+        return "mt_bench"
+    if {"response_1", "response_2", "winner"} <= columns:
+        return "ppe"
+    if strings(row.get("chosen")) and strings(row.get("rejected")):
+        if "domain" in columns:
+            return "rm_bench"
+        if "subset" in columns:
+            return "rewardbench2"
+        raise DataError(f"{file}: lists of answers, but neither `domain` (rm_bench) nor `subset` (rewardbench2)")
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), str):
+        known = {subset for section in REWARDBENCH_SECTIONS.values() for subset in section}
+        if row.get("subset") in known:
+            return "rewardbench"
+    return "pairs"
+
+
+def _hhh(row: dict, stem: str, number: int) -> list[Comparison]:
+    targets = row["targets"]
+    choices, labels = targets["choices"], list(targets["labels"])
+    if len(choices) != 2 or sorted(labels) != [0, 1]:
+        raise DataError("targets are not two choices with one label 1")
+    chosen = labels.index(1)
+    prompt = parse_dialogue(row["input"])
+    return [_answered(f"{stem}:{number}", stem, prompt, choices[chosen], choices[1 - chosen])]
+
+
+def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
+    """Turn 1 is judged on the first answers alone, turn 2 on the whole chats."""
+    turn, judge = row["turn"], str(row.get("judge", ""))
+    if turn not in (1, 2):
+        raise DataError("turn is neither 1 nor 2")
+    sides = {side: _chat(row[f"conversation_{side[-1]}"]) for side in ("model_a", "model_b")}
+    if any(len(chat) < 2 * turn for chat in sides.values()):
+        raise DataError("a conversation ends before the judged turn")
+    sides = {side: chat[: 2 * turn] for side, chat in sides.items()}
+    chosen, rejected, tie = _winner(row["winner"])
+    subset = f"{'gpt-4' if 'gpt' in judge else 'human'}, turn {turn}"
+    identity = f"{row['question_id']}/{turn}/{row.get('model_a')}/{row.get('model_b')}/{judge}"
+    question = f"question {row['question_id']}"  # both turns of a question, whatever was answered
+    return [Comparison(identity, subset, question, sides[chosen], sides[rejected], identity, label_tie=tie)]
+
+
+def _ppe(row: dict, stem: str, number: int) -> list[Comparison]:
+    answers = {"model_a": row["response_1"], "model_b": row["response_2"]}
+    chosen, rejected, tie = _winner(row["winner"])
+    found = _answered(_id(row, stem, number), str(row.get("subset") or stem), _prompt(row["prompt"]), answers[chosen],
+                      answers[rejected])  # fmt: skip
+    return [replace(found, label_tie=tie)]
+
+
+def _rewardbench(row: dict, stem: str, number: int) -> list[Comparison]:
+    prompt = _prompt(row["prompt"])
+    return [_answered(_id(row, stem, number), row["subset"], prompt, row["chosen"], row["rejected"])]
+
+
+def _rewardbench2(row: dict, stem: str, number: int) -> list[Comparison]:
+    return _crossed(row, _id(row, stem, number), row["subset"])
+
+
+def _rm_bench(row: dict, stem: str, number: int) -> list[Comparison]:
+    if len(row["chosen"]) != STYLES or len(row["rejected"]) != STYLES:
+        raise DataError(f"not {STYLES} chosen and {STYLES} rejected answers")
+    return _crossed(row, _id(row, stem, number), row["domain"])
+
+
+LAYOUTS: dict[str, Callable[[dict, str, int], list[Comparison]] | None] = {
+    "hhh": _hhh, "mt_bench": _mt_bench, "rewardbench": _rewardbench, "rewardbench2": _rewardbench2,
+    "rm_bench": _rm_bench, "ppe": _ppe, "pairs": None,
+}  # fmt: skip
+"""Layout -> comparisons of a row, given the file's stem and the row's number; `pairs` is read by core.data.sources."""
+
+
+def _crossed(row: dict, identity: str, subset: str) -> list[Comparison]:
+    """Each chosen answer of a row with each rejected one."""
+    if not row["chosen"] or not row["rejected"]:
+        raise DataError("no chosen or no rejected answer")
+    prompt = _prompt(row["prompt"])
+    chosen, rejected = ([_answer(prompt, text) for text in row[side]] for side in ("chosen", "rejected"))
+    about = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
+    return [
+        Comparison(f"{identity}/{i}-{j}", chosen=a, rejected=b, chosen_index=i, rejected_index=j, **about)
+        for i, a in enumerate(chosen)
+        for j, b in enumerate(rejected)
+    ]
+
+
+def _answered(identity: str, subset: str, prompt: list[Message], chosen: str, rejected: str) -> Comparison:
+    chats = _answer(prompt, chosen), _answer(prompt, rejected)
+    return Comparison(identity, str(subset), prompt_id(prompt), *chats, item=identity)
+
+
+def _answer(prompt: list[Message], text: str) -> list[Message]:
+    return _chat([*prompt, {"role": "assistant", "content": text}])
+
+
+def _prompt(value: object) -> list:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _chat(messages: object) -> list[Message]:
+    """`messages` when it is an answered chat. Answers may be empty: a benchmark is taken with what its models said."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError("a conversation is not a list of messages")
+    if not all(isinstance(m.get("content"), str) for m in messages):
+        raise DataError("a message is not text")
+    roles = [m.get("role") for m in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise DataError("roles do not alternate user, assistant, ... up to an answer")
+    if any(m["role"] == "user" and not m["content"].strip() for m in messages):
+        raise DataError("a user turn is empty")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _winner(value: object) -> tuple[str, str, bool]:
+    """(chosen side, rejected side, whether it is a tie)."""
+    if value in ("model_a", "model_b"):
+        return value, "model_b" if value == "model_a" else "model_a", False
+    if isinstance(value, str) and value.startswith("tie"):  # also "tie (bothbad)", "tie (inconsistent)"
+        return "model_a", "model_b", True
+    raise DataError("winner is none of model_a, model_b, tie")
+
+
+def _id(row: dict, stem: str, number: int) -> str:
+    given = next((row[key] for key in ("id", "question_id", "uid") if row.get(key) is not None), None)
+    return f"{stem}:{number}" if given is None else str(given)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file() and path.suffix in SUFFIXES:
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
+    if not files:
+        raise DataError(
+            f"--set: {path} is neither a {', '.join(SUFFIXES)} file nor a folder of such; fetch a set with "
+            "`hf download NAME --repo-type dataset --local-dir FOLDER`"
+        )
+    return files
+
+
+def _read(file: Path) -> list[dict]:
+    if file.suffix == ".parquet":
+        return read_table(file)
+    if file.suffix == ".jsonl":
+        return read_jsonl(file)
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: holds a {type(rows).__name__}; a .json file must hold an array of rows")
+    return rows
+
+
+def _parse(table: list[dict], file: Path, reader: Callable, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
+    """Comparisons of each good row, and the number of rows."""
+    items = []
+    for number, row in enumerate(table, start=1):
+        try:
+            items.append(reader(row, file.stem, number))
+        except KeyError as error:
+            malformed.add(f"no column {error.args[0]!r}", f"{file.name} row {number}")
+        except (DataError, TypeError, AttributeError) as error:
+            malformed.add(str(error), f"{file.name} row {number}")
+    return items, len(table)
+
+
+def _pairs(file: Path, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
+    """Comparisons of a file that `core.data.sources` reads, and the number of its rows."""
+    items, before = [], malformed.counts.total()
+    for row in read_pairs(PreferenceSource(path=file), malformed):
+        found = _answered(f"{file.stem}:{row['row']}", row["source"], row["prompt"], row["chosen"], row["rejected"])
+        items.append([replace(found, label_tie=row["tie"])])
+    return items, len(items) + malformed.counts.total() - before
+
+
+def _unique(items: list[tuple[Path, list[Comparison]]]) -> list[Comparison]:
+    """All comparisons; items of one id are numbered, and refused when they are one item of two files."""
+    seen: dict[str, list[tuple[Path, str]]] = {}
+    found = []
+    for file, item in items:
+        others = seen.setdefault(item[0].item, [])
+        text = digest([[c.chosen, c.rejected] for c in item])
+        if twin := next((other for other, same in others if same == text and other != file), None):
+            raise DataError(f"item {item[0].item!r} stands in {twin} and in {file}: give --set one of the files")
+        suffix = f"#{len(others) + 1}" if others else ""
+        others.append((file, text))
+        found += [replace(c, id=c.id + suffix, item=c.item + suffix) for c in item]
+    return found

@@ -1,0 +1,232 @@
+"""Gold reward models: what nobody optimises and every result is measured by.
+
+`judge` is the offline default. It reads texts only, never the policy's weights, and its constants below are
+fixed: every number of every run is in the same unit. A score is the sum of these terms (English text assumed):
+
+    relevance    cosine of the MiniLM embeddings of the last user message and the response
+    echo         share of the response's word trigrams that stand in that message; negative
+    fluency      mean of: ends in terminal punctuation; share of alphabetic words; no endless sentence
+    repetition   the larger of: share of bigrams seen before, share of sentences seen before; negative
+    length       1 - exp(-words / LENGTH_SCALE): a few words more count when there are few
+
+A response without a word gets EMPTY_SCORE and no term.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from core.artefacts import digest
+from core.config import Gold
+from core.data.chat import DataError, Message, stream_seed
+from core.generation.pool import conversation
+
+Conversation = Sequence[Message]
+
+# Chosen once on samples of SmolLM2-135M-Instruct: relevance decides about half of the difference within a pair,
+# fluency a third, and longer responses win about as often as shorter ones.
+RELEVANCE_WEIGHT = 2.0
+ECHO_WEIGHT = 2.0
+FLUENCY_WEIGHT = 2.0
+REPETITION_WEIGHT = 4.0
+LENGTH_WEIGHT = 1.2
+LENGTH_SCALE = 12.0
+"""Words after which 63% of the length term is reached."""
+ENDLESS_SENTENCE = 30
+"""Words of a sentence beyond which its fluency falls, as ENDLESS_SENTENCE / words."""
+EMPTY_SCORE = -2.0
+"""Below a response that says one word twelve times."""
+
+EMBEDDING_TOKENS = 256
+"""The embedding model was trained on texts up to this long; the rest of a text is not read by it."""
+CHUNK = 256
+"""Conversations between two moves of the progress bar."""
+
+
+class GoldModel(Protocol):
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        """float64 [n], finite."""
+        ...
+
+
+def load_gold(cfg: Gold) -> GoldModel:
+    """The gold reward model of a configuration; DataError for `linear`, which tests build in code."""
+    if cfg.kind == "judge":
+        return Judge(cfg.path, cfg.batch_tokens)
+    if cfg.kind in ("checkpoint", "hub"):
+        return TrainedGold(cfg.path, cfg.batch_tokens)
+    raise DataError("gold.kind linear is built in code (rm.gold.LinearGold); use judge, hub or checkpoint")
+
+
+def score_samples(gold: GoldModel, samples: Sequence[dict]) -> np.ndarray:
+    """Gold of the rows of a sample pool, float64 [n], with a progress bar."""
+    parts = []
+    with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
+        for start in range(0, len(samples), CHUNK):
+            chunk = [conversation(sample) for sample in samples[start : start + CHUNK]]
+            parts.append(gold.score(chunk))
+            bar.update(len(chunk))
+    return np.concatenate(parts)
+
+
+class TrainedGold:
+    """A reward model of `rm`, of the hub or a folder, as gold."""
+
+    def __init__(self, path: str, batch_tokens: int):
+        from rm.model import RewardModel  # rm imports pipelines, so not at the top
+
+        self.batch_tokens = batch_tokens
+        self.model = RewardModel.from_pretrained(path)
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        scores = self.model.score(conversations, batch_tokens=self.batch_tokens)
+        return _checked(scores.double().cpu().numpy(), conversations)
+
+
+@dataclass(frozen=True)
+class LinearGold:
+    """gold = slope * proxy + noise * N(0, 1), the draw fixed by the text: E[gold | proxy] is known, for tests."""
+
+    proxy: Callable[[Conversation], float]
+    slope: float
+    noise: float
+    seed: int = 0
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        return _checked(np.array([self._one(c) for c in conversations], dtype=np.float64), conversations)
+
+    def _one(self, messages: Conversation) -> float:
+        text = digest([[m["role"], m["content"]] for m in messages])
+        draw = np.random.default_rng(stream_seed(self.seed, "linear gold", text)).standard_normal()
+        return self.slope * self.proxy(messages) + self.noise * draw
+
+
+class Judge:
+    """The built-in scorer; see the top of this file for its terms."""
+
+    def __init__(self, path: str, batch_tokens: int):
+        self._embed = Embedder(path, batch_tokens)
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        scores = np.array([sum(terms.values()) for terms in self.components(conversations)], dtype=np.float64)
+        return _checked(scores, conversations)
+
+    def components(self, conversations: Sequence[Conversation]) -> list[dict[str, float]]:
+        """The weighted terms of each conversation; they sum to its score."""
+        prompts = [_last_user(c) for c in conversations]
+        responses = [_response(c) for c in conversations]
+        similarity = self._cosines(prompts, responses)
+        return [_terms(p, r, float(s)) for p, r, s in zip(prompts, responses, similarity, strict=True)]
+
+    def _cosines(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """[n] cosines; each different text is embedded once, since the samples of a prompt share it."""
+        texts = sorted({*prompts, *responses})
+        vectors = self._embed(texts)
+        row = {text: i for i, text in enumerate(texts)}
+        left, right = vectors[[row[p] for p in prompts]], vectors[[row[r] for r in responses]]
+        return (left * right).sum(axis=1)
+
+
+class Embedder:
+    """Normalised mean-pooled sentence embeddings."""
+
+    def __init__(self, path: str, batch_tokens: int):
+        from transformers import AutoModel, AutoTokenizer
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(self.device)
+        self.batch_tokens = batch_tokens
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """float64 [n, H] of length one each."""
+        if not texts:
+            return np.zeros((0, self.model.config.hidden_size))
+        ids = self.tokenizer(list(texts), truncation=True, max_length=EMBEDDING_TOKENS).input_ids
+        vectors = np.empty((len(ids), self.model.config.hidden_size))
+        for batch in _batches([len(x) for x in ids], self.batch_tokens):
+            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(self.device)
+            states = self.model(**inputs).last_hidden_state.double()  # [B, T, H]
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            pooled = (states * mask).sum(1) / mask.sum(1)
+            vectors[batch] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+        return vectors
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices by length, in groups of at most `batch_tokens` with padding (one text at the least)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Sorted, so the newest text is the longest of its group.
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _terms(prompt: str, response: str, cosine: float) -> dict[str, float]:
+    words = _words(response)
+    if not words:
+        return {"empty": EMPTY_SCORE}
+    sentences = [s for part in re.split(r"(?<=[.!?])\s+|\n+", response) if (s := _words(part))]
+    return {
+        "relevance": RELEVANCE_WEIGHT * cosine,
+        "echo": -ECHO_WEIGHT * _echo(_words(prompt), words),
+        "fluency": FLUENCY_WEIGHT * _fluency(response, words, sentences),
+        "repetition": -REPETITION_WEIGHT * max(_repeated(_ngrams(words, 2)), _repeated([tuple(s) for s in sentences])),
+        "length": LENGTH_WEIGHT * (1.0 - float(np.exp(-len(words) / LENGTH_SCALE))),
+    }
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words (letters, digits, inner apostrophes and hyphens)."""
+    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+
+
+def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _echo(prompt: list[str], response: list[str]) -> float:
+    known, said = set(_ngrams(prompt, 3)), _ngrams(response, 3)
+    return sum(gram in known for gram in said) / len(said) if said else 0.0
+
+
+def _fluency(text: str, words: list[str], sentences: list[list[str]]) -> float:
+    ends = bool(re.search(r"[.!?][\"'”’)*\]]*\s*$", text))
+    alphabetic = sum(re.sub(r"['’-]", "", word).isalpha() for word in words) / len(words)
+    pace = min(1.0, ENDLESS_SENTENCE / max(map(len, sentences)))
+    return (ends + alphabetic + pace) / 3
+
+
+def _repeated(items: list[tuple[str, ...]]) -> float:
+    """Share of the items that stood before."""
+    return 1.0 - len(set(items)) / len(items) if items else 0.0
+
+
+def _last_user(messages: Conversation) -> str:
+    return next(m["content"] for m in reversed(messages) if m["role"] == "user")
+
+
+def _response(messages: Conversation) -> str:
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
+    return messages[-1]["content"]
+
+
+def _checked(scores: np.ndarray, conversations: Sequence[Conversation]) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        text = repr([m["content"] for m in conversations[bad[0]]])[:400]
+        count = f"{bad.size} of {len(scores)}"
+        raise DataError(f"gold is not finite on {count} conversations; the first is number {bad[0]}: {text}")
+    return scores

@@ -1,0 +1,131 @@
+"""A client of `grm rm-serve` that scores as a `RewardModel` does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.artefacts import ArtefactError
+from core.data.chat import DataError, Message
+from core.http import ask_json
+
+CHUNK = 256
+"""Conversations of one request: it bounds what a timeout has to cover."""
+
+
+class RemoteError(ArtefactError):
+    """The server does not answer, or not with rewards."""
+
+
+class RemoteRewardModel:
+    """The reward model or ensemble behind `url` (`http://host:port`), checked once.
+
+    Args:
+        timeout: seconds that a request may take.
+        retries: further attempts after no connection, no answer in time or a failure of the server (5xx).
+        tokenizer: the fingerprint that the served model must have (`ChatTokenizer.fingerprint`), if any.
+
+    Attributes:
+        about: the answer of `/health`.
+        fingerprint: of the tokenizer and chat template.
+        mean, std: of the rewards on samples of the reference policy; None for ensembles.
+
+    Raises:
+        RemoteError: no such server.
+        ArtefactError: a model with another tokenizer.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 180.0, retries: int = 3, tokenizer: str | None = None):
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.about = self._ask("/health")
+        if self.about.get("status") != "ok" or "tokenizer" not in self.about:
+            raise RemoteError(f"{self.url}/health answers without a status and a tokenizer: no `grm rm-serve` is there")
+        self.fingerprint: str = self.about["tokenizer"]
+        self.mean, self.std = self.about["mean"], self.about["std"]
+        if tokenizer is not None and tokenizer != self.fingerprint:
+            raise ArtefactError(
+                f"the reward model on {self.url} has the tokenizer {self.fingerprint}, not {tokenizer}: its tokenizer "
+                "or chat template is another one"
+            )
+
+    def score(self, conversations: Sequence[Sequence[Message]], *, progress: str = "") -> Tensor:
+        """Float32 rewards [n] of conversations, in their order.
+
+        Raises:
+            DataError: a conversation that the server refuses; the message names its number.
+            RemoteError: no answer in time, or one that is not a finite reward for each conversation.
+        """
+        parts = [torch.zeros(0)]
+        with tqdm(total=len(conversations), desc=progress, disable=not progress, unit="resp") as bar:
+            for start in range(0, len(conversations), CHUNK):
+                chunk = [list(c) for c in conversations[start : start + CHUNK]]
+                parts.append(self._rewards(chunk, start))
+                bar.update(len(chunk))
+        return torch.cat(parts)
+
+    def normalise(self, rewards: Tensor) -> Tensor:
+        """Rewards in standard deviations from the mean of the reference policy's samples; DataError for ensembles."""
+        if self.mean is None:
+            raise DataError(f"the ensemble on {self.url} has no mean and std of its own")
+        return (rewards - self.mean) / self.std
+
+    def _rewards(self, chunk: list, start: int) -> Tensor:
+        try:
+            rewards = self._ask("/score", {"conversations": chunk}).get("rewards")
+        except DataError as error:
+            raise DataError(f"{error} (of the conversations from number {start})" if start else str(error)) from None
+        if not isinstance(rewards, list) or len(rewards) != len(chunk):
+            count = len(rewards) if isinstance(rewards, list) else "no"
+            raise RemoteError(f"{self.url} gave {count} rewards for {len(chunk)} conversations")
+        try:
+            found = torch.tensor(rewards, dtype=torch.float32)
+        except (TypeError, ValueError):
+            raise RemoteError(f"{self.url} gave rewards that are no numbers") from None
+        if found.shape != (len(chunk),) or not found.isfinite().all():
+            raise RemoteError(f"{self.url} gave rewards that are not one finite number each")
+        return found
+
+    def _ask(self, path: str, body: dict | None = None) -> dict:
+        """The JSON object that the server answers with."""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(2.0 ** (attempt - 1), 10.0))
+            try:
+                return self._once(path, body)
+            except urllib.error.HTTPError as error:
+                message = _message(error)
+                if error.code == 400:
+                    raise DataError(f"{self.url} refuses {message}") from None
+                fault = f"HTTP {error.code}: {message}"
+                if error.code < 500:
+                    break
+            except TimeoutError:
+                fault = f"no answer within {self.timeout:g} s"
+            except (OSError, http.client.HTTPException) as error:
+                timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
+                fault = f"no answer within {self.timeout:g} s" if timed_out else str(getattr(error, "reason", error))
+        raise RemoteError(f"{self.url}{path}: {fault} (attempts: {attempt + 1})")
+
+    def _once(self, path: str, body: dict | None) -> dict:
+        try:
+            found = ask_json(self.url + path, body, self.timeout)
+        except ValueError:
+            raise RemoteError(f"{self.url}{path} does not answer with JSON") from None
+        if not isinstance(found, dict):
+            raise RemoteError(f"{self.url}{path} does not answer with a JSON object")
+        return found
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return text[:300] or error.reason

@@ -1,0 +1,221 @@
+"""`grm rm-serve MODEL [MODEL...]`: rewards over HTTP, of one reward model or of an ensemble.
+
+    POST /score       {"conversations": [[{"role": ..., "content": ...}, ...], ...]} -> {"rewards": [...]}, and for an
+                      ensemble "members": [[...], ...], the standardised rewards that were combined
+    POST /get_reward  as OpenRLHF's remote reward model (`--remote_rm_url http://HOST:PORT/get_reward`):
+                      {"query": [...], "prompts": [...], "labels": [...]} -> {"rewards", "scores", "extra_logs"}
+    GET /health       models, tokenizer fingerprint, mean, std
+
+A body that cannot be scored is answered with 400 and {"error": ...}, which names its row; a failure here with 500.
+There is no authentication: serve on an address that only you reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import get_args
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from torch import Tensor
+
+from core.artefacts import ArtefactError
+from core.config import NATIVE_DTYPE, Dtype
+from rm.checkpoints.adapters import AdapterEnsemble, one_base
+from rm.combine import KNOWN, combiner, standardise
+from rm.model import RewardModel
+from rm.objective import LowerCache
+from rm.score import Tokens, score_tokens
+from rm.serving.rows import BadRequest, RowReader
+from rm.serving.scoring_queue import ScoringQueue
+from rm.tools.merge import calibrate, read_calibration
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    combiner(options.combine)  # a name that is not known is told before anything is loaded
+    rows = read_calibration(options.calibrate) if options.calibrate else []
+    models, lower = load(options.models, dtype=options.dtype, base=options.base)
+    for model in models if rows else ():
+        model.mean, model.std = calibrate(model, rows, batch_tokens=options.batch_tokens)
+    ensemble = Ensemble(
+        options.models, models, combine=options.combine, normalise=options.normalise, lower=lower,
+        batch_tokens=options.batch_tokens,
+    )  # fmt: skip
+    app = make_app(ensemble, max_tokens=options.max_tokens)
+    address = f"http://{options.host}:{options.port}"
+    print(f"serving {', '.join(options.models)} on {address}/score and {address}/get_reward", file=sys.stderr)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    return 0
+
+
+def load(
+    paths: Sequence[str], *, dtype: str, base: str | None = None
+) -> tuple[Sequence[RewardModel], Callable[[Sequence[Tokens]], LowerCache | None] | None]:
+    """The models, and `lower` of `Ensemble`: adapters of one base share it in memory, and the layers below them."""
+    if not one_base(paths):
+        return [RewardModel.from_pretrained(path, dtype=dtype, base=base) for path in paths], None
+    shared = AdapterEnsemble.from_pretrained(paths, dtype=dtype, base=base)
+    return shared.members, shared.lower_cache
+
+
+class Ensemble:
+    """k reward models of one tokenizer as one; a single model gives its own rewards.
+
+    The members of an ensemble are always standardised by their mean and std; a single model only with `normalise`.
+
+    Args:
+        lower: rows -> `lower` of `rm.score.score_tokens` for all members, where they have layers in common.
+
+    Raises:
+        ArtefactError: members of other tokenizers, or whose mean and std were never measured.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        models: Sequence[RewardModel],
+        *,
+        combine: str = "mean",
+        normalise: bool = False,
+        lower: Callable[[Sequence[Tokens]], LowerCache | None] | None = None,
+        batch_tokens: int = 8192,
+    ):
+        self.names, self.models, self.rule, self.batch_tokens = list(names), list(models), combine, batch_tokens
+        self.tokenizer, self._lower = models[0].tokenizer, lower
+        self.standardised = normalise or len(models) > 1
+        self._combine = combiner(combine)
+        for name, model in zip(names, models, strict=True):
+            if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise ArtefactError(f"{name} has another tokenizer or chat template than {names[0]}")
+            if self.standardised and (model.mean, model.std) == (0.0, 1.0):
+                raise ArtefactError(
+                    f"{name} has no measured mean and std, so its rewards have no scale: give --calibrate FILE.parquet"
+                )
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that every member has."""
+        found = (getattr(model.lm.config, "max_position_embeddings", None) for model in self.models)
+        return min((n for n in found if n), default=sys.maxsize)
+
+    def members(self, rows: Sequence[Tokens]) -> Tensor:
+        """Float32 rewards [k, n], standardised where `standardised` says so."""
+        lower = self._lower(rows) if self._lower else None
+        rewards = [
+            score_tokens(
+                model, model.tokenizer, rows, batch_tokens=self.batch_tokens, share=model.shares_prompts, lower=lower,
+                device=next(model.parameters()).device,
+            )
+            for model in self.models
+        ]  # fmt: skip
+        if not self.standardised:
+            return torch.stack(rewards)
+        return standardise(torch.stack(rewards), [m.mean for m in self.models], [m.std for m in self.models])
+
+    def combine(self, members: Tensor) -> Tensor:
+        """[k, n] of `members` -> rewards [n]."""
+        return self._combine(members)
+
+    def about(self) -> dict:
+        """What clients check. Mean and std are those of the rewards under the reference policy, null for ensembles."""
+        single = self.models[0] if len(self.models) == 1 else None
+        mean, std = (0.0, 1.0) if self.standardised else (self.models[0].mean, self.models[0].std)
+        return {
+            "status": "ok",
+            "models": [
+                {"model": name, "head": m.head_kind, "mean": m.mean, "std": m.std}
+                for name, m in zip(self.names, self.models, strict=True)
+            ],
+            "combine": None if single else self.rule,
+            "standardised": self.standardised,
+            "tokenizer": self.tokenizer.fingerprint,
+            "mean": mean if single else None,
+            "std": std if single else None,
+        }
+
+
+def make_app(ensemble: Ensemble, *, max_tokens: int | None = None) -> FastAPI:
+    """The web application; its thread ends with it.
+
+    Args:
+        max_tokens: refuse longer rows; never more than the positions of the models.
+    """
+    limit = min(max_tokens or sys.maxsize, ensemble.max_tokens)
+    reader = RowReader(ensemble.tokenizer, limit)
+    queue = ScoringQueue(ensemble.members, batch_tokens=ensemble.batch_tokens)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        queue.close()
+
+    app = FastAPI(title="Reward model", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def members_of(request: Request, read: Callable[[object], list[Tokens]]) -> Tensor:
+        rows = await run_in_threadpool(read, _parse(await request.body()))
+        return await asyncio.wrap_future(queue.submit(rows))
+
+    @app.post("/score")
+    async def score(request: Request) -> dict:
+        members = await members_of(request, reader.conversations)
+        own = {"members": members.tolist()} if len(members) > 1 else {}
+        return {"rewards": ensemble.combine(members).tolist()} | own
+
+    @app.post("/get_reward")
+    async def get_reward(request: Request) -> dict:
+        rewards = ensemble.combine(await members_of(request, reader.queries)).tolist()
+        # OpenRLHF concatenates what is in extra_logs as tensors, which JSON cannot hold.
+        return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+
+    @app.get("/health")
+    async def health() -> dict:
+        return ensemble.about() | {"max_tokens": limit}
+
+    @app.exception_handler(BadRequest)
+    async def refuse(_: Request, error: BadRequest) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, status_code=400)
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=500)
+
+    return app
+
+
+def _parse(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grm rm-serve",
+        description="Serve rewards over HTTP: POST /score, POST /get_reward (as OpenRLHF asks), GET /health. There is "
+        "no authentication.",
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="folders or hub ids; several are an ensemble")
+    parser.add_argument("--combine", default="mean", metavar="RULE", help=f"of an ensemble: {KNOWN} (%(default)s)")
+    parser.add_argument("--normalise", action="store_true", help="a single model's rewards by its mean and std too")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE",
+        help="calibration.parquet of a run (prompt, response): measure each model's mean and std on it",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="(%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="refuse longer rows (default: the positions of the model)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
+    parser.add_argument("--base", help="base of adapters, in place of the one that they name")
+    return parser

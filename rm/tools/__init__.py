@@ -1,0 +1,1 @@
+"""Export and merging of trained reward models."""

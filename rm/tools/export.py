@@ -1,0 +1,179 @@
+"""`grm rm-export MODEL OUT`: a reward model as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from core.artefacts import ArtefactError, read_json, write_json
+from core.config import Dtype
+from core.data.chat import ChatTokenizer
+from core.training.engine import named_weights
+from rm.checkpoints.folder import faults, locate
+from rm.checkpoints.foreign import V_HEAD, has_lm_head
+from rm.model import ABOUT_FILE, RewardModel, save_lm, save_reward_model
+
+MODELING = Path(__file__).with_name("modeling_grm.py")
+HOW_TO_LOAD = {
+    "classifier": "AutoModelForSequenceClassification.from_pretrained({!r})",
+    "remote_code": "AutoModelForSequenceClassification.from_pretrained({!r}, trust_remote_code=True)",
+    "merged": "RewardModel.from_pretrained({!r}), or AutoModelForCausalLM for the language model alone",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, base=options.base)
+    form = export(model, options.out, options.form, facts=_facts(options.model))
+    print(f"{options.out}: {form}; load it with {HOW_TO_LOAD[form].format(str(options.out))}")
+    return 0
+
+
+def export(model: RewardModel, out: Path, form: str = "auto", *, facts: dict | None = None) -> str:
+    """Write `model` to the new folder `out`, with its tokenizer, and name the form; all forms give the same rewards.
+
+    classifier: transformers' own sequence classifier with one label, its `score` in the trunk's type; for linear
+        heads without bias.
+    remote_code: trunk, float32 head and the code that reads them; for linear and MLP heads.
+    merged: this project's layout: a plain causal LM, and any head beside it. `facts` go into its `reward_model.json`.
+    auto: classifier where the head allows it, else remote_code.
+
+    Raises:
+        ArtefactError: `out` holds something; a head or an architecture that the form cannot hold.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtefactError(f"{out} exists: give a new folder")
+    if form == "auto":
+        form = "classifier" if model.head_kind == "linear" else "remote_code"
+    partial = out.with_name(out.name + ".partial")  # a killed export never looks like a model
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if form == "merged":
+            _merged(model, partial, facts or {})
+        else:
+            {"classifier": _classifier, "remote_code": _remote_code}[form](model, partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return form
+
+
+def _merged(model: RewardModel, out: Path, facts: dict) -> None:
+    if not has_lm_head(model.lm):
+        raise ArtefactError("the model has no LM head, so it cannot become a causal LM: export it as another form")
+    head = {key: tensor.float().cpu() for key, tensor in model.head.state_dict().items()}
+    save_reward_model(out, model, named_weights(model.lm), head, **facts)
+
+
+def _classifier(model: RewardModel, out: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if model.head_kind != "linear":
+        raise ArtefactError(f"a {model.head_kind} head is no single linear map without bias: use --form remote_code")
+    config = _config(model)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ArtefactError(f"transformers has no sequence classifier for {config.model_type}: use --form remote_code")
+    network = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    weights = _trunk(model.lm) | {"score.weight": model.head.weight.detach().to(model.lm.dtype)}
+    _save(model, out, config, network, weights)
+
+
+def _remote_code(model: RewardModel, out: Path) -> None:
+    """The names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints.foreign` reads too."""
+    from rm.tools.modeling_grm import GrmForSequenceClassification
+
+    config = _config(model)
+    head = model.head.state_dict()
+    if model.head_kind in ("linear", "linear_bias"):
+        config.vhead_layer_type = "linear"
+        head = {"bias": torch.zeros(1), **head}
+    elif shape := re.fullmatch(r"mlp(?::(\d+)x(\d+))?", model.head_kind):
+        config.vhead_layer_type = "mlp"
+        config.vhead_num_neurons, config.vhead_num_layers = int(shape[1] or 1024), int(shape[2] or 1)
+    else:
+        raise ArtefactError(f"a {model.head_kind} head has no form for transformers alone: use --form merged")
+    config.auto_map = {"AutoModelForSequenceClassification": f"{MODELING.stem}.{GrmForSequenceClassification.__name__}"}
+    inner = model.lm.base_model_prefix + "."
+    weights = {"model." + key.removeprefix(inner): tensor for key, tensor in _trunk(model.lm).items()}
+    weights |= {V_HEAD + key: tensor.float() for key, tensor in head.items()}
+    _save(model, out, config, GrmForSequenceClassification, weights)
+    code = MODELING.read_text(encoding="utf-8")
+    code = re.sub(r'^MODEL_TYPE = ".*"', f'MODEL_TYPE = "{config.model_type}"', code, count=1, flags=re.MULTILINE)
+    (out / MODELING.name).write_text(code, encoding="utf-8")
+
+
+def _save(model: RewardModel, out: Path, config, network: type[nn.Module], weights: dict[str, Tensor]) -> None:
+    with torch.device("meta"):
+        wanted = {key: tuple(tensor.shape) for key, tensor in network(config).state_dict().items()}
+    if wrong := faults(wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
+        raise ArtefactError(f"the weights do not fit {network.__name__}: {wrong}")
+    config.architectures = [network.__name__]
+    save_lm(out, config, weights.items(), model.tokenizer)
+    _add_old_names(out, model.tokenizer)
+
+
+def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
+    """Settings as transformers 4 reads them too: without a word it would take the rotary base to be 10,000."""
+    config = read_json(out / "config.json")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+    write_json(out / "config.json", config | {"torch_dtype": config["dtype"]})
+    settings = read_json(out / "tokenizer_config.json") | {"model_input_names": tokenizer.hf.model_input_names}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(out / "tokenizer_config.json", settings)
+
+
+def _config(model: RewardModel):
+    """The trunk's configuration as that of a classifier with one label; nothing applies `reward_mean`, `reward_std`."""
+    config = copy.deepcopy(model.lm.config)
+    for key in [key for key in vars(config) if key == "auto_map" or key.startswith("vhead_")]:
+        delattr(config, key)
+    config.num_labels, config.dtype = 1, model.lm.dtype
+    config.pad_token_id = model.tokenizer.pad_id  # never an end of turn: the classifier reads before the pads
+    config.reward_mean, config.reward_std = model.mean, model.std
+    return config
+
+
+def _trunk(lm: nn.Module) -> dict[str, Tensor]:
+    """The causal LM's weights without its LM head."""
+    lm_head = next((f"{name}." for name, m in lm.named_modules() if m is lm.get_output_embeddings()), None)
+    return {key: tensor for key, tensor in named_weights(lm) if lm_head is None or not key.startswith(lm_head)}
+
+
+def _facts(path: str) -> dict:
+    """What a folder of ours says beside what `RewardModel` keeps, such as its variant; empty for others."""
+    file = locate(path) / ABOUT_FILE
+    kept = {"format", "head", "tokenizer", "mean", "std", "base_model"}
+    return {key: value for key, value in read_json(file).items() if key not in kept} if file.is_file() else {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grm rm-export",
+        description="Write a reward model as a folder that transformers loads. Rewards are the same in every form.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder or hub id: ours, the GRM authors', or a classifier")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
+    parser.add_argument(
+        "--form",
+        choices=["auto", *HOW_TO_LOAD],
+        default="auto",
+        help="classifier: transformers' own, for linear heads; remote_code: with a modelling file, for MLP heads too; "
+        "merged: a causal LM with the head beside it; auto (default): classifier where possible, else remote_code",
+    )
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights (%(default)s)")
+    parser.add_argument("--base", help="base of a LoRA checkpoint, in place of the one that it names")
+    return parser

@@ -1,0 +1,219 @@
+"""`grm rm-merge OUT MODEL MODEL...`: the weights of reward models averaged into one (WARM, arXiv 2401.12187)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.artefacts import ArtefactError, read_json, read_table
+from core.training.engine import named_weights
+from rm.checkpoints.folder import faults, locate, read_config, shapes, types
+from rm.model import ABOUT_FILE, ADAPTER_FORMAT, RewardModel, read_about
+from rm.tools.export import export
+
+FAR = 0.5
+"""Distance of the members from their average, over the length of the average: members of one fine-tuned model lie
+some hundredths apart, two that were initialised apart near 1."""
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+NO_SETTING = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
+"""Entries of config.json that do not change what weights compute."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    weights = _weights(options.weights, len(options.models))
+    rows = read_calibration(options.calibrate) if options.calibrate else []
+    model, facts = merge(options.models, weights)
+    if rows:
+        model.mean, model.std = calibrate(model, rows, batch_tokens=options.batch_tokens)
+    export(model, options.out, "merged", facts=facts | {"calibrated_on": len(rows)})
+    print(
+        f"{options.out}: the average of {len(weights)} reward models, weighted {', '.join(f'{w:.3g}' for w in weights)}"
+    )
+    print(
+        f"distance of the members from it, relative: trunk {facts['distance']:.3f}, head {facts['head_distance']:.3f}"
+    )
+    if facts["head_distance"] > FAR:
+        print("the heads did not start from the same numbers, which WARM assumes (here: the same head seed), so their "
+              "average may be worse than each: compare with `grm rm-eval`")  # fmt: skip
+    if rows:
+        print(f"mean {model.mean:.4f} and std {model.std:.4f} are of {len(rows)} samples of {options.calibrate}")
+    else:
+        print("mean 0 and std 1 are written: those of the members do not average; give --calibrate FILE.parquet to "
+              "measure them, which PPO and ensembles need")  # fmt: skip
+    return 0
+
+
+def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[RewardModel, dict]:
+    """The reward model sum_i w_i phi_i, with mean 0 and std 1, and facts for its `reward_model.json`.
+
+    The average is taken in float32 over trunk, LM head and reward head; one member is in memory beside it. It is kept
+    in the members' type. Distances in the facts are sqrt(sum_i w_i |phi_i - phi|^2) / |phi|.
+
+    Args:
+        weights: one a model, summing to 1.
+
+    Raises:
+        ArtefactError: members that differ in architecture, tokenizer, head, type or known base, or whose trunks are
+            not fine-tuned from one model.
+    """
+    folders = [locate(path) for path in paths]
+    members = [_describe(folder) for folder in folders]
+    for folder, member in zip(folders[1:], members[1:], strict=True):
+        _check_same(folders[0], members[0], folder, member)
+    dtype = members[0]["type"]
+    trunk, head = Average(), Average()
+    for folder, weight in zip(folders, weights, strict=True):
+        model = RewardModel.from_pretrained(folder, dtype=dtype)
+        for name, tensor in named_weights(model.lm):
+            trunk.add(name, tensor, weight)
+        for name, tensor in model.head.state_dict().items():
+            head.add(name, tensor, weight)
+    if (distance := trunk.distance()) > FAR:
+        raise ArtefactError(
+            f"the members lie {distance:.2f} times the length of their average away from it: they were not fine-tuned "
+            "from one model, and the average of such weights computes nothing (2401.12187, section 3)"
+        )
+    with torch.no_grad():
+        for name, parameter in model.lm.named_parameters():
+            parameter.copy_(trunk.mean[name])
+    model.head.load_state_dict(head.mean)
+    model.mean, model.std = 0.0, 1.0
+    facts = {
+        "members": [str(path) for path in paths],
+        "weights": list(weights),
+        "distance": distance,
+        "head_distance": head.distance(),
+    }
+    return model, facts
+
+
+def read_calibration(path: Path) -> list[dict]:
+    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
+    if not path.is_file():
+        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
+    rows = read_table(path)
+    if not rows or not {"prompt", "response"} <= rows[0].keys():
+        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
+    return rows
+
+
+def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
+    """Mean and standard deviation (over n - 1) of the model's rewards of `rows` (prompt, response).
+
+    Raises:
+        ArtefactError: fewer than two rows, or rewards that are all equal.
+    """
+    chats = [[*row["prompt"], {"role": "assistant", "content": row["response"]}] for row in rows]
+    if len(chats) < 2:
+        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more")
+    rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()
+    if not (std := float(rewards.std())) > 0:
+        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}: there is no scale to calibrate")
+    return float(rewards.mean()), std
+
+
+@dataclass
+class Average:
+    """Weighted mean of named tensors as they come, in float32 on the CPU, and how far they lie from it."""
+
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    squares: float = 0.0
+    """Weighted sum of squared distances from the mean, over all tensors."""
+    _total: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor, weight: float) -> None:
+        """West's update (1979): a tensor equal to the mean leaves it equal to the bit."""
+        tensor = tensor.detach().float().cpu()
+        old = self.mean.get(name, tensor)
+        total = self._total.get(name, 0.0) + weight
+        if total > 0:
+            delta = tensor - old
+            self.mean[name] = old + delta * (weight / total)
+            self.squares += weight * float((delta.double() * (tensor - self.mean[name]).double()).sum())
+        self._total[name] = total
+
+    def distance(self) -> float:
+        """Root of the weighted mean squared distance, over the length of the mean."""
+        length = math.sqrt(sum(float(t.double().square().sum()) for t in self.mean.values()))
+        return math.sqrt(max(self.squares, 0.0)) / length if length else math.inf
+
+
+def _describe(folder: Path) -> dict:
+    """What members must have in common, by name; ArtefactError where `folder` is not in this project's layout."""
+    if not (folder / ABOUT_FILE).is_file():
+        raise ArtefactError(f"{folder} has another layout: convert it with `grm rm-export {folder} OUT --form merged`")
+    about, config = read_about(folder), read_config(folder).to_dict()
+    adapter = about["format"] == ADAPTER_FORMAT
+    found = types(folder)
+    if len(found) != 1 or not found <= DTYPES.keys():
+        raise ArtefactError(f"{folder}: weights of the types {sorted(found)}; give one of {', '.join(DTYPES)} to all")
+    return {
+        "architecture": {key: value for key, value in config.items() if key not in NO_SETTING},
+        "tokenizer": about["tokenizer"],
+        "head": about["head"],
+        "layout": "adapter" if adapter else "merged",
+        "type": DTYPES[found.pop()],
+        "base": f"of digest {about['base_model']['digest']}" if adapter else _base(folder),
+        "tensors": {} if adapter else shapes(folder),  # adapters of several ranks go together
+    }
+
+
+def _base(folder: Path) -> str | None:
+    """The base that the manifest of the run names, where the folder still lies in its run."""
+    manifest = folder.parent / "manifest.json"
+    config = read_json(manifest).get("config", {}) if manifest.is_file() else {}
+    base = config.get("rm", {}).get("base", {})
+    return " at ".join(filter(None, (base.get("path"), base.get("revision")))) or None
+
+
+def _check_same(first: Path, a: dict, other: Path, b: dict) -> None:
+    for key in ("tokenizer", "head", "layout", "type"):
+        if a[key] != b[key]:
+            raise ArtefactError(f"{other} does not go with {first}: {key} {b[key]}, not {a[key]}")
+    if a["base"] and b["base"] and a["base"] != b["base"]:
+        raise ArtefactError(f"{other} does not go with {first}: base {b['base']}, not {a['base']}")
+    x, y = a["architecture"], b["architecture"]
+    if differ := [f"{k} {y.get(k)!r}, not {x.get(k)!r}" for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]:
+        raise ArtefactError(f"{other} does not go with {first}: its {', its '.join(differ[:6])}")
+    if wrong := faults(a["tensors"], b["tensors"]):
+        raise ArtefactError(f"{other} does not go with {first}: {wrong}")
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    if count < 2:
+        raise ArtefactError("give two reward models or more")
+    try:
+        given = [float(part) for part in text.split(",")] if text else [1.0] * count
+    except ValueError:
+        raise ArtefactError(f"--weights {text}: write numbers with commas, as in 0.5,0.25,0.25") from None
+    total = math.fsum(given)
+    if len(given) != count or not all(w >= 0 and math.isfinite(w) for w in given) or total <= 0:
+        raise ArtefactError(f"--weights {text}: give {count} numbers, none negative, one for each model")
+    return [w / total for w in given]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grm rm-merge",
+        description="Average the weights of reward models (WARM, arXiv 2401.12187). It assumes members that were "
+        "fine-tuned from one and the same initialisation, the reward head included: train them with one head seed, "
+        "and other data orders or settings.",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="folders of `grm rm` or `grm rm-export --form merged`"
+    )
+    parser.add_argument("--weights", metavar="W,W,...", help="of the models, scaled to sum to 1 (default: all equal)")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", type=Path,
+        help="calibration.parquet of a run (prompt, response): mean and std of the average are measured on it",
+    )  # fmt: skip
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
+    return parser

@@ -1,0 +1,1 @@
+"""Statistics of over-optimisation, on arrays: no models, no files."""

@@ -1,0 +1,74 @@
+"""Combiners of the members of a condition side by side, from cached scores: a sweep of their weights takes seconds.
+
+`rm.combine.combiner` names the rules (mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA); beside them
+`length:WEIGHT` is the members' mean less so many standard deviations of the proxy for each of length. Members are
+centred within prompts and scaled first, since Bradley-Terry leaves both free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from bon.estimators import best_of_n
+from bon.pools import Pools
+from core.data.chat import DataError
+from rm import combine
+from study.analysis.bootstrap import Array, crossed_draws, interval
+from study.analysis.conditions import TRUSTED, Plan, gains
+
+LENGTH = "length"
+
+
+def rule(text: str) -> Callable[[Array, Array | None], Array]:
+    """Members' gains [S, P, N] and gains of length [P, N] -> combined [P, N]; DataError for a rule not known."""
+    name, _, number = text.partition(":")
+    if name != LENGTH:
+        function = combine.combiner(text)
+        return lambda members, _: (
+            function(torch.from_numpy(members.reshape(len(members), -1))).numpy().reshape(members.shape[1:])
+        )
+    try:
+        weight = float(number)
+    except ValueError:
+        raise DataError(f"no combiner {text!r}: length:WEIGHT takes a number") from None
+    return lambda members, length: members.mean(axis=0) - weight * length
+
+
+def sweep(
+    pools: Pools, proxies: Mapping[str, Array], conditions: Sequence[str], rules: Sequence[str], plan: Plan
+) -> list[dict]:
+    """Gold of best-of-n at the largest trusted n of every condition by every rule, and against its members' mean.
+
+    Conditions of one member have `length` rules only; those are left out where lengths are unknown or do not vary.
+
+    Returns:
+        Rows of rm, rule, name, weight (None where the rule has none), members, n, gold, lo, hi, difference,
+        difference_lo, difference_hi; in standard deviations of gold within prompts.
+    """
+    gold, varies = gains(pools.gold), pools.length is not None and bool(np.ptp(pools.length, axis=1).any())
+    length = gains(pools.length) if varies else None
+    n = int(plan.ns[plan.ns <= max(1, pools.size // TRUSTED)][-1])
+    rows = []
+    for condition in conditions:
+        members = proxies[condition]
+        plain = best_of_n(members.mean(axis=0), gold, [n])
+        for text in rules:
+            name, _, number = text.partition(":")
+            if (name == LENGTH and length is None) or (name != LENGTH and len(members) < 2):
+                continue
+            chosen = best_of_n(rule(text)(members, length), gold, [n])
+            at, change = (
+                interval(float(values.mean()), crossed_draws(values[None], plan.draws, plan.seed)[:, 0])
+                for values in (chosen, chosen - plain)
+            )
+            rows.append(
+                {
+                    "rm": condition, "rule": text, "name": name, "weight": float(number) if number else None,
+                    "members": len(members), "n": n, "gold": at.mean, "lo": at.lo, "hi": at.hi,
+                    "difference": change.mean, "difference_lo": change.lo, "difference_hi": change.hi,
+                }
+            )  # fmt: skip
+    return rows

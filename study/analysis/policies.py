@@ -1,0 +1,112 @@
+"""Series of policies along training: gold and proxy against measured KL, and rules of when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bon.pools import Pools
+from core.artefacts import ArtefactError
+from study.analysis.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
+from study.analysis.conditions import Curve, Plan, scale
+from study.analysis.fits import fit_curve
+from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, largest_drop, verdict
+
+ENTRIES = ("proxy", "gold", "kl")
+
+
+def series_curves(
+    name: str, rows: Sequence[Mapping], plan: Plan, *, pools: Pools | None = None, proxy: str | None = None
+) -> dict[str, Curve]:
+    """proxy and gold curves of one run from rows of step, prompt_id, proxy, gold, kl (nats) and kl_kind, one a sample.
+
+    Gains are over the pool of the same prompt where `pools` holds it and `proxy` names its reward model, else over the
+    first step of the run; units are those of the pool, or else of that step.
+
+    Raises:
+        ArtefactError: steps with different prompts, scores that are not finite.
+    """
+    steps = sorted({row["step"] for row in rows})
+    cells: dict[tuple, list[list[float]]] = {}
+    for row in rows:
+        cells.setdefault((row["step"], row["prompt_id"]), []).append([float(row[k]) for k in ENTRIES])
+    prompts = sorted({prompt for _, prompt in cells})
+    if missing := len(steps) * len(prompts) - len(cells):
+        raise ArtefactError(f"series {name}: {missing} of {len(prompts)} prompts x {len(steps)} steps have no sample")
+    values = np.array([[np.mean(cells[s, p], axis=0) for s in steps] for p in prompts])  # [P, steps, 3]
+    if bad := int((~np.isfinite(values)).sum()):
+        raise ArtefactError(f"series {name}: {bad} values of {', '.join(ENTRIES)} are NaN or infinite")
+    kl, kind = values[..., 2].mean(axis=0), str(rows[0].get("kl_kind", "rb"))
+    found = {}
+    for j, metric in enumerate(ENTRIES[:2]):
+        offset, unit = _origin(metric, values[..., j], prompts, pools, proxy)
+        gain = (values[..., j] - offset) / unit
+        found[metric] = Curve(
+            name, "ppo", metric, np.array(steps), kl, kind, gain[None], len(rows) // len(cells), plan.draws, plan.seed
+        )
+    return found
+
+
+def _origin(
+    metric: str, values: Array, prompts: list[str], pools: Pools | None, proxy: str | None
+) -> tuple[Array, float]:
+    """What gains of values [P, steps] are counted from [P, 1], and in."""
+    if pools is not None and set(prompts) <= set(pools.prompt_ids) and (metric == "gold" or proxy in pools.proxies):
+        table = pools.gold if metric == "gold" else pools.proxies[proxy]
+        place = {p: i for i, p in enumerate(pools.prompt_ids)}
+        return table[[place[p] for p in prompts]].mean(axis=1, keepdims=True), scale(table)
+    return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0
+
+
+def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:
+    """Gold and regret of three ways to choose a checkpoint: the last one, the best by proxy (blind), by gold (oracle).
+
+    The oracle is cross-fitted: chosen on half of the prompts and measured on the others. It is what a rule can be
+    compared with, never a result, since choosing by gold makes gold a training signal.
+    """
+    gold, proxy = curves["gold"], curves["proxy"]
+    top, _, chosen = cross_fitted_peak(gold.values, gold.seed)
+    rules = {"final": len(gold.x) - 1, "blind": int(proxy.mean.argmax())}
+    rows = []
+    for name, k in rules.items():
+        regret = top - gold.values[..., k : k + 1]
+        rows.append({"rule": name, "step": int(gold.x[k]), "kl": float(gold.kl[k]), "gold": gold.at(k),
+                     "regret": _over_prompts(regret, gold)})  # fmt: skip
+    at = int(np.median(chosen))
+    rows.append({"rule": "oracle", "step": int(gold.x[at]), "kl": float(gold.kl[at]), "gold": _over_prompts(top, gold),
+                 "regret": None})  # fmt: skip
+    return rows
+
+
+def series_findings(curves: Mapping[str, Curve]) -> dict:
+    """Numbers and verdict of one run."""
+    gold, proxy = curves["gold"], curves["proxy"]
+    _, drop, _ = cross_fitted_peak(gold.values, gold.seed)
+    fallen, last = _over_prompts(drop, gold), len(gold.x) - 1
+    judged = verdict(
+        fallen,
+        largest_drop(gold.mean, gold.draws),
+        prompts=gold.values.shape[1],
+        seeds=1,
+        points=len(gold.x),
+        end=f"step {gold.x[last]}",
+    )
+    rise = _over_prompts(proxy.values[..., -1:] - proxy.values[..., :1], proxy)
+    if rise.lo <= 0 and judged.kind != CANNOT_CONCLUDE:
+        judged = Verdict(NOT_OPTIMISED, f"the proxy itself changed by {rise} SD: this training did not optimise it")
+    return {
+        "step": int(gold.x[last]),
+        "kl": float(gold.kl[last]),
+        "gold": gold.at(last),
+        "proxy": proxy.at(last),
+        "proxy_rise": rise,
+        "drop": fallen,
+        "rules": stopping_rules(curves),
+        "fit": fit_curve(gold.d, gold.mean, gold.draws, "rl"),
+        "verdict": judged,
+    }
+
+
+def _over_prompts(values: Array, like: Curve):
+    return interval(float(values.mean()), crossed_draws(values, like.draws_asked, like.seed)[:, 0])

@@ -1,0 +1,203 @@
+"""What would make a study worthless, looked for: each check is a row of `checks.json`, and failures head the report.
+
+The numbers in brackets are those of the list that they come from, docs/study.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bon.pools import Pools
+from core.data.chat import normalised
+from study.analysis.agreement import within_prompt_correlation
+from study.analysis.conditions import TRUSTED
+from study.results import Results, Series
+
+ENOUGH_PROMPTS, ENOUGH_SEEDS = 500, 3
+NEAR = 0.8
+"""Jaccard similarity of word trigrams from which two prompts are near-duplicates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+
+
+def leakage(prompts: Sequence[Mapping], evaluated: Iterable[str], trained: Iterable[str]) -> Check:
+    """(1) No evaluated prompt was trained on, exactly or nearly; by prompt, not by row.
+
+    Args:
+        prompts: rows of prompt_id, split and prompt (messages).
+        evaluated, trained: prompt ids.
+    """
+    evaluated, trained = set(evaluated), set(trained)
+    texts = {row["prompt_id"]: normalised(row["prompt"]) for row in prompts}
+    used = {texts[i] for i in trained if i in texts}
+    same = sum(i in trained or texts.get(i) in used for i in evaluated)
+    words = {row["prompt_id"]: " ".join(m["content"] for m in row["prompt"]) for row in prompts}
+    grams = {i: _trigrams(words[i].lower()) for i in evaluated | trained if i in words}
+    where: dict[tuple, list[str]] = {}
+    for i in trained & grams.keys():
+        for gram in grams[i]:
+            where.setdefault(gram, []).append(i)
+    near = 0
+    for i in evaluated & grams.keys():
+        shared = Counter(j for gram in grams[i] for j in where.get(gram, ()))
+        near += any(n / len(grams[i] | grams[j]) >= NEAR for j, n in shared.items())
+    return Check(
+        "evaluated prompts were not trained on", not same and not near,
+        f"{same} of {len(evaluated)} were, {near} nearly (word trigrams {NEAR:g} alike)",
+    )  # fmt: skip
+
+
+def _trigrams(text: str) -> set[tuple]:
+    words = re.findall(r"\w+", text)
+    return {tuple(words[k : k + 3]) for k in range(max(1, len(words) - 2))}
+
+
+def gold_untouched(manifests: Mapping[str, Mapping]) -> Check:
+    """(2) Nothing that is trained reads gold: `manifests` are those of stages rm and ppo."""
+    readers = sorted(
+        name for name, m in manifests.items()
+        if any(k.split("=")[0].startswith("gold") for k in (*m["config"], *m["inputs"]))
+    )  # fmt: skip
+    return Check(
+        "training never reads gold", not readers, ", ".join(readers) or f"{len(manifests)} trainings looked at"
+    )
+
+
+def same_scoring(results: Results) -> Check:
+    """(3) Policies at step 0 are the reference, so gold must give them what it gave the pools: the same template,
+    truncation and decoding."""
+    off = []
+    for curve in results.curves:
+        if curve.method == "ppo" and curve.metric == "gold" and int(curve.x[0]) == 0:
+            error = float(curve.draws[:, 0].std(ddof=1))
+            if abs(curve.mean[0]) > 4 * error and error > 0:
+                off.append(f"{curve.rm} {curve.mean[0]:+.2f} SD, SE {error:.2f}")
+    return Check("gold scores step 0 of policies as it scores the pools", not off, "; ".join(off) or "within 4 SE")
+
+
+def aligned(results: Results) -> Check:
+    """(4) Each proxy agrees with gold within prompts; shuffled columns would not."""
+    found = {n: within_prompt_correlation(p, results.pools.gold) for n, p in results.pools.proxies.items()}
+    wrong = [f"{name} {i}" for name, i in found.items() if not i.lo > 0]
+    least = min(found.values(), key=lambda i: i.mean)
+    return Check(
+        "proxies agree with gold within prompts", not wrong, "; ".join(wrong) or f"correlations from {least.mean:+.2f}"
+    )
+
+
+def length_confound(pools: Pools, results: Results) -> Check:
+    """(6) Gold is not length: weak correlation, and the longest response is no rival to the proxies."""
+    if pools.length is None or not np.ptp(pools.length, axis=1).any():
+        return Check("gold is not length", False, "no lengths to look at")
+    r = within_prompt_correlation(pools.length, pools.gold)
+    k = next(iter(results.found.values()))["n_trusted"]
+    longest = next(c for c in results.curves if c.rm == "longest")
+    gain = float(longest.mean[list(longest.x).index(k)])
+    best = max(f["gold"].mean for f in results.found.values())
+    return Check(
+        "gold is not length", abs(r.mean) < 0.5 and gain < 0.5 * best,
+        f"correlation {r}; longest of {k} gains {gain:+.2f} SD of gold, the best condition {best:+.2f}",
+    )  # fmt: skip
+
+
+def kl_estimates(series: Mapping[str, Series]) -> Check:
+    """(7) Two unbiased estimates of one KL agree: a wrong sign, span or temperature drives them apart."""
+    worst, wrong = 0.0, []
+    for name, one in series.items():
+        rows = [r for r in one.rows if "kl_k1" in r and "kl_rb" in r]
+        by_step: dict[int, list[float]] = {}
+        for r in rows:
+            by_step.setdefault(r["step"], []).append(r["kl_k1"] - r["kl_rb"])
+        for step, gap in by_step.items():
+            error = max(float(np.std(gap, ddof=1)) / len(gap) ** 0.5, 1e-6) if len(gap) > 1 else np.inf
+            z = abs(float(np.mean(gap))) / error
+            worst = max(worst, z if abs(np.mean(gap)) > 1e-3 else 0.0)
+            wrong += [f"{name} step {step}"] if z > 5 and abs(np.mean(gap)) > 1e-3 else []
+    return Check("two estimates of KL agree", not wrong, ", ".join(wrong) or f"at most {worst:.1f} SE apart")
+
+
+def bound_is_close(results: Results) -> Check:
+    """(7) The bound log n - (n-1)/n overstates the KL where responses repeat or scores tie."""
+    k = next(iter(results.found.values()))["n_trusted"]
+    rows = [r for r in results.kl if r["n"] <= k and r["n"] > 1]
+    if not rows:
+        return Check("the KL bound of best-of-n is close", True, "n = 1 only")
+    last = max(r["n"] for r in rows)
+    # With m distinct equally likely responses the pool's own estimate is low by design near n = N; at N / 4 it is not.
+    worst = min((r["pool"] / r["bound"], r["rm"]) for r in rows if r["n"] == last)
+    return Check("the KL bound of best-of-n is close", worst[0] > 0.8, f"pools have {worst[0]:.0%} of it at n = {last}")
+
+
+def enough(results: Results, series: Mapping[str, Series], policy_seeds: int) -> list[Check]:
+    """(8) Seeds, prompts and pools."""
+    pools = results.pools
+    few = [f"{name} {len(m)}" for name, m in results.conditions.items() if len(m) < ENOUGH_SEEDS]
+    n_max = max(int(c.x[-1]) for c in results.curves if c.method == "bon" and c.metric == "gold")
+    checks = [
+        Check(f"at least {ENOUGH_SEEDS} reward models a condition", not few, ", ".join(few) or "all have"),
+        Check(f"at least {ENOUGH_PROMPTS} prompts", pools.gold.shape[0] >= ENOUGH_PROMPTS, f"{pools.gold.shape[0]}"),
+        Check(f"pools of at least {TRUSTED} n", pools.size >= TRUSTED * n_max,
+              f"n to {n_max}, pools of {pools.size}: verdicts use n up to {pools.size // TRUSTED}"),
+    ]  # fmt: skip
+    if series:
+        ok = policy_seeds >= ENOUGH_SEEDS
+        checks.append(Check(f"at least {ENOUGH_SEEDS} policies a condition", ok, f"{policy_seeds}"))
+    return checks
+
+
+def label_noise(asked: Mapping[str, float], realised: Mapping[str, float], validation: int) -> Check:
+    """(9) As many labels were flipped as asked, and none of the validation pairs."""
+    off = [f"{n} {realised[n]:.3f} for {a:.3f}" for n, a in asked.items() if abs(realised[n] - a) > 0.01]
+    if validation:
+        off.append(f"{validation} validation labels are flipped")
+    return Check("label noise is what was asked", not off, ", ".join(off) or f"{len(asked)} reward models")
+
+
+def gold_lineage(kind: str, gold_base: str | None, proxy_base: str) -> Check:
+    """(10) A gold of the proxies' own base shares their errors and understates the gap."""
+    if kind in ("judge", "linear"):
+        return Check("gold is no relative of the proxies", True, f"gold is the built-in {kind}")
+    ok = gold_base is not None and gold_base != proxy_base
+    return Check(
+        "gold is no relative of the proxies",
+        ok,
+        f"gold from {gold_base or 'an unknown base'}, proxies from {proxy_base}",
+    )
+
+
+def golds_agree(results: Results) -> list[Check]:
+    """(10) A second gold gives the same verdicts; no row without one. What only one of them saw is no finding."""
+    if not results.golds:
+        return []
+    other = [f"{r['rm']}: {r['verdict']}, then {r['second_verdict']}" for r in results.golds
+             if r["verdict"] != r["second_verdict"]]  # fmt: skip
+    ceiling = f"they correlate by {results.golds[0]['agreement']:+.2f} within prompts"
+    return [Check("a second gold gives the same verdicts", not other, "; ".join([*other, ceiling]))]
+
+
+def degenerate(samples: Sequence[Mapping], what: str) -> list[Check]:
+    """(11) Responses that end, differ and are not empty; rows of prompt_id, response and finished."""
+    ended = float(np.mean([bool(s["finished"]) for s in samples]))
+    empty = float(np.mean([not s["response"].strip() for s in samples]))
+    distinct = len({(s["prompt_id"], s["response"]) for s in samples}) / len(samples)
+    return [
+        Check(f"responses end by themselves ({what})", ended > 0.5, f"{ended:.0%} do"),
+        Check(f"few empty responses ({what})", empty < 0.02, f"{empty:.1%}"),
+        Check(f"responses differ ({what})", distinct > 0.9, f"{distinct:.0%} distinct"),
+    ]
+
+
+def equal_cost(steps: Mapping[str, int]) -> Check:
+    """(12) Reward models of one matrix saw equally many pairs; name -> pairs of its training, of one data size."""
+    kinds = sorted(set(steps.values()))
+    return Check("reward models compared cost alike", len(kinds) <= 1, f"pairs seen: {', '.join(map(str, kinds))}")

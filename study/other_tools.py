@@ -1,0 +1,239 @@
+"""Best-of-n scores and RL series of other tools, as `bon.pools.Pools` and as rows of `study.analysis.policies`. No model is run.
+
+gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_scores [N], and a list of N numbers for
+                    each proxy (Coste et al. 2310.02743, whose own file has gold only)
+grm                 a folder with proxy_score.csv and gold_score.csv of all samples (the GRM repository)
+table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`;
+                    gold2, where it is there, is a second gold
+
+Rows are joined by id, never by position: where a layout has no ids, texts are the ids.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from bon.pools import Pools, from_tables
+from core.artefacts import ArtefactError, digest, read_jsonl, read_table
+
+LAYOUTS = ("gold_labelled_gens", "grm", "table")
+NO_PROXY = {
+    "prompt_id",
+    "sample_id",
+    "gold",
+    "gold2",
+    "prompt",
+    "response",
+    "n_tokens",
+    "length",
+    "logp",
+    "logp_sampler",
+}
+KLS = ("kl_rb", "kl_k1", "kl_k3", "kl")
+"""Columns of a KL in nats, the best estimate first."""
+
+
+def read_scores(path: Path, layout: str = "auto") -> Pools:
+    """Pools of a file or folder; ArtefactError names the file, the rows and what to do."""
+    path = Path(path)
+    if not path.exists():
+        raise ArtefactError(f"--scores: no file or folder {path}")
+    if layout == "auto":
+        layout = _recognise(path)
+    if layout not in LAYOUTS:
+        raise ArtefactError(f"{path}: no layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    readers = {"gold_labelled_gens": _gold_labelled_gens, "grm": _grm, "table": _table}
+    try:
+        return readers[layout](path)
+    except ArtefactError as error:
+        raise ArtefactError(f"{path} (read as {layout}): {error}") from None
+
+
+def read_series(path: Path) -> list[dict]:
+    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, all else kept.
+
+    Raises:
+        ArtefactError: missing columns, numbers that are not finite, the same run, step, prompt and sample twice.
+    """
+    rows = _rows(Path(path))
+    kl = next((c for c in KLS if c in rows[0]), None)
+    missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in rows[0]]
+    if missing or kl is None:
+        missing += [] if kl else [f"one of {', '.join(KLS)}"]
+        raise ArtefactError(f"{path}: no column {', '.join(missing)}; a row is one sample of one checkpoint")
+    kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(rows[0].get("kl_kind", "as given")))
+    found, seen = [], set()
+    for number, row in enumerate(rows, start=1):
+        numbers = {c: _number(row, c, path, number) for c in ("step", "proxy", "gold", kl)}
+        key = (row["run"], numbers["step"], row["prompt_id"], row.get("sample_id", 0))
+        if key in seen:
+            raise ArtefactError(f"{path}, row {number}: run, step, prompt and sample {key} occur twice")
+        seen.add(key)
+        extra = {c: _number(row, c, path, number) for c in KLS if c in row}
+        step = int(numbers.pop("step"))
+        found.append({**row, **extra, **numbers, "step": step, "kl": numbers[kl], "kl_kind": kind})
+    return sorted(found, key=lambda r: (str(r["run"]), r["step"]))
+
+
+def _recognise(path: Path) -> str:
+    if path.is_dir():
+        return "grm" if (path / "gold_score.csv").is_file() else "table"
+    return "gold_labelled_gens" if {"answers", "gold_scores"} <= _rows(path)[0].keys() else "table"
+
+
+def _gold_labelled_gens(path: Path) -> Pools:
+    rows = _rows(path)
+    lists = [k for k, v in rows[0].items() if isinstance(v, list) and k not in ("answers", "gold_scores")]
+    if not lists:
+        raise ArtefactError("no proxy: add a column of as many scores as there are answers, proxy_scores for example")
+    samples, scores = [], {"gold_scores": [], **{name: [] for name in lists}}
+    for number, row in enumerate(rows, start=1):
+        text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+        prompt_id = digest(text)
+        for name in scores:
+            if len(row[name]) != len(row["answers"]):
+                raise ArtefactError(f"row {number} has {len(row['answers'])} answers and {len(row[name])} {name}")
+        for k, answer in enumerate(row["answers"]):
+            ids = {"prompt_id": prompt_id, "sample_id": k}
+            samples.append({**ids, "prompt": _chat(text), "response": answer})
+            for name, column in scores.items():
+                column.append({**ids, "score": row[name][k]})
+    gold = scores.pop("gold_scores")
+    return from_tables(_with_length(samples), gold, {_short(name): column for name, column in scores.items()})
+
+
+def _grm(path: Path) -> Pools:
+    """Both files with id, response (or another text column) and a score; samples are named by their order within a
+    prompt only where the texts of both files agree, which `join` checks."""
+    tables = {}
+    for name in ("gold", "proxy"):
+        file = path / f"{name}_score.csv"
+        if not file.is_file():
+            raise ArtefactError(f"no {file.name}")
+        tables[name] = _grm_rows(file)
+    proxy, gold = tables["proxy"], tables["gold"]
+    if len(gold) < len(proxy):
+        raise ArtefactError(
+            f"gold_score.csv has {len(gold)} rows and proxy_score.csv {len(proxy)}: gold of selected responses alone "
+            "gives one noisy draw; score the whole pool with gold"
+        )
+    samples = [{k: v for k, v in row.items() if k != "score"} for row in proxy]
+    strip = lambda rows: [{k: r[k] for k in ("prompt_id", "sample_id", "score", "response")} for r in rows]  # noqa: E731
+    return from_tables(_with_length(samples), strip(gold), {"proxy": strip(proxy)})
+
+
+def _grm_rows(file: Path) -> list[dict]:
+    rows, counts = [], {}
+    for number, row in enumerate(_rows(file), start=1):
+        name = lambda *names: next((row[n] for n in names if row.get(n) not in (None, "")), None)  # noqa: B023, E731
+        prompt_id, text, score = (
+            name("id", "prompt_id"),
+            name("response", "text", "answer"),
+            name("reward", "score", "rewards"),
+        )
+        if prompt_id is None or text is None or score is None:
+            raise ArtefactError(f"{file.name} row {number}: needs id, response and reward; has {', '.join(row)}")
+        order = name("sample_id", "order")
+        counts[prompt_id] = counts.get(prompt_id, -1) + 1
+        try:
+            row = {"prompt_id": str(prompt_id), "sample_id": int(counts[prompt_id] if order is None else order),
+                   "score": float(score), "response": text}  # fmt: skip
+        except ValueError as error:
+            raise ArtefactError(f"{file.name} row {number}: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def _table(path: Path) -> Pools:
+    if path.is_dir():
+        scores = {f.stem: read_table(f) for f in sorted((path / "scores").glob("*.parquet"))}
+        if "gold" not in scores or len(scores) < 2 or not (path / "samples.parquet").is_file():
+            raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
+        gold, second = scores.pop("gold"), scores.pop("gold2", None)
+        return from_tables(read_table(path / "samples.parquet"), gold, scores, second)
+    rows = _rows(path)
+    if missing := [c for c in ("prompt_id", "sample_id", "gold") if c not in rows[0]]:
+        raise ArtefactError(f"no column {', '.join(missing)}; it has {', '.join(rows[0])}")
+    proxies = [c for c in rows[0] if c not in NO_PROXY and _is_number(rows[0][c])]
+    if not proxies:
+        raise ArtefactError("no proxy: every further column of numbers is one")
+    ids = [{"prompt_id": str(r["prompt_id"]), "sample_id": int(r["sample_id"])} for r in rows]
+    samples = []
+    for i, row in zip(ids, rows, strict=True):
+        sample = dict(i)
+        if "response" in row:
+            sample["response"] = row["response"]
+        if "prompt" in row:
+            sample["prompt"] = row["prompt"] if isinstance(row["prompt"], list) else _chat(row["prompt"])
+        for name, to in (("n_tokens", "n_tokens"), ("length", "n_tokens"), ("logp", "logp_sampler"),
+                         ("logp_sampler", "logp_sampler")):  # fmt: skip
+            if name in row:
+                sample[to] = float(row[name])
+        samples.append(sample)
+    column = lambda c: [  # noqa: E731
+        {**i, "score": _number(r, c, path, n)} for n, (i, r) in enumerate(zip(ids, rows, strict=True), start=1)
+    ]
+    second = column("gold2") if "gold2" in rows[0] else None
+    return from_tables(_with_length(samples), column("gold"), {c: column(c) for c in proxies}, second)
+
+
+def _with_length(samples: Sequence[dict]) -> list[dict]:
+    """Characters stand for length where tokens are not known."""
+    if not samples or "n_tokens" in samples[0] or "response" not in samples[0]:
+        return list(samples)
+    return [{**s, "n_tokens": len(s["response"])} for s in samples]
+
+
+def _chat(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def _short(name: str) -> str:
+    for affix in ("proxy_scores_", "proxy_score_"):
+        name = name.removeprefix(affix)
+    return "proxy" if name in ("proxy_scores", "proxy_score") else name.removesuffix("_scores")
+
+
+def _number(row: dict, column: str, path: Path, number: int) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError, KeyError):
+        raise ArtefactError(f"{path.name}, row {number}: {column} is {row.get(column)!r}, not a number") from None
+    if not math.isfinite(value):
+        raise ArtefactError(f"{path.name}, row {number}: {column} is {value}; score again")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # CSV has texts only
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _rows(path: Path) -> list[dict]:
+    """Rows of a .jsonl, .json (an array), .csv or .parquet file."""
+    if not path.is_file():
+        raise ArtefactError(f"no file {path}")
+    if path.suffix == ".parquet":
+        rows = read_table(path)
+    elif path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtefactError(f"{path}: not JSON ({error})") from None
+    elif path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+    else:
+        raise ArtefactError(f"{path}: give a .jsonl, .json, .csv or .parquet file")
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+        raise ArtefactError(f"{path}: holds no rows")
+    return rows

@@ -1,0 +1,143 @@
+"""The report of a study: `study.html`, one page that needs no network, and `study.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from pipelines import report_figures as figures
+from study.analysis.conditions import gains
+from study.checks import Check
+from study.report import tables
+from study.report.figures import all_figures
+from study.results import Results
+
+SHOWN = 12
+"""Examples of each condition and n in the sample browser."""
+NAMED = 12
+"""Conditions and policies of one verdict that the summary names; of more it gives the number."""
+REM = 6.0
+"""Of the page to an inch of a figure: so texts of all figures have one size."""
+CAPTIONS = {
+    "overoptimisation": "Solid: gold. Dashed: proxy, in the same unit. Bands: gold, 95% for the whole curve, over "
+    "seeds and prompts. Grey: n above a quarter of the pool. The KL of best-of-n is a bound and that of PPO is "
+    "measured: compare within a panel, not across.",
+    "conditions": "An ensemble is one model, so its interval is over prompts alone; the others' are over seeds too.",
+    "gold_against_proxy": "On the diagonal a gain of the proxy is real; what lies below it is its own. Dotted: PPO.",
+    "gold_by_proxy": "Mean gold of the reference's samples by quantile of the proxy.",
+    "win_rate": "How often the chosen response beats a sample of the reference by gold, and the ceiling of any proxy.",
+    "length": "Left: length of what is chosen. Middle: gold of choosing by proxy, the longest, or at random. Right: "
+    "gold of choosing by proxy, less its regression on length within prompts; what is missing here was length.",
+    "harm": "Share of prompts whose gold gain is below a value; in the legend, the share below 0 "
+    "(`harmed` in conditions.csv).",
+    "scaling": "Parameters of the fits by size, 95% intervals from refits on every bootstrap draw.",
+    "heat_map": "Gold at the cross-fitted peak within the trusted range, and the n of that peak.",
+    "frontier": "Policies of one reward model: a penalty that only stops early moves along one curve.",
+    "sweep": "Rules to combine the seeds of a condition, on the same scores: gold against that of their mean. "
+    "*: the interval excludes 0.",
+    "disagreement": "Spread over the seeds of a condition at what their mean chooses; a rise leads to where they have "
+    "nothing in common.",
+    "foretelling": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
+    "best-of-n by it did.",
+}
+DATA = {
+    "conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv", "scaling": "conditions.csv",
+    "heat_map": "conditions.csv", "sweep": "sweep.csv", "foretelling": "rms.csv",
+}  # fmt: skip
+"""File of a figure's numbers, where that is not curves.csv."""
+
+
+def write(
+    out: Path, title: str, asked: str, found: Results, checks: Sequence[Check], *,
+    accuracy: Mapping[str, float] | None = None, seconds: Sequence[tuple[str, float]] = (), config: str = "",
+) -> None:  # fmt: skip
+    """Figures, page and Markdown."""
+    drawn = all_figures(found)
+    widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
+    svg = {name: figures.save(figure, out / "figures", name) for name, figure in drawn.items()}
+    page = {
+        "widths": widths,
+        "title": title, "asked": asked, "svg": svg, "captions": CAPTIONS, "data": DATA,
+        "conditions": tables.condition_table(found, accuracy or {}), "policies": tables.policy_table(found),
+        "rules": tables.rule_table(found), "fits": tables.fit_table(found), "models": tables.model_table(found),
+        "members": tables.member_table(found), "foretelling": tables.foretelling_table(found),
+        "golds": tables.gold_table(found), "checks": list(checks), "seconds": seconds,
+        "failed": [c for c in checks if not c.ok], "config": config, "summary": summary(found),
+        "reasons": [(n, f["verdict"].why) for n, f in {**found.found, **found.policies}.items()],
+        "samples": browser(found) if found.pools.responses else None,
+    }  # fmt: skip
+    (out / "study.html").write_text(render(page), encoding="utf-8")
+    (out / "study.md").write_text(markdown(page), encoding="utf-8")
+
+
+def render(page: dict) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    # A script element ends at "</", wherever it stands: responses may hold it.
+    environment.filters["embedded"] = lambda x: json.dumps(x, ensure_ascii=False).replace("<", "\\u003c")
+    return environment.get_template("study.html.j2").render(page)
+
+
+def summary(found: Results) -> list[str]:
+    """How many conditions have which verdict."""
+    kinds: dict[str, list[str]] = {}
+    for name, facts in {**found.found, **found.policies}.items():
+        kinds.setdefault(facts["verdict"].kind, []).append(name)
+    few = lambda names: ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
+    total = sum(map(len, kinds.values()))
+    return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
+
+
+def browser(found: Results) -> list[dict]:
+    """For each condition's first member and some n: where the choice among the first n samples gains most of the proxy
+    beyond gold, beside the sample that gold would have chosen among them."""
+    pools, gold = found.pools, gains(found.pools.gold)
+    rows = []
+    for name in found.conditions:
+        proxy = found.proxies[name][0]
+        for n in (n for n in (2, 4, 16, 64, 256) if n <= pools.size):
+            picked, best = proxy[:, :n].argmax(axis=1), gold[:, :n].argmax(axis=1)
+            at = np.arange(len(gold))
+            gap = proxy[at, picked] - gold[at, picked]
+            for p in (-gap).argsort(kind="stable")[:SHOWN].tolist():
+                sides = [
+                    {
+                        "text": pools.responses[p][k],
+                        "proxy": round(float(proxy[p, k]), 2),
+                        "gold": round(float(gold[p, k]), 2),
+                    }
+                    for k in (int(picked[p]), int(best[p]))
+                ]
+                prompt = pools.prompts[p] if pools.prompts else pools.prompt_ids[p]
+                rows.append({"rm": name, "n": n, "prompt": prompt, "picked": sides[0], "best": sides[1]})
+    return rows
+
+
+def markdown(page: dict) -> str:
+    """The page without its samples."""
+    lines = [
+        f"# {page['title']}",
+        "",
+        page["asked"],
+        "",
+        "![gold and proxy against KL](figures/overoptimisation.png)",
+        "",
+    ]
+    lines += [CAPTIONS["overoptimisation"], ""] + [f"- {s}" for s in page["summary"]] + [""]
+    lines += [f"- check failed: {c.name} ({c.detail})" for c in page["failed"]] + [""]
+    titles = {
+        "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
+        "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
+        "foretelling": "What foretells the outcome",
+    }  # fmt: skip
+    for title, (head, *body) in ((title, page[t]) for t, title in titles.items()):
+        if body:
+            lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+            lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,282 @@
+"""`grm study`: reward models by method, seed, data size, model size and label noise; best-of-n for all, PPO for some.
+
+The matrix of `study` in the configuration becomes one run whose `rm.variants` are all its arms, so that prompts, pairs,
+pools and gold scores exist once, and a run below `policies/` for each PPO arm, which links to them. Everything is run
+by the stages, which resume and skip what is up to date.
+
+    grm study --config F              run what is missing, then analyse
+    grm study --config F --dry-run    the plan and its cost
+    grm study --config F --commands   a command a line: the first ones in order, then, from the blank line on, the PPO
+                                      arms, in any order and in parallel (the tasks of a Slurm array, one GPU each)
+    grm study --scores PATH [--series PATH] --out FOLDER   analyse scores and RL series of other tools: no model is run
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from core.artefacts import ArtefactError, read_json, read_manifest, read_table
+from core.config import Config, RewardVariant
+from core.config.load import ConfigError, load
+from pipelines import launch, stages
+
+SHARED = ("prompts", "preferences", "rm", "bon")
+OWN = ("ppo", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One reward model of the matrix."""
+
+    method: str
+    pairs: int | None
+    """None: all."""
+    layers: int | None
+    """None: as many as the variant or `rm.num_layers` says."""
+    label_noise: float
+    seed: int
+
+    @property
+    def condition(self) -> str:
+        """What the seeds of an arm have in common; `study_results.design` reads it back."""
+        parts = [self.method]
+        parts += [f"{self.pairs}pairs"] if self.pairs is not None else []
+        parts += [f"{self.layers}layers"] if self.layers is not None else []
+        parts += [f"noise{self.label_noise:g}"] if self.label_noise else []
+        return "-".join(parts)
+
+    @property
+    def name(self) -> str:
+        return f"{self.condition}-seed{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One PPO run of the study."""
+
+    arm: Arm
+    kl_coef: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-kl{self.kl_coef:g}"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="grm study", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="config values, laid over the files")
+    parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost")
+    parser.add_argument("--commands", action="store_true", help="print the commands, one a line, for a scheduler")
+    parser.add_argument("--scores", type=Path, help="pools with scores of others (layouts: study/other_tools.py)")
+    parser.add_argument("--series", type=Path, help="RL series of others, one row a sample")
+    parser.add_argument("--out", type=Path, help="folder for what `--scores` shows")
+    options = parser.parse_intermixed_args(argv)
+    cfg = load(options.config or ["configs/study.yaml"], options.overrides)
+    if options.scores:
+        from study.report.build import imported
+
+        print(imported(cfg, options.scores, options.series, options.out or Path("runs", options.scores.stem)))
+        return 0
+    given = cfg
+    arms, policies = plan(cfg)
+    cfg = expanded(cfg, arms)
+    if options.dry_run:
+        print("\n".join(describe(cfg, arms, policies)))
+        return 0
+    file = write_config(cfg, "study.yaml")
+    link(cfg, policies)
+    if options.commands:
+        print("\n".join(commands(file, policies, cfg, write_config(given, "matrix.yaml"))))
+        return 0
+    return run(cfg, file, arms, policies)
+
+
+def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
+    """The arms of the matrix and the policies trained against them.
+
+    Raises:
+        DataError: a combiner of `study.ensembles` or `study.sweep` that is not known.
+        ConfigError: a method, noise or size that is not there, or a size that something does not fit.
+    """
+    from study.analysis.combiners import rule as combiner  # it needs torch, which the command line should not wait for
+
+    study = cfg.study
+    if cfg.ppo.ensemble:
+        raise ConfigError(
+            "ppo.ensemble is not part of a study, whose policies have one arm each as proxy: set ppo.ensemble=null"
+        )
+    for rule in (*study.ensembles, *study.sweep):
+        combiner(rule)
+    methods = study.methods or tuple(cfg.rm.variants)
+    asked = {*methods, *study.ppo_methods}
+    if unknown := sorted(asked - set(cfg.rm.variants)):
+        raise ConfigError(f"study: no rm.variants {', '.join(unknown)}; there are {', '.join(cfg.rm.variants)}")
+    if unused := sorted(set(study.ppo_methods) - set(methods)):
+        raise ConfigError(f"study.ppo_methods {', '.join(unused)} are none of study.methods {', '.join(methods)}")
+    noises, depths = study.ppo_label_noise or study.label_noise, study.ppo_layers or study.layers or (None,)
+    if absent := sorted(set(noises) - set(study.label_noise)):
+        raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
+    if absent := sorted(set(study.ppo_layers) - set(study.layers)):
+        raise ConfigError(f"study.ppo_layers {absent} are none of study.layers {list(study.layers)}")
+    cells = product(methods, study.pairs or (None,), study.layers or (None,), study.label_noise, range(study.seeds))
+    arms = [Arm(*cell) for cell in cells]
+    chosen = [
+        arm for arm in arms
+        if arm.method in study.ppo_methods and arm.label_noise in noises and arm.layers in depths
+        and arm.seed < study.ppo_seeds
+    ]  # fmt: skip
+    policies = [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
+    if faults := size_faults(cfg, arms, policies):
+        raise ConfigError("study.layers do not fit:\n  " + "\n  ".join(faults))
+    return arms, policies
+
+
+def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
+    """What cannot be done with the sizes that `study.layers` asks for, one line each: hours before a stage says so."""
+    rm, ppo, faults = cfg.rm, cfg.ppo, []
+    file = Path(rm.base.path) / "config.json"
+    depth = read_json(file).get("num_hidden_layers") if file.is_file() else None
+    for layers in [n for n in cfg.study.layers if depth and n > depth]:
+        faults.append(f"{layers} layers exceed the {depth} of {rm.base.path}")
+    for method, layers in dict.fromkeys((arm.method, arm.layers) for arm in arms if arm.layers):
+        own = rm.variants[method].trainable_layers
+        trained = rm.trainable_layers if own is None else own
+        if trained and trained > layers:
+            name = "rm.trainable_layers" if own is None else f"rm.variants.{method}.trainable_layers"
+            faults.append(f"{name} {trained} exceeds {layers} layers: lower it, or leave that size out")
+        if own is None and rm.lora and (rm.lora.top_layers or 0) > layers:
+            faults.append(f"rm.lora.top_layers {rm.lora.top_layers} exceeds {layers} layers")
+    critic = ppo.critic_trainable_layers if ppo.estimator == "gae" and ppo.critic_init == "proxy" else None
+    for layers in dict.fromkeys(p.arm.layers for p in policies if p.arm.layers):
+        if critic and critic > layers:
+            faults.append(
+                f"ppo.critic_trainable_layers {critic} exceeds {layers} layers of the proxy that the critic starts "
+                "from: lower it, set ppo.critic_init=policy, or leave that size out of study.ppo_layers"
+            )
+    return list(dict.fromkeys(faults))
+
+
+def expanded(cfg: Config, arms: list[Arm]) -> Config:
+    """The configuration whose reward models are the arms."""
+    variants = {arm.name: variant(cfg.rm.variants[arm.method], arm) for arm in arms}
+    rm = cfg.rm.model_copy(update={"variants": variants})
+    return Config.model_validate(
+        cfg.model_dump() | {"rm": rm.model_dump(), "ppo": cfg.ppo.model_dump() | {"proxy": arms[0].name}}
+    )
+
+
+def variant(base: RewardVariant, arm: Arm) -> RewardVariant:
+    size = {} if arm.layers is None else {"num_layers": arm.layers}
+    return base.model_copy(update={"pairs": arm.pairs, "label_noise": arm.label_noise, "seed": arm.seed, **size})
+
+
+def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
+    return [
+        f"run.name={cfg.run.name}/policies/{policy.name}", f"ppo.proxy={policy.arm.name}",
+        f"ppo.kl.coef={policy.kl_coef}",
+    ]  # fmt: skip
+
+
+def write_config(cfg: Config, name: str) -> Path:
+    """A configuration as a file in the run's folder: `study.yaml` is the expanded one, which the stages and other
+    machines read, `matrix.yaml` the one that was given, from which `grm study` makes the same plan."""
+    file = cfg.run_dir / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    return file
+
+
+def link(cfg: Config, policies: list[Policy]) -> None:
+    """Each policy's run sees the shared stages as its own; links are relative, so a study can be moved."""
+    for policy in policies:
+        folder = cfg.run_dir / "policies" / policy.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage in SHARED:
+            if not (folder / stage).is_symlink():
+                (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
+
+
+def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> list[str]:
+    """Shell commands: the shared stages, a blank line, one line a policy, a blank line, the analysis."""
+    grm = lambda *words: shlex.join(["grm", *map(str, words)])  # noqa: E731
+    lines = [grm(stage, "--config", file) for stage in SHARED]
+    arms = [
+        " && ".join(grm(stage, "--config", file, *policy_overrides(cfg, policy)) for stage in OWN)
+        for policy in policies
+    ]
+    return [*lines, "", *arms, "", grm("study", "--config", given)]
+
+
+def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:
+    todo = [(stage, cfg, []) for stage in SHARED]
+    for policy in policies:
+        extra = policy_overrides(cfg, policy)
+        todo += [(stage, load([file], extra), extra) for stage in OWN]
+    for stage, settings, extra in todo:
+        if stages.staleness(stage, settings) == []:
+            print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
+            if stage == "preferences":
+                refuse_leaks(settings)
+            continue
+        distributed = stages.STAGES[stage].distributed
+        if distributed and (faults := settings.batch_faults(launch.num_processes(settings))):
+            raise ConfigError("the configuration does not fit this machine:\n  " + "\n  ".join(faults))
+        arguments = [stage, "--config", str(file), *extra]
+        if status := launch.run_stage_process(settings, arguments, distributed=distributed):
+            return status
+        if stage == "preferences":
+            refuse_leaks(settings)
+    from study.report.build import report
+
+    print(report(cfg, arms, policies), file=sys.stderr)
+    return 0
+
+
+def refuse_leaks(cfg: Config) -> None:
+    """ConfigError when a preference pair has a prompt on which the study measures."""
+    evaluated = {
+        r["prompt_id"] for r in read_table(cfg.run_dir / "prompts" / "prompts.parquet") if r["split"] == "eval"
+    }
+    pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet")
+    if shared := sorted({row["prompt_id"] for row in pairs} & evaluated):
+        raise ConfigError(
+            f"the study would train on {len(shared)} of its {len(evaluated)} evaluation prompts (first {shared[0]}): "
+            "leave them out of preferences.sources, or give preferences.decontaminate a file of the evaluation prompts"
+        )
+
+
+def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
+    """What the study does and how much of it, from the configuration and what is done already."""
+    conditions = list(dict.fromkeys(arm.condition for arm in arms))
+    prompts = cfg.bon.prompts or "all evaluation"
+    steps = len(policies) * cfg.ppo.steps
+    lines = [
+        f"study {cfg.run_dir}: {len(conditions)} conditions x {cfg.study.seeds} seeds = {len(arms)} reward models, "
+        f"{len(policies)} policies",
+        f"  rm        {len(arms)} trainings of {cfg.rm.epochs} epoch(s): {', '.join(conditions)}",
+        f"  bon       {cfg.bon.samples} samples on {prompts} prompts, scored by {len(arms)} reward models and gold",
+        f"  ppo       {steps} steps of {cfg.ppo.rollouts} rollouts: {', '.join(p.name for p in policies) or 'none'}",
+        f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints",
+    ]
+    for stage in SHARED:
+        manifest = read_manifest(cfg.run_dir / stage)
+        lines.append(f"  {stage}: " + ("not run" if manifest is None else f"ran, {manifest['seconds']:.0f} s"))
+    ran = []
+    for policy in policies:
+        try:
+            manifest = read_manifest(cfg.run_dir / "policies" / policy.name / "ppo")
+        except ArtefactError:
+            manifest = None
+        ran += [manifest["seconds"]] if manifest else []
+    if ran:
+        left = (len(policies) - len(ran)) * sum(ran) / len(ran)
+        lines.append(f"  policies: {len(ran)} ran, {left / 60:.0f} minutes of PPO left at their speed")
+    return lines

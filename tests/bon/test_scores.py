@@ -1,0 +1,36 @@
+"""Scoring the pools by many reward models: layers they share run once, and change no reward."""
+
+import torch
+
+from bon.run import SharedLayers, score_proxies
+from core.artefacts import read_table
+from core.config import Model
+from core.data.chat import ChatTokenizer
+from core.generation.pool import conversation
+from core.models.layers import load_causal_lm
+from core.training.engine import named_weights
+from rm.model import RewardModel, save_reward_model
+
+
+def test_shared_layers_change_no_reward(policy_path, tmp_path):
+    where = Model(path=str(policy_path))
+    samples = [
+        {"prompt_id": p, "sample_id": k, "prompt": [{"role": "user", "content": p}], "response": f"It is {k} {p}."}
+        for p in ("one", "another question") for k in range(3)
+    ]  # fmt: skip
+    conversations, models = [conversation(s) for s in samples], {}
+    for seed, name in enumerate(("a", "b", "other")):
+        torch.manual_seed(seed)
+        model = RewardModel(load_causal_lm(where, dtype="float32", num_layers=4), "mlp", ChatTokenizer(where), std=2.0)
+        changed = model.lm.base_model.layers[0 if name == "other" else 3]  # "other" shares no layer
+        changed.mlp.up_proj.weight.data += 0.01
+        changed.mlp.up_proj.weight.data[seed] = 0
+        save_reward_model(tmp_path / "rm" / name, model, named_weights(model.lm), model.head.state_dict())
+        models[name] = RewardModel.from_pretrained(tmp_path / "rm" / name)
+    shared = SharedLayers.of(models["a"], models["b"], conversations)
+    assert shared.cache.layers.depth == 3 and shared.fits(models["b"]) and not shared.fits(models["other"])
+    norms = score_proxies(tmp_path / "rm", samples, tmp_path)
+    for name, model in models.items():
+        found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
+        assert torch.equal(torch.tensor(found), model.score(conversations))
+        assert norms[name] == (0.0, 2.0) and len(set(found)) == len(samples)

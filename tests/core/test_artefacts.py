@@ -1,0 +1,61 @@
+"""Publication, freshness and joins."""
+
+import pytest
+
+from core.artefacts import (
+    ArtefactError,
+    Fingerprint,
+    join,
+    manifest_digest,
+    open_partial,
+    publish,
+    read_jsonl,
+    read_manifest,
+    write_table,
+)
+
+
+def make(folder, sections):
+    asked = Fingerprint(sections, {"prompts": "abc"})
+    partial = open_partial(folder, asked)
+    write_table(partial / "t.parquet", [{"a": 1}])
+    publish(partial, folder, "rm", asked, seed=1, seconds=0.0, metrics={})
+    return read_manifest(folder)
+
+
+def test_published_folder_and_differences(tmp_path):
+    manifest = make(tmp_path / "rm", {"rm": {"lr": 1, "head": "mlp"}})
+    assert manifest["outputs"][0]["rows"] == 1 and not (tmp_path / "rm.partial").exists()
+    same = Fingerprint({"rm": {"lr": 1, "head": "mlp"}}, {"prompts": "abc"})
+    assert same.differences(manifest) == []
+    other = Fingerprint({"rm": {"lr": 2, "head": "mlp"}}, {"prompts": "xyz"})
+    assert other.differences(manifest) == ["rm.lr: 1 -> 2", "input prompts changed"]
+
+
+def test_digest_follows_content_not_time(tmp_path):
+    first, second = (manifest_digest(make(tmp_path / "rm", {"rm": 1})) for _ in range(2))
+    assert first == second != manifest_digest(make(tmp_path / "rm", {"rm": 2}))
+
+
+def test_partial_is_kept_only_for_the_same_question(tmp_path):
+    partial = open_partial(tmp_path / "bon", Fingerprint({"n": 1}))
+    (partial / "shard").write_text("x")
+    assert (open_partial(tmp_path / "bon", Fingerprint({"n": 1})) / "shard").exists()
+    assert not (open_partial(tmp_path / "bon", Fingerprint({"n": 2})) / "shard").exists()
+    assert read_manifest(tmp_path / "bon") is None
+
+
+def test_join_is_by_id_and_complete():
+    left = [{"prompt_id": "p", "sample_id": i, "x": i} for i in range(3)]
+    right = [{"prompt_id": "p", "sample_id": i, "score": 10 * i} for i in (2, 0, 1)]
+    assert [row["score"] for row in join(left, right)] == [0, 10, 20]
+    for wrong in (right[:2], [*right, right[0]], [*right, {"prompt_id": "q", "sample_id": 0, "score": 1}]):
+        with pytest.raises(ArtefactError, match="do not join"):
+            join(left, wrong)
+
+
+def test_bad_json_names_file_and_line(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"a": 1}\n{oops\n')
+    with pytest.raises(ArtefactError, match="x.jsonl, line 2"):
+        read_jsonl(file)

@@ -1,0 +1,89 @@
+"""Chat template, prompt ids, splits."""
+
+import json
+
+import pytest
+
+from core.config import Config, Model, Splits
+from core.data.chat import ChatTokenizer, DataError, check_prompt, prompt_id, stream_seed
+from pipelines.prompts import run, split_of
+
+
+@pytest.fixture(scope="module")
+def tokenizer(policy_path):
+    return ChatTokenizer(Model(path=str(policy_path)))
+
+
+CHAT = [{"role": "user", "content": "Hello, how are you?"}]
+
+
+def test_no_double_bos_and_pad_is_not_eos(tokenizer):
+    ids = tokenizer.prompt_ids(CHAT)
+    assert ids.count(tokenizer.hf.bos_token_id) == 3  # one a turn (system, user, assistant): the template's own
+    assert ids[:2] != [tokenizer.hf.bos_token_id] * 2
+    assert tokenizer.pad_id not in tokenizer.stop_ids
+
+
+def test_conversation_is_prompt_then_response(tokenizer):
+    answered = [*CHAT, {"role": "assistant", "content": "Fine, thanks."}]
+    ids = tokenizer.conversation_ids(answered)
+    assert ids == tokenizer.prompt_ids(CHAT) + tokenizer.response_ids("Fine, thanks.")
+    rendered = tokenizer.hf.apply_chat_template(answered, tokenize=False)
+    assert tokenizer.hf.decode(ids) == rendered.rstrip()
+    assert ids[-1] == tokenizer.eot_id
+    with pytest.raises(DataError, match="ends with the assistant"):
+        tokenizer.conversation_ids(CHAT)
+
+
+def test_model_without_chat_template_is_refused(tokenizer, tmp_path):
+    tokenizer.hf.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="no chat template"):
+        ChatTokenizer(Model(path=str(tmp_path)))
+
+
+def test_template_that_rewrites_answers_is_refused(tokenizer, tmp_path):
+    tokenizer.hf.save_pretrained(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "(message['content'] | upper)"))
+    with pytest.raises(DataError, match="renders an answer differently"):
+        ChatTokenizer(Model(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "text", [{"role": "user", "content": "  "}], [{"role": "assistant", "content": "x"}], CHAT + CHAT,
+     [*CHAT, {"role": "assistant", "content": "x"}], [{"role": "user"}]],
+)  # fmt: skip
+def test_bad_prompts(messages):
+    with pytest.raises(DataError):
+        check_prompt(messages)
+
+
+def test_splits_follow_the_hash_and_the_shares():
+    splits = Splits()
+    names = [split_of(f"prompt {i}", splits) for i in range(20_000)]
+    for name, share in splits.model_dump().items():
+        assert abs(names.count(name) / len(names) - share) < 0.01
+    assert split_of("prompt 3", splits) == names[3]
+
+
+def test_seeds_of_named_streams_differ():
+    seeds = {stream_seed(1, "a", 0), stream_seed(1, "a", 1), stream_seed(2, "a", 0), stream_seed(1, "b", 0)}
+    assert len(seeds) == 4 and stream_seed(1, "a", 0) in seeds
+    assert prompt_id(CHAT) != prompt_id([{"role": "system", "content": CHAT[0]["content"]}])
+
+
+def test_prompts_stage_counts_what_it_drops(policy_path, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"What is {i} plus {i + 1}, and why?"} for i in range(50)]
+    rows += [rows[0], {"prompt": "word " * 500}, {"prompt": ""}, {"text": "x"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    cfg = Config.model_validate(
+        {"policy": {"path": str(policy_path)}, "data": {"prompts": file, "max_prompt_tokens": 100}}
+    )
+    metrics = run(cfg, {}, tmp_path)
+    assert sum(metrics["prompts"].values()) == 50
+    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["stands twice"] == 1
+    lines = [json.loads(x)["line"] for x in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert lines == [51, 52, 53, 54]

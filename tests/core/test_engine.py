@@ -1,0 +1,69 @@
+"""DeepSpeed ZeRO-3 for real, on one and two ranks of this machine."""
+
+import json
+
+import pytest
+import torch
+
+from core.config import Engine, Optim
+from core.training.engine import deepspeed_config
+from tests.conftest import run_program
+from tests.programs.zero3 import OPTIM, tiny
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp("zero3") / "out.json"
+        run_program("tests/programs/zero3.py", out, ranks=ranks)
+        found[ranks] = json.loads(out.read_text())
+    return found
+
+
+def test_parameters_are_partitioned(runs):
+    assert runs[2]["world"] == 2
+    assert runs[1]["local"] == runs[1]["total"] == runs[2]["total"]
+    # the odd element of a tensor is padding
+    assert runs[2]["local"] == pytest.approx(runs[2]["total"] / 2, rel=0.01)
+
+
+def test_a_step_of_one_model_leaves_the_other_unchanged(runs):
+    assert [runs[n]["crossed"] for n in (1, 2)] == [0, 0]
+
+
+def test_two_ranks_equal_one(runs):
+    assert runs[2]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4)
+    for name, one in runs[1]["weights"].items():
+        torch.testing.assert_close(torch.tensor(runs[2]["weights"][name]), torch.tensor(one), atol=2e-5, rtol=1e-3)
+
+
+def test_zero3_equals_plain_pytorch(runs):
+    """The same three steps by hand: mean of four micro-batch losses, clipping, AdamW."""
+    data = torch.randint(1, 64, (3, 8, 10), generator=torch.Generator().manual_seed(3))
+    model = tiny(1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        for micro in data[step].split(2):
+            (model(input_ids=micro, labels=micro).loss / 4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
+        optimizer.step()
+    for name, weight in model.named_parameters():
+        found = torch.tensor(runs[1]["weights"][f"actor.{name}"])
+        torch.testing.assert_close(found, weight.detach(), atol=2e-5, rtol=1e-3)
+
+
+def test_overrides_are_merged_over_the_derived_settings():
+    settings = deepspeed_config(
+        Engine(zero_stage=2, overrides={"zero_optimization": {"reduce_bucket_size": 7}}),
+        Optim(max_grad_norm=0.5),
+        micro_batch=3,
+        accumulation=4,
+    )
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7}
+    assert settings["train_micro_batch_size_per_gpu"] == 3
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["gradient_clipping"] == 0.5

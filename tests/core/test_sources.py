@@ -1,0 +1,302 @@
+"""Preference data of others: layouts, malformed rows, splits, decontamination, weights."""
+
+import json
+
+import pytest
+
+from core.artefacts import ArtefactError, write_table
+from core.config import Config
+from core.data.chat import DataError, normalised, prompt_id
+from core.data.sources import SUMMARISE, Malformed, PreferenceSource, read_pairs
+from pipelines.import_pairs import import_pairs, repeated
+
+
+def chat(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+def write(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def pairs_of(path, **options):
+    malformed = Malformed()
+    return list(read_pairs(PreferenceSource(path=path, **options), malformed)), malformed
+
+
+def essentials(pair):
+    return [m["content"] for m in pair["prompt"]], pair["chosen"], pair["rejected"], pair["margin"], pair["tie"]
+
+
+def unified(a=1, b=0, source="x/y", prompt="Hi", first="good", second="bad"):
+    return {
+        "source": source, "conv_A": chat(prompt, first), "conv_B": chat(prompt, second), "conv_A_rating": a,
+        "conv_B_rating": b,
+    }  # fmt: skip
+
+
+def test_unified_takes_the_higher_rating_and_marks_ties(tmp_path):
+    rows = [unified(1, 0), unified(2.5, 3), unified(1, 1), unified(1, 0, source="openai/summarize_from_feedback")]
+    found, malformed = pairs_of(write(tmp_path / "u.jsonl", *rows))
+    assert not malformed.counts
+    assert essentials(found[0]) == (["Hi"], "good", "bad", 1.0, False)
+    assert essentials(found[1]) == (["Hi"], "bad", "good", 0.5, False)
+    assert found[2]["tie"] and [p["row"] for p in found] == [1, 2, 3, 4]
+    assert essentials(found[3])[0] == [SUMMARISE + "Hi"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "good", "rejected": "bad"},
+        {"prompt": chat("Hi"), "chosen": chat("Hi", "good")[1:], "rejected": chat("Hi", "bad")[1:]},
+        {"chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad")},
+        {"prompt": "Hi", "chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"), "messages": chat("Hi", "good")},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: good", "rejected": "\n\nHuman: Hi\n\nAssistant: bad"},
+    ],
+    ids=["texts", "explicit prompt", "implicit prompt", "ultrafeedback", "hh"],
+)
+def test_one_pair_in_every_published_shape(tmp_path, row):
+    (pair,), malformed = pairs_of(write(tmp_path / "set.jsonl", row))
+    assert essentials(pair) == (["Hi"], "good", "bad", None, False) and not malformed.counts
+    table = tmp_path / "set.parquet"
+    write_table(table, [row])
+    assert [essentials(p) for p in pairs_of(table)[0]] == [essentials(pair)]
+
+
+def test_hh_keeps_all_turns(tmp_path):
+    said = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nso?\n\nAssistant: "
+    (pair,), _ = pairs_of(write(tmp_path / "hh.jsonl", {"chosen": said + "good", "rejected": said + "bad"}))
+    assert essentials(pair)[:3] == (["Hi", "Yes?", "Why\n\nso?"], "good", "bad")
+
+
+def test_ratings_make_a_pair_of_each_two_responses(tmp_path):
+    rated = [("Hi", "a", 1), ("Yo", "z", 4), ("Hi", "b", 3), ("Hi", "c", 3)]
+    rows = [{"prompt": p, "response": r, "helpfulness": s} for p, r, s in rated]
+    found, _ = pairs_of(write(tmp_path / "steer.jsonl", *rows))
+    assert [(p["chosen"], p["rejected"], p["margin"]) for p in found] == [("b", "a", 2), ("c", "a", 2), ("b", "c", 0)]
+    assert [p["tie"] for p in found] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nWhy?",
+        "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:",
+    ],
+    ids=["helpsteer2", "hh"],
+)
+def test_prompts_of_several_turns_in_one_text(tmp_path, prompt):
+    (pair,), _ = pairs_of(write(tmp_path / "t.jsonl", {"prompt": prompt, "chosen": "good", "rejected": "bad"}))
+    assert pair["prompt"] == chat("Hi", "Yes?", "Why?")
+
+
+def test_text_that_no_encoding_holds_is_one_bad_row(tmp_path):
+    rows = [unified(prompt="cut \ud83d"), unified(first="cut \ud83d"), unified(a=10**400), unified()]
+    found, malformed = pairs_of(write(tmp_path / "u.jsonl", *rows))
+    assert [p["row"] for p in found] == [4] and malformed.counts["not valid Unicode"] == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = write(tmp_path / "u.jsonl", unified())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(pairs_of(path)[0]) == 1
+
+
+def test_the_split_of_a_folder_is_read_alone(tmp_path):
+    write(tmp_path / "train-0.jsonl", unified(prompt="t"))
+    write(tmp_path / "test-0.jsonl", unified(prompt="held out"))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [essentials(p)[0] for p in pairs_of(tmp_path)[0]] == [["t"]]
+    assert [essentials(p)[0] for p in pairs_of(tmp_path, split="test")[0]] == [["held out"]]
+
+
+def test_scores_of_a_pair_become_its_margin(tmp_path):
+    row = {"prompt": "Hi", "chosen": "good", "rejected": "bad", "score_chosen": 8.0, "score_rejected": 6.5}
+    found, malformed = pairs_of(write(tmp_path / "s.jsonl", row, row | {"score_chosen": 6.0}))
+    assert [p["margin"] for p in found] == [1.5]
+    assert malformed.counts == {"the rating of rejected exceeds that of chosen": 1}
+
+
+def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
+    good = unified()
+    bad = [
+        unified(first="same", second="same"),
+        unified(first=" "),
+        unified(a=float("nan")),
+        unified() | {"conv_B": chat("Other", "bad")},
+        unified() | {"conv_A": [*chat("Hi"), *chat("Hi", "x")], "conv_B": [*chat("Hi"), *chat("Hi", "y")]},
+        {k: v for k, v in unified().items() if k != "conv_B_rating"},
+        ["no object"],
+    ]
+    path = write(tmp_path / "u.jsonl", good, *bad)
+    path.write_bytes(path.read_bytes() + b"\n\xff\xfe\n{broken\n" + json.dumps(unified(prompt="Last")).encode())
+    found, malformed = pairs_of(path)
+    assert [p["row"] for p in found] == [1, 11]
+    assert malformed.counts == {
+        "chosen and rejected are identical": 1,
+        "a response is empty": 1,
+        "a rating is not a finite number": 1,
+        "the two conversations have different prompts": 1,
+        "roles must alternate user, assistant, ... and end with user, not ['user', 'user']": 1,
+        "no column 'conv_B_rating'": 1,
+        "not an object": 1,
+        "not UTF-8": 1,
+        "not JSON": 1,
+    }
+    assert malformed.first["not UTF-8"] == ["u row 9"] and [r["where"] for r in malformed.rows][:2] == [
+        "u row 2",
+        "u row 3",
+    ]
+
+
+def test_unknown_columns_and_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="columns text are of no layout known"):
+        pairs_of(write(tmp_path / "x.jsonl", {"text": "?"}))
+    with pytest.raises(DataError, match="nowhere/at/all: neither"):
+        pairs_of(tmp_path / "nowhere/at/all")
+
+
+def settings(tmp_path, **preferences):
+    prompts = [{"role": "user", "content": "What is asked in the evaluation?"}]
+    write_table(tmp_path / "prompts.parquet", [{"prompt": prompts, "split": "eval"}])
+    return Config(preferences=preferences)
+
+
+def many(n, **changes):
+    return [unified(prompt=f"question {i}", **changes) for i in range(n)]
+
+
+def test_the_stride_counts_pairs_without_ties(tmp_path):
+    rows = [row for i in range(10) for row in (unified(1, 1, prompt=f"tie {i}"), unified(prompt=f"clear {i}"))]
+    path = write(tmp_path / "u.jsonl", *rows)
+    cfg = settings(tmp_path, sources={"u": {"path": path, "stride": 4}})
+    splits, dropped, _ = import_pairs(cfg, tmp_path)
+    kept = sorted(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
+    assert kept == ["clear 0", "clear 4", "clear 8"] and dropped == {"u": {"tie": 10}}
+
+
+def test_a_prompt_is_in_one_split_and_never_in_an_evaluation_set(tmp_path):
+    rows = many(200) + many(200, first="better") + [unified(prompt="what is asked, in the evaluation")]
+    held = write(
+        tmp_path / "held.jsonl",
+        {"input": "Question 7", "targets": {"choices": ["a", "b"], "labels": [1, 0]}},
+    )
+    cfg = settings(tmp_path, sources={"u": {"path": write(tmp_path / "u.jsonl", *rows)}}, decontaminate=[held])
+    splits, dropped, _ = import_pairs(cfg, tmp_path)
+    train, val = ({normalised(r["prompt"]) for r in splits[s]} for s in ("rm_train", "rm_val"))
+    assert not train & val and len(train | val) == 199 and "question7" not in train | val
+    assert dropped["u"] == {"prompt of an evaluation set": 3}
+    asked = cfg.data.splits.rm_val / (cfg.data.splits.rm_val + cfg.data.splits.rm_train)
+    assert len(val) / 199 == pytest.approx(asked, abs=0.08)
+    assert len({r["pair_id"] for rows in splits.values() for r in rows}) == 398
+
+
+def test_conversations_that_go_on_from_one_turn_are_not_divided(tmp_path):
+    rows = []
+    for i in range(60):
+        start = chat(f"question {i}", "an answer", "and then?")
+        rows.append(unified(prompt=f"question {i}"))
+        rows.append({"chosen": [*start, *chat("", "x")[1:]], "rejected": [*start, *chat("", "y")[1:]]})
+    rows.append({"chosen": chat("What is asked in the evaluation?", "a", "b", "c"),
+                 "rejected": chat("What is asked in the evaluation?", "a", "b", "d")})  # fmt: skip
+    single, several = write(tmp_path / "a.jsonl", *rows[0:-1:2]), write(tmp_path / "b.jsonl", *rows[1::2], rows[-1])
+    cfg = settings(tmp_path, sources={"a": {"path": single}, "b": {"path": several}})
+    splits, dropped, _ = import_pairs(cfg, tmp_path)
+    first = {s: {r["prompt"][0]["content"] for r in rows} for s, rows in splits.items()}
+    assert not first["rm_train"] & first["rm_val"] and all(first.values())
+    assert len(splits["rm_train"]) + len(splits["rm_val"]) == 120
+    assert dropped == {"a": {}, "b": {"prompt of an evaluation set": 1}}
+
+
+def test_repeats_and_shares(tmp_path):
+    path = write(tmp_path / "u.jsonl", *many(3), *many(3))
+    _, dropped, _ = import_pairs(settings(tmp_path, sources={"u": {"path": path}}), tmp_path)
+    assert dropped == {"u": {"stands twice": 3}}
+    broken = write(tmp_path / "b.jsonl", *many(9), unified(first=""))
+    with pytest.raises(ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b row 10\)"):
+        import_pairs(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path, tmp_path)
+    assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {
+        "reason": "a response is empty",
+        "where": "b row 10",
+    }
+    allowed = settings(tmp_path, sources={"b": {"path": broken}}, max_rejected_share=0.1)
+    assert len(import_pairs(allowed, tmp_path)[2].rows) == 1
+
+
+def test_weights_repeat_training_pairs():
+    rows = [{"pair_id": prompt_id(chat(f"q {i}")), "weight": 2.5} for i in range(400)]
+    counts = {row["pair_id"]: 0 for row in rows}
+    for row in repeated(rows):
+        counts[row["pair_id"]] += 1
+    assert set(counts.values()) == {2, 3}
+    assert sum(counts.values()) / len(rows) == pytest.approx(2.5, abs=0.1)
+
+
+def test_copies_that_contradict_each_other_are_both_left_out(tmp_path):
+    first = write(tmp_path / "a.jsonl", *many(4))
+    second = write(tmp_path / "b.jsonl", unified(0, 1, prompt="question 2"), unified(prompt="question 3"))
+    sources = {"one": {"path": first}, "two": {"path": second}}
+    splits, dropped, _ = import_pairs(settings(tmp_path, sources=sources), tmp_path)
+    kept = sorted(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
+    assert kept == ["question 0", "question 1", "question 3"]
+    assert dropped == {
+        "one": {"a copy prefers the other response": 1},
+        "two": {"a copy prefers the other response": 1, "stands twice": 1},
+    }
+
+
+def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
+    found, malformed = pairs_of(write(tmp_path / "u.jsonl", {"note": "made by hand"}, *many(3)))
+    assert len(found) == 3 and found[0]["row"] == 2
+    assert malformed.lines() == ["1 x columns of no known layout (u row 1)"]
+
+
+def test_rows_without_a_source_have_that_of_the_configuration(tmp_path):
+    rows = [{"prompt": f"Hi {i}", "chosen": "good", "rejected": "bad"} for i in range(8)]
+    path = write(tmp_path / "file.jsonl", *rows, {**rows[0], "prompt": "Bye", "source": "its own"})
+    splits, _, _ = import_pairs(settings(tmp_path, sources={"mine": {"path": path}}), tmp_path)
+    assert {r["source"] for rows in splits.values() for r in rows} == {"mine", "its own"}
+
+
+def test_the_share_of_bad_ratings_is_of_rows_not_of_pairs(tmp_path):
+    """Ten responses to one prompt are 45 pairs; one bad row of eleven is a share of 1 / 11."""
+    rows = [{"prompt": "Hi", "response": f"r{i}", "rating": i} for i in range(10)]
+    path = write(tmp_path / "r.jsonl", *rows, {"prompt": "Hi", "response": "", "rating": 3})
+    with pytest.raises(ArtefactError, match="r: 1 of 11 rows are malformed"):
+        import_pairs(settings(tmp_path, sources={"r": {"path": path}}, max_rejected_share=0.05), tmp_path)
+
+
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        if options["split"] != "train":
+            raise ValueError("Unknown split")
+        return datasets.Dataset.from_list(many(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found, _ = pairs_of("llm-blender/Unified-Feedback", subset="all", revision="abc")
+    assert [p["row"] for p in found] == [1, 2, 3] and found[0]["source"] == "x/y"
+    assert asked == [(("llm-blender/Unified-Feedback", "all"), {"split": "train", "revision": "abc"})]
+    with pytest.raises(DataError, match="the hub gives no split 'test' of it: Unknown split"):
+        pairs_of("llm-blender/Unified-Feedback", split="test")
+
+
+@pytest.mark.parametrize(
+    ("row", "margin"),
+    [
+        ({"chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"), "prompt": "Hi", "chosen_score": 4.0,
+          "rejected_score": 1.5}, 2.5),  # preference_700K
+        ({"chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"), "source": "magpie"}, None),  # Skywork-80K
+        ({"prompt": "Hi", "prompt_id": "1", "chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"),
+          "messages": chat("Hi", "good"), "score_chosen": 8.0, "score_rejected": 8.0}, 0.0),  # UltraFeedback, a tie
+    ],
+)  # fmt: skip
+def test_rows_as_they_are_published(tmp_path, row, margin):
+    (found,), malformed = pairs_of(write(tmp_path / "p.jsonl", row))
+    assert essentials(found) == (["Hi"], "good", "bad", margin, margin == 0.0) and not malformed.counts

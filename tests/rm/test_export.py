@@ -1,0 +1,185 @@
+"""Exported reward models score as they did before, loaded by transformers alone, in float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+
+from core.artefacts import ArtefactError
+from core.config import Model
+from core.data.chat import ChatTokenizer
+from core.training.engine import named_weights
+from pipelines.__main__ import main
+from rm.model import RewardModel, save_reward_model
+from rm.tools.export import export
+from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder, chats = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+load = lambda dtype: AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+model = load(torch.float32).eval()
+texts = [tokenizer.apply_chat_template(chat, tokenize=False).rstrip() for chat in chats]
+found = {}
+with torch.no_grad():
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        found[side] = model(**inputs).logits.tolist()
+        found[side + " without mask"] = model(inputs["input_ids"]).logits.tolist()
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+rows = classify(texts, batch_size=3, function_to_apply="none", padding=True, add_special_tokens=False)
+found["pipeline"] = [[row["score"]] for row in rows]
+half = load(torch.bfloat16)
+types = {str(p.dtype) for n, p in half.named_parameters() if "v_head" in n}, str(half.model.dtype)
+assert types == ({"torch.float32"}, "torch.bfloat16"), types
+assert half(**inputs).logits.dtype == torch.float32
+ours = [name for name in sys.modules if name.split(".")[0] in ("rm", "pipelines", "bon", "ppo")]
+assert not ours, ours
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(policy_path):
+    return AutoTokenizer.from_pretrained(policy_path)
+
+
+def own(policy_path: Path, head: str, **settings) -> RewardModel:
+    torch.manual_seed(4)
+    chat = ChatTokenizer(Model(path=str(policy_path)))
+    lm = LlamaForCausalLM(tiny_config(chat.hf, **settings))
+    lm.set_attn_implementation("eager")  # as `read` does, so that rewards can be equal to the bit
+    return RewardModel(lm, head, chat, mean=0.25, std=2.0).eval()
+
+
+def saved(model: RewardModel, folder: Path) -> Path:
+    save_reward_model(folder, model, named_weights(model.lm), model.head.state_dict(), variant={"alpha": 0.01})
+    return folder
+
+
+def command(*arguments: object) -> int:
+    return main(["rm-export", *map(str, arguments), "--dtype", "float32"])
+
+
+@torch.no_grad()
+def logits(model, tokenizer, policy_path, side: str) -> torch.Tensor:
+    ids, mask = batch(tokenizer, policy_path)
+    if side == "left":
+        ids = torch.stack([row.roll(len(row) - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
+        mask = mask.flip(1)
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, policy_path, tmp_path):
+    model = own(policy_path, "linear", tie_word_embeddings=tied)
+    assert command(saved(model, tmp_path / "rm"), tmp_path / "out") == 0
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs).__name__ == theirs.config.architectures[0] == "LlamaForSequenceClassification"
+    config = theirs.config
+    assert (config.num_labels, config.reward_mean, config.reward_std) == (1, 0.25, 2.0)
+    assert config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
+    assert config.pad_token_id not in model.tokenizer.stop_ids
+    for side in ("right", "left"):
+        found = logits(theirs.eval(), tokenizer, policy_path, side)
+        torch.testing.assert_close(found.squeeze(-1), model.score(CHATS), **CLOSE)
+    back = read(tmp_path / "out")
+    assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
+
+
+@pytest.mark.parametrize("head", ["mlp", "mlp:48x2", "linear", "linear_bias"])
+def test_a_stranger_loads_any_head_with_its_own_modelling_file(head, policy_path, tmp_path):
+    model = own(policy_path, head)
+    form = "remote_code" if head == "linear" else "auto"
+    assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", form) == 0
+    back = read(tmp_path / "out")
+    assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
+    if head in ("mlp:48x2", "linear"):
+        return  # a process takes seconds
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, tmp_path / "out", json.dumps(CHATS)],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"right", "left", "right without mask", "left without mask", "pipeline"}
+    for how, values in found.items():
+        torch.testing.assert_close(
+            torch.tensor(values), model.score(CHATS)[:, None], **CLOSE, msg=lambda text, how=how: f"{how}: {text}"
+        )
+
+
+def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, policy_path, tmp_path):
+    folder, expected = write_lora(tokenizer, policy_path, tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    for form in ("merged", "remote_code"):
+        assert command(folder, tmp_path / form, "--form", form, "--base", tmp_path / "moved") == 0
+        torch.testing.assert_close(read(tmp_path / form).score(CHATS), expected, **CLOSE)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_merged_is_our_own_layout(policy_path, tmp_path):
+    model = own(policy_path, "mlp")
+    assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", "merged") == 0
+    assert torch.equal(read(tmp_path / "out").score(CHATS), model.score(CHATS))
+    about = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    assert about == json.loads((tmp_path / "rm" / "reward_model.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["classifier", "remote_code"])
+def test_rotary_settings_are_under_old_names_too(form, policy_path, tmp_path):
+    """transformers 4 knows no `rope_parameters`: it would score with another rotary base."""
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}
+    model = own(policy_path, "linear", rope_parameters=rope)
+    export(model, tmp_path / "out", form)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (5e4, "float32")
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert read(tmp_path / "out").lm.config.rope_parameters == rope
+    assert torch.equal(read(tmp_path / "out").score(CHATS), model.score(CHATS))
+
+
+def test_types_of_the_weights(policy_path, tmp_path):
+    model = own(policy_path, "linear")
+    model.lm.to(torch.bfloat16)
+    for form, head in (("classifier", "score.weight"), ("remote_code", "v_head.summary.weight")):
+        export(model, tmp_path / form, form)
+        weights = load_file(tmp_path / form / "model.safetensors")
+        other = {t.dtype for key, t in weights.items() if not key.startswith(("score.", "v_head."))}
+        assert other == {torch.bfloat16}
+        assert weights[head].dtype == (torch.bfloat16 if form == "classifier" else torch.float32)
+
+
+def test_what_cannot_be_exported_is_refused(tokenizer, policy_path, tmp_path, capsys):
+    model = own(policy_path, "mlp")
+    source = saved(model, tmp_path / "rm")
+    assert command(source, tmp_path / "out", "--form", "classifier") == 2
+    assert "use --form remote_code" in capsys.readouterr().err
+    assert command(source, source) == 2
+    assert "exists: give a new folder" in capsys.readouterr().err
+    assert command(tmp_path / "nothing", tmp_path / "out") == 2
+    assert "run `grm rm` first" in capsys.readouterr().err
+    write_full(tmp_path / "full", tokenizer)
+    assert command(tmp_path / "full", tmp_path / "out", "--form", "merged") == 2
+    assert "no LM head" in capsys.readouterr().err
+    model.head_kind = "of_another_kind"
+    with pytest.raises(ArtefactError, match="of_another_kind head has no form"):
+        export(model, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]

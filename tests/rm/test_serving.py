@@ -1,0 +1,257 @@
+"""Rewards over HTTP from a real server are those of the process, for conversations and for OpenRLHF's strings."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import uvicorn
+
+from core.artefacts import ArtefactError
+from core.data.chat import DataError
+from ppo.proxy import RemoteProxy
+from rm.combine import minimum
+from rm.model import RewardModel
+from rm.serving.client import RemoteError, RemoteRewardModel
+from rm.serving.rows import BadRequest, RowReader
+from rm.serving.scoring_queue import ScoringQueue
+from rm.serving.server import Ensemble, make_app
+from tests.builders.checkpoints import CHATS, CLOSE
+from tests.rm.test_export import own
+from tests.rm.test_merge import near
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Say hello."},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "And goodbye?"},
+    {"role": "assistant", "content": " Goodbye.\n"},
+]
+MANY = [*CHATS, TURNS, [*CHATS[0][:1], {"role": "assistant", "content": "A pear."}], CHATS[0]]
+
+
+@contextmanager
+def serving(ensemble: Ensemble, **options) -> Iterator[str]:
+    """The address of a server that runs inside the block."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(make_app(ensemble, **options), log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def post(url: str, body: object) -> tuple[int, dict]:
+    """Status and answer; a `str` is sent as it is."""
+    data = (body if isinstance(body, str) else json.dumps(body)).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def model(policy_path) -> RewardModel:
+    return own(policy_path, "mlp")
+
+
+@pytest.fixture(scope="module")
+def url(model) -> Iterator[str]:
+    with serving(Ensemble(["runs/a/rm/grm"], [model], batch_tokens=256), max_tokens=300) as address:
+        yield address
+
+
+def test_the_client_scores_as_the_model_does(model, url):
+    remote = RemoteRewardModel(url + "/", tokenizer=model.tokenizer.fingerprint)
+    found = remote.score(MANY)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model.score(MANY), **CLOSE)
+    assert torch.equal(remote.score(MANY), found) and found[0] == found[-1]
+    assert torch.equal(remote.score(CHATS[:1]), model.score(CHATS[:1]))
+    assert remote.score([]).shape == (0,)
+    assert (remote.mean, remote.std) == (0.25, 2.0) and float(remote.normalise(torch.tensor(2.25))) == 1.0
+
+
+def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(model, url):
+    proxy = RemoteProxy(url, model)
+    rewards = proxy.score(MANY)
+    torch.testing.assert_close(rewards, model.score(MANY), **CLOSE)
+    assert (proxy.mean, proxy.std) == (0.25, 2.0)
+    other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=1.5)
+    with pytest.raises(ArtefactError, match=r"mean and std \(0.25, 2.0\); those of ppo.proxy are \(0.25, 1.5\)"):
+        RemoteProxy(url, other)
+
+
+def test_long_lists_go_in_parts(model, url, monkeypatch):
+    monkeypatch.setattr("rm.serving.client.CHUNK", 2)
+    remote = RemoteRewardModel(url)
+    torch.testing.assert_close(remote.score(MANY), model.score(MANY), **CLOSE)
+    with pytest.raises(DataError, match=r"conversations\[1\].*from number 2"):
+        remote.score([*CHATS[:3], [{"role": "user", "content": "Hm?"}]])
+
+
+def test_requests_at_once_get_their_own_rewards(model, url):
+    remote, expected = RemoteRewardModel(url), model.score(MANY)
+    asked = [[i % len(MANY), (i * i + 1) % len(MANY)][: 1 + i % 2] for i in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda rows: remote.score([MANY[r] for r in rows]), asked))
+    for rows, found in zip(asked, answers, strict=True):
+        torch.testing.assert_close(found, expected[rows], **CLOSE)
+
+
+def rendered(model: RewardModel, end: str) -> tuple[list[str], list[str]]:
+    """Prompts and queries as strings of the chat template, as OpenRLHF sends them."""
+    template = model.tokenizer.hf.apply_chat_template
+    prompts = [template(c[:-1], tokenize=False, add_generation_prompt=True) for c in MANY]
+    return prompts, [p + c[-1]["content"] + end for p, c in zip(prompts, MANY, strict=True)]
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|><|endoftext|><|endoftext|>"])
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_openrlhf_gets_the_rewards_of_the_conversations(model, url, end, with_prompts):
+    prompts, queries = rendered(model, end)
+    queries[1] = "<|endoftext|>" * 3 + queries[1]
+    body = {"query": queries, "prompts": prompts if with_prompts else None, "labels": [None] * len(queries)}
+    status, found = post(f"{url}/get_reward", body)
+    assert status == 200 and found.keys() == {"rewards", "scores", "extra_logs"}
+    assert found["scores"] == found["rewards"] and found["extra_logs"] == {}
+    torch.testing.assert_close(torch.tensor(found["rewards"]), model.score(MANY), **CLOSE)
+
+
+def test_one_bos_where_the_template_writes_one(model):
+    reader, bos = RowReader(model.tokenizer), model.tokenizer.hf.bos_token
+    _, queries = rendered(model, "<|im_end|>")
+    assert queries[0].startswith(bos)
+    expected = tuple(model.tokenizer.conversation_ids(MANY[0]))
+    for query in (queries[0], bos + queries[0], queries[0].removeprefix(bos)):
+        assert reader.queries({"query": [query]}) == [((), expected)]
+    reader._starts_with_bos = False
+    assert reader.queries({"query": [queries[0]]}) == [((), expected)]
+
+
+BAD = [
+    ("score", "{", "not JSON"),
+    ("score", [], "list 'conversations'"),
+    ("score", {"conversations": "text"}, "list 'conversations'"),
+    ("score", {"conversations": [CHATS[0], []]}, "conversations[1]"),
+    ("score", {"conversations": [CHATS[0], CHATS[0][:1]]}, "conversations[1]"),
+    ("score", {"conversations": [CHATS[0], "text"]}, "conversations[1]"),
+    ("score", {"conversations": [[*CHATS[0][:1], {"role": "assistant", "content": None}]]}, "needs a text"),
+    ("score", {"conversations": [[CHATS[0][1], CHATS[0][1]]]}, "roles must alternate"),
+    ("score", {"conversations": [[*CHATS[0][:1], {"role": "user", "content": "x"}]]}, "ends with the assistant"),
+    ("score", {"conversations": [[*CHATS[0][:1], {"role": "assistant", "content": "no " * 400}]]}, "takes 300"),
+    ("get_reward", {"queries": []}, "list 'query'"),
+    ("get_reward", {"query": ["Hello", 3]}, "query[1]"),
+    ("get_reward", {"query": ["Hello", " "]}, "query[1]"),
+    ("get_reward", {"query": ["Hello"], "prompts": ["a", "b"]}, "prompts must be a list as long"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "message"), BAD)
+def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message):
+    status, found = post(f"{url}/{path}", body)
+    assert status == 400 and message in found["error"]
+
+
+def test_a_fault_of_the_server_is_no_reward(policy_path):
+    broken = own(policy_path, "mlp")
+    torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))
+    with serving(Ensemble(["broken"], [broken])) as address:
+        status, found = post(f"{address}/score", {"conversations": CHATS})
+        assert status == 500 and "not finite" in found["error"]
+        with pytest.raises(RemoteError, match="HTTP 500.*not finite"):
+            RemoteRewardModel(address, retries=0).score(CHATS)
+
+
+def test_an_ensemble_standardises_and_combines(model):
+    other = near(model, 7, size=0.05)
+    other.mean, other.std = -1.0, 0.5
+    with serving(Ensemble(["a", "b"], [model, other], combine="min")) as address:
+        status, found = post(f"{address}/score", {"conversations": MANY})
+        remote = RemoteRewardModel(address)
+        about, rewards = remote.about, remote.score(MANY)
+    members = torch.stack([(model.score(MANY) - 0.25) / 2.0, (other.score(MANY) + 1.0) / 0.5])
+    assert status == 200
+    torch.testing.assert_close(torch.tensor(found["members"]), members, **CLOSE)
+    torch.testing.assert_close(rewards, minimum(members), **CLOSE)
+    assert (about["combine"], about["mean"], about["std"]) == ("min", None, None)
+    assert [(m["mean"], m["std"]) for m in about["models"]] == [(0.25, 2.0), (-1.0, 0.5)]
+    with pytest.raises(DataError, match="no mean and std"):
+        remote.normalise(rewards)
+
+
+def test_ensembles_that_have_no_scale_or_tokenizer_in_common_are_refused(model):
+    fresh = near(model, 8)
+    fresh.mean, fresh.std = 0.0, 1.0
+    with pytest.raises(ArtefactError, match="--calibrate"):
+        Ensemble(["a", "fresh"], [model, fresh])
+    assert Ensemble(["fresh"], [fresh]).about()["mean"] == 0.0
+    fresh.tokenizer = type("Tokenizer", (), {"fingerprint": "another"})()
+    with pytest.raises(ArtefactError, match="another tokenizer"):
+        Ensemble(["a", "fresh"], [model, fresh])
+    with pytest.raises(DataError, match="no combiner"):
+        Ensemble(["a"], [model], combine="max")
+
+
+def test_a_normalised_model(model):
+    with serving(Ensemble(["a"], [model], normalise=True)) as address:
+        remote = RemoteRewardModel(address)
+        torch.testing.assert_close(remote.score(CHATS), model.normalise(model.score(CHATS)), **CLOSE)
+        assert (remote.mean, remote.std) == (0.0, 1.0)
+
+
+def test_the_queue_scores_together_what_waits_and_keeps_faults_apart():
+    entered, go, calls = threading.Event(), threading.Event(), []
+
+    def score(rows):
+        calls.append(len(rows))
+        entered.set()
+        assert go.wait(30)
+        if ((), (13,)) in rows:
+            raise DataError("unlucky")
+        return torch.tensor([[float(sum(response)) for _, response in rows]])
+
+    queue = ScoringQueue(score, batch_tokens=1)  # so that 8 tokens go in one call
+    first = queue.submit([((), (1,))])
+    assert entered.wait(30)
+    waiting = [queue.submit([((), (n,)), ((), (n, n))]) for n in (2, 13, 3, 4)]
+    go.set()
+    queue.close()
+    assert first.result().tolist() == [[1.0]]
+    assert [f.result().tolist() for f in (waiting[0], *waiting[2:])] == [[[2.0, 4.0]], [[3.0, 6.0]], [[4.0, 8.0]]]
+    with pytest.raises(DataError, match="unlucky"):
+        waiting[1].result()
+    assert calls == [1, 6, 2, 2, 2, 2]  # three requests are 9 tokens; they fail and go alone; then the last
+    with pytest.raises(RuntimeError, match="closed"):
+        queue.submit([])
+
+
+def test_the_client_wants_the_tokenizer_it_was_told(url):
+    with pytest.raises(ArtefactError, match="not 0123"):
+        RemoteRewardModel(url, tokenizer="0123")
+
+
+def test_the_reader_is_safe_between_threads(model):
+    reader, body = RowReader(model.tokenizer), {"conversations": MANY}
+    expected = reader.conversations(body)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(rows == expected for rows in pool.map(lambda _: reader.conversations(body), range(64)))
+    with pytest.raises(BadRequest, match="conversations"):
+        reader.conversations(None)

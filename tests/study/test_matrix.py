@@ -1,0 +1,222 @@
+"""The plan of a study: its matrix, its commands, and the data of each arm."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.artefacts import read_table, write_json, write_table
+from core.config import RewardVariant
+from core.config.load import ConfigError, load
+from core.data.chat import DataError
+from rm.train import arm_rows, num_layers
+from study import reward_models as study_models
+from study import run as study
+from study.analysis.bootstrap import crossed_draws, student_quantile
+from study.report.build import baselines
+from study.results import design
+
+ASKED = [
+    "study.methods=[bt, grm]", "study.seeds=3", "study.pairs=[100, 200]", "study.label_noise=[0, 0.25]",
+    "study.ppo_methods=[grm]", "study.kl_coefs=[0.0, 0.1]",
+]  # fmt: skip
+
+
+def planned(tmp_path, *more):
+    cfg = load([], [f"run.dir={tmp_path}", "run.name=s", *ASKED, *more])
+    arms, policies = study.plan(cfg)
+    return study.expanded(cfg, arms), arms, policies
+
+
+def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
+    cfg, arms, policies = planned(tmp_path)
+    assert len(arms) == len(cfg.rm.variants) == 2 * 2 * 2 * 3
+    assert len(policies) == 2 * 2 * 1 * 2 and {p.arm.method for p in policies} == {"grm"}
+    group = [cfg.rm.variants[f"grm-200pairs-noise0.25-seed{s}"] for s in range(3)]
+    assert [v.seed for v in group] == [0, 1, 2] and {v.pairs for v in group} == {200}
+    assert len({v.model_copy(update={"seed": 0}).model_dump_json() for v in group}) == 1
+    assert group[0].text_regulariser == "sft" and cfg.rm.variants["bt-100pairs-seed0"].label_noise == 0
+
+
+def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
+    cfg, _, policies = planned(tmp_path)
+    file = study.write_config(cfg, "study.yaml")
+    assert load([file]) == cfg
+    study.link(cfg, policies)
+    study.link(cfg, policies)  # again, as a resumed study does
+    (tmp_path / "s" / "rm").mkdir()
+    (tmp_path / "s" / "rm" / "manifest.json").write_text("{}")
+    for policy in policies:
+        own = load([file], study.policy_overrides(cfg, policy))
+        assert own.ppo.proxy == policy.arm.name and own.ppo.kl.coef == policy.kl_coef
+        assert (own.run_dir / "rm" / "manifest.json").is_file()
+    assert len({load([file], study.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
+
+
+def test_commands_of_a_scheduler(tmp_path):
+    cfg, _, policies = planned(tmp_path)
+    shared, arms, last = "\n".join(study.commands(Path("s.yaml"), policies, cfg, Path("m.yaml"))).split("\n\n")
+    assert shared.splitlines() == [f"grm {s} --config s.yaml" for s in ("prompts", "preferences", "rm", "bon")]
+    assert len(arms.splitlines()) == len(policies) and last == "grm study --config m.yaml"
+    assert re.fullmatch(r"grm ppo --config s.yaml run.name=\S+ .* && grm eval --config .*", arms.splitlines()[0])
+
+
+def test_the_last_command_makes_the_plan_of_the_first(tmp_path, capsys):
+    """It reads the matrix as it was given: the expanded file has arms where the matrix has methods."""
+    asked = ["--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]
+    assert study.main(["--commands", *asked]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert last[:3] == ["grm", "study", "--config"]
+    assert study.main(["--dry-run", "--config", last[3]]) == 0
+    assert "24 reward models, 8 policies" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts(tmp_path, capsys):
+    assert study.main(["--dry-run", "--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]) == 0
+    said = capsys.readouterr().out
+    assert "8 conditions x 3 seeds = 24 reward models, 8 policies" in said and not list(tmp_path.iterdir())
+
+
+def test_sizes_are_an_axis_of_the_matrix(tmp_path):
+    """Each size is a reward model of so many layers; policies can be trained against some of them alone."""
+    cfg, arms, policies = planned(tmp_path, "study.layers=[6, 12]", "study.ppo_layers=[12]")
+    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.layers for p in policies} == {12}
+    variants = cfg.rm.variants
+    assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
+    assert num_layers(cfg, variants["bt-100pairs-12layers-seed0"]) == 12
+    assert {p.name for p in policies} >= {"grm-200pairs-12layers-noise0.25-seed0-kl0.1"}
+    for arm in arms:
+        found = design(arm.condition)
+        assert (found["method"], found["pairs"], found["layers"]) == (arm.method, arm.pairs, arm.layers)
+        assert found["label_noise"] == arm.label_noise
+    assert design("grm-all") == {"method": "grm-all", "pairs": None, "layers": None, "label_noise": 0.0}
+    own, _, _ = planned(tmp_path, "rm.num_layers=9", "rm.variants={bt: {num_layers: 5}, grm: {}}")
+    assert [num_layers(own, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
+
+
+def test_arms_are_compared_with_the_first_method_of_their_size(tmp_path):
+    _, arms, _ = planned(tmp_path, "study.layers=[6, 12]")
+    found = baselines(arms)
+    assert found["grm-100pairs-6layers-noise0.25"] == "bt-100pairs-6layers-noise0.25"
+    assert found["bt-200pairs-12layers"] == "bt-200pairs-12layers"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["study.layers=[6, 6]"], "layers .6, 6. has an entry twice"),
+        (["study.layers=[6]", "study.ppo_layers=[12]"], r"ppo_layers \[12\] are none of study.layers \[6\]"),
+        (["study.layers=[6, 12]", "rm.trainable_layers=8"], "rm.trainable_layers 8 exceeds 6 layers"),
+        (["study.layers=[6]", "rm.variants={bt: {}, grm: {trainable_layers: 7}}"],
+         "rm.variants.grm.trainable_layers 7 exceeds 6 layers"),
+        (["study.layers=[6]", "rm.lora={top_layers: 8}"], "rm.lora.top_layers 8 exceeds 6 layers"),
+        (["study.layers=[4, 12]", "ppo.critic_trainable_layers=8"],
+         "ppo.critic_trainable_layers 8 exceeds 4 layers of the proxy that the critic starts from"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_told_before_anything_runs(tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, *more)
+
+
+def test_a_critic_of_the_policy_and_sizes_without_policies_do_fit(tmp_path):
+    planned(tmp_path, "study.layers=[4, 12]", "ppo.critic_trainable_layers=8", "ppo.critic_init=policy")
+    planned(tmp_path, "study.layers=[4, 12]", "ppo.critic_trainable_layers=8", "study.ppo_layers=[12]")
+
+
+def test_more_layers_than_the_base_has_are_told_before_anything_runs(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"num_hidden_layers": 10}')
+    with pytest.raises(ConfigError, match="12 layers exceed the 10 of"):
+        planned(tmp_path, "study.layers=[6, 12]", f"rm.base.path={tmp_path / 'base'}")
+
+
+def test_methods_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no rm.variants other; there are grm, bt"):
+        planned(tmp_path, "study.methods=[bt, other]")
+    with pytest.raises(ConfigError, match="ppo_methods grm are none of study.methods bt"):
+        planned(tmp_path, "study.methods=[bt]")
+
+
+def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):
+    cfg, _, _ = planned(tmp_path)
+    for stage in ("prompts", "preferences"):
+        (cfg.run_dir / stage).mkdir(parents=True)
+    splits = {"a": "rm_train", "b": "eval", "c": "eval"}
+    write_table(cfg.run_dir / "prompts" / "prompts.parquet", [{"prompt_id": i, "split": s} for i, s in splits.items()])
+    pairs = cfg.run_dir / "preferences" / "pairs.parquet"
+    write_table(pairs, [{"prompt_id": "a"}])
+    study.refuse_leaks(cfg)
+    write_table(pairs, [{"prompt_id": "a"}, {"prompt_id": "c"}])
+    with pytest.raises(ConfigError, match="train on 1 of its 2 evaluation prompts .first c.: leave them out"):
+        study.refuse_leaks(cfg)
+
+
+@pytest.mark.parametrize("axis", ["ensembles", "sweep"])
+def test_combiners_that_are_not_known_are_told_before_anything_runs(tmp_path, axis):
+    with pytest.raises(DataError, match="no combiner 'mode'"):
+        planned(tmp_path, f"study.{axis}=[mean, mode]")
+
+
+def test_the_second_gold_is_scored_once_for_one_pool(tmp_path, monkeypatch):
+    cfg, _, _ = planned(tmp_path, "study.second_gold={kind: hub, path: some/gold}")
+    samples = [{"prompt_id": "a", "sample_id": k, "prompt": [], "response": f"r{k}"} for k in range(3)]
+    scored = []
+    monkeypatch.setattr("rm.gold.load_gold", lambda gold: gold.path)
+    monkeypatch.setattr("rm.gold.score_samples", lambda gold, rows: scored.append(gold) or np.arange(len(rows)))
+
+    (cfg.run_dir / "bon").mkdir(parents=True)
+
+    def pools(sha):
+        write_table(cfg.run_dir / "bon" / "samples.parquet", samples)
+        outputs = [{"path": "samples.parquet", "sha256": sha}]
+        write_json(cfg.run_dir / "bon" / "manifest.json", {"format": 1, "stage": "bon", "outputs": outputs})
+        study_models.score_second_gold(cfg)
+
+    pools("first")
+    pools("first")
+    assert scored == ["some/gold"]
+    pools("other")
+    assert len(scored) == 2 and [r["score"] for r in read_table(cfg.run_dir / "study" / "gold2.parquet")] == [0, 1, 2]
+    study_models.score_second_gold(planned(tmp_path)[0])  # no second gold any more: its scores are of no run now
+    assert not (cfg.run_dir / "study" / "gold2.parquet").exists()
+
+
+def test_arms_of_one_size_share_their_wrong_labels():
+    rows = [
+        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "pair_id": str(i),
+         "weight": 1.0, "gold_chosen": 1.0, "gold_rejected": 0.0} for i in range(200)
+    ]  # fmt: skip
+    arms = [RewardVariant(pairs=100, label_noise=0.25, seed=s) for s in (0, 1)]
+    first, second = (arm_rows(rows, arm, 1) for arm in arms)
+    assert first == second and len(first) == 100
+    changed = np.array([a["chosen"] != b["chosen"] for a, b in zip(first, rows, strict=False)])
+    assert changed.sum() == 25
+    assert all(a["flipped"] == (b["flipped"] != c) for a, b, c in zip(first, rows, changed, strict=False))
+    assert arm_rows(rows, RewardVariant(), 1) == rows
+    with pytest.raises(Exception, match="asks for 300 training pairs; there are 200"):
+        arm_rows(rows, RewardVariant(pairs=300), 1)
+
+
+def test_the_crossed_bootstrap_covers_seeds_and_prompts():
+    """Its spread is that of a mean over both: sqrt(var_seed / S + var_prompt / P) where effects add up."""
+    rng = np.random.default_rng(0)
+    seeds, prompts = rng.normal(size=(8, 1, 1)), 3 * rng.normal(size=(1, 90, 1))
+    draws = crossed_draws(seeds + prompts, 4000, 1)
+    lo, hi = np.quantile(draws, [0.025, 0.975], axis=0)
+    parts = seeds.var(ddof=1) / 8, prompts.var(ddof=1) / 90
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 7 + parts[1] ** 2 / 89)
+    expected = student_quantile(0.975, freedom) * np.sqrt(sum(parts))
+    assert draws.mean() == pytest.approx(seeds.mean() + prompts.mean(), abs=0.05)
+    assert (hi - lo)[0] / 2 == pytest.approx(expected, rel=0.08)
+    low, high = np.quantile(crossed_draws(seeds[:1] + prompts, 4000, 1), [0.025, 0.975], axis=0)
+    assert (high - low)[0] / 2 == pytest.approx(1.96 * prompts.std() / np.sqrt(90), rel=0.08)
+
+
+def test_copies_of_a_weighted_pair_keep_one_label():
+    rows = [{"pair_id": str(i), "chosen": "a", "rejected": "b", "flipped": False, "gold_chosen": None,
+             "gold_rejected": None, "weight": 2.0} for i in range(100)]  # fmt: skip
+    found = arm_rows(rows, RewardVariant(pairs=50, label_noise=0.2), 1)
+    assert len(found) == 100 and len({r["pair_id"] for r in found}) == 50
+    assert len({(r["pair_id"], r["flipped"]) for r in found}) == 50 and sum(r["flipped"] for r in found) == 20

@@ -1,0 +1,214 @@
+"""The report of a study on planted pools: tables, figures, and the page in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bon.pools import Pools
+from study import checks as check
+from study import results as study_results
+from study.analysis.conditions import Plan
+from study.report import page as study_page
+from study.results import Series, by_seed, results
+from tests.study.test_conditions import series
+
+EVIL = "</script><script>document.title='hacked'</script>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pools(P=40, N=32):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(P, N))
+    names = [f"{m}-seed{s}" for m in ("bt", "grm") for s in range(3)]
+    return Pools(
+        tuple(f"p{i:03d}" for i in range(P)),
+        z - 0.8 * np.maximum(z - 1, 0) ** 2 + 0.3 * rng.normal(size=(P, N)),
+        {n: z + 0.4 * rng.normal(size=(P, N)) for n in names},
+        length=rng.integers(5, 50, size=(P, N)).astype(float),
+        logp=-rng.uniform(5, 40, size=(P, N)),
+        prompts=tuple(f"question {i} {EVIL}" for i in range(P)),
+        responses=tuple(
+            tuple(f"answer {i}.{k} {'needle' if i == 7 else ''}{EVIL}" for k in range(N)) for i in range(P)
+        ),
+    )
+
+
+PLAN = Plan(np.arange(1, 33), draws=200, ensembles=("mean",), temperatures=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def study():
+    table = pools()
+    runs = {"bt-seed0-kl0": Series(series(bend=0.45, P=40), "bt-seed0")}
+    conditions = by_seed(list(table.proxies))
+    assert list(conditions) == ["bt", "grm"] and conditions["bt"] == ["bt-seed0", "bt-seed1", "bt-seed2"]
+    return results(table, conditions, runs, PLAN, {"bt": "bt", "grm": "bt"}, rules=("mean", "min", "uwo:0.5"))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """A study of 8 conditions, more than there are colours: sizes of data and model, two KL coefficients, two golds."""
+    rng, P, N = np.random.default_rng(0), 24, 32
+    z = rng.normal(size=(P, N))
+    gold = z - 0.5 * np.maximum(z - 1, 0) ** 2
+    proxies = {
+        f"{m}-{p}pairs-{n}layers-seed{s}": z + (6 / n) * (300 / p) ** 0.5 * rng.normal(size=(P, N))
+        for m in ("bt", "grm") for p in (100, 300) for n in (6, 12) for s in range(2)
+    }  # fmt: skip
+    table = Pools(
+        tuple(f"p{i:03d}" for i in range(P)), gold, proxies, length=rng.integers(5, 50, size=(P, N)).astype(float),
+        second_gold=z - 0.6 * np.maximum(z - 1, 0) ** 2 + 0.2 * rng.normal(size=(P, N)),
+    )  # fmt: skip
+    conditions, one = by_seed(list(proxies)), "bt-100pairs-6layers-seed0"
+    runs = {f"{one}-kl{k:g}": Series(series(bend=b, P=24), one) for k, b in ((0.0, 0.45), (0.1, 0.3))}
+    base = {c: c.replace("grm", "bt") for c in conditions}
+    found = results(table, conditions, runs, PLAN, base, rules=("mean", "min"))
+    out = tmp_path_factory.mktemp("matrix")
+    study_results.write(out, found)
+    study_page.write(out, "matrix", "What was asked?", found, [*check.golds_agree(found), check.aligned(found)])
+    return found, out
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    study_results.write(out, study)
+    checks = [*check.enough(study, {}, 0), check.aligned(study)]
+    study_page.write(out, "planted", "What was asked?", study, checks, accuracy={"bt-seed0": 0.7}, seconds=[("rm", 90)])
+    return out
+
+
+def test_the_tables_hold_the_results(study, folder):
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    gold = {r["rm"]: float(r["mean"]) for r in rows if r["metric"] == "gold" and r["x"] == "8" and r["method"] == "bon"}
+    assert {"bt", "grm", "bt x 3, mean", "oracle", "longest", "random"} <= gold.keys() and gold["random"] == 0
+    assert gold["oracle"] > gold["bt"] > gold["longest"]
+    by_hand = np.mean([v for c in study.curves if (c.rm, c.metric) == ("bt", "gold") for v in c.values[..., 7].ravel()])
+    assert gold["bt"] == pytest.approx(by_hand)
+    assert all(float(r["band_lo"]) <= float(r["lo"]) + 1e-9 for r in rows if r["metric"] == "gold" and r["x"] == "4")
+    facts = json.loads((folder / "conditions.json").read_text())
+    assert facts["grm"]["difference"]["lo"] < facts["grm"]["difference"]["hi"] and facts["bt"]["difference"] is None
+    assert json.loads((folder / "policies.json").read_text())["bt-seed0-kl0"]["verdict"]["kind"]
+    table = {r["rm"]: r for r in csv.DictReader((folder / "conditions.csv").open())}
+    assert float(table["grm"]["gold"]) == pytest.approx(facts["grm"]["gold"]["mean"]) and table["bt"]["verdict"]
+    methods = {r["method"] for r in rows}
+    assert methods == {"bon", "soft_bon", "ppo"}
+
+
+def test_the_page_needs_no_network_and_escapes(folder):
+    html = (folder / "study.html").read_text()
+    figures = {"overoptimisation", "conditions", "gold_against_proxy", "gold_by_proxy", "win_rate", "length", "harm",
+               "sweep", "disagreement", "foretelling"}  # fmt: skip
+    assert html.count("<svg") == len(figures) and EVIL not in html
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html.replace("xmlns:xlink", ""))
+    assert html.index("Checks that failed") < html.index("<h2>")  # on the first screen, before any section
+    assert (folder / "study.md").read_text().count("| bt |") == 3
+    for kind in ("png", "svg"):
+        assert {p.stem for p in (folder / "figures").glob(f"*.{kind}")} == figures
+    for name in ("conditions", "rms", "members", "foretelling", "sweep", "tail", "per_prompt", "kl"):
+        assert len((folder / f"{name}.csv").read_text().splitlines()) > 1, name
+
+
+def test_a_matrix_of_sizes_is_shown_by_size(matrix):
+    """alpha and beta against data and model size, R* by cell, KL coefficients side by side: with their numbers."""
+    found, out = matrix
+    names = {p.stem for p in (out / "figures").glob("*.svg")}
+    assert {"scaling", "heat_map", "frontier"} <= names
+    scaling = (out / "figures" / "scaling.svg").read_text()
+    for said in ("training pairs", "layers of the reward model", "grm, 12 layers", "bt, 300 pairs"):
+        assert said in scaling
+    main = (out / "figures" / "overoptimisation.svg").read_text()
+    assert all(f"{p} pairs, {n} layers" in main for p in (100, 300) for n in (6, 12))  # a panel a cell of the matrix
+    assert main.count(">grm<") == 1  # and a method once in its legend
+    table = {r["rm"]: r for r in csv.DictReader((out / "conditions.csv").open())}
+    cell = table["grm-300pairs-12layers"]
+    assert (cell["method"], cell["pairs"], cell["layers"]) == ("grm", "300", "12")
+    fit = found.found["grm-300pairs-12layers"]["fit"]
+    assert float(cell["alpha_lo"]) == pytest.approx(fit.alpha.lo) and float(cell["beta"]) == pytest.approx(
+        fit.beta.mean
+    )
+
+
+def test_differences_are_corrected_for_their_number(matrix):
+    found, _ = matrix
+    compared = {n: f for n, f in found.found.items() if f["difference"]}
+    assert len(compared) == 4 + 8  # grm against bt in each cell, and each ensemble against its members
+    assert all(f["difference_p_holm"] >= f["difference_p"] for f in compared.values())
+    least = min(compared.values(), key=lambda f: f["difference_p"])
+    assert least["difference_p_holm"] == pytest.approx(min(1, 12 * least["difference_p"]))
+
+
+def test_a_study_too_small_for_fits_and_ensembles_has_a_page(tmp_path):
+    """Pools of 8, one seed, no lengths: tables and figures without rows are left out or say so."""
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(12, 8))
+    table = Pools(tuple(f"p{i}" for i in range(12)), gold, {"bt": gold + rng.normal(size=gold.shape)})
+    plan = Plan(np.arange(1, 9), draws=100, ensembles=("mean",))
+    found = results(table, {"bt": ["bt"]}, {}, plan, rules=("min", "length:0.1"))
+    study_results.write(tmp_path, found)
+    study_page.write(tmp_path, "tiny", "What was asked?", found, [check.aligned(found)])
+    html = (tmp_path / "study.html").read_text()
+    assert found.found["bt"]["fit"] is None and "cannot conclude" in html and "None." in html.split("<h2>Fits")[1]
+    assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} == {
+        "overoptimisation", "conditions", "gold_against_proxy", "gold_by_proxy", "win_rate", "harm"
+    }  # fmt: skip
+
+
+def test_a_second_gold_has_its_own_verdicts(matrix):
+    found, out = matrix
+    rows = {r["rm"]: r for r in csv.DictReader((out / "golds.csv").open())}
+    assert rows.keys() == found.found.keys()
+    assert float(rows["bt-100pairs-6layers"]["agreement"]) > 0.9
+    assert "A second gold" in (out / "study.html").read_text()
+    [same] = check.golds_agree(found)
+    turned = [r | {"second_verdict": "over-optimised", "verdict": "cannot conclude"} for r in found.golds[:1]]
+    other = replace(found, golds=turned)
+    [differs] = check.golds_agree(other)
+    assert not differs.ok and "cannot conclude, then over-optimised" in differs.detail and "correlate by" in same.detail
+    assert check.golds_agree(replace(found, golds=[])) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_the_sample_browser_filters_in_a_real_browser(folder, tmp_path):
+    def dom(state):
+        url = f"{(folder / 'study.html').resolve().as_uri()}#{state}"
+        done = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom", url],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return done.stdout.split('id="browser"')[1].split('id="samples"')[0]
+
+    everything, some = dom("rm=grm&n=16&q="), dom("rm=grm&n=2&q=needle")
+    assert everything.count('class="prompt"') == study_page.SHOWN and "by gold · proxy" in everything
+    shown = some.count('class="prompt"')
+    assert shown == some.count("question 7 ") and shown <= 1 and f"{shown} shown" in some
+    assert "&lt;/script&gt;" in everything
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@pytest.mark.parametrize(("which", "width"), [("folder", 390), ("folder", 1280), ("matrix", 390)])
+def test_the_page_fits_a_phone(which, width, tmp_path, request):
+    """Nothing but the boxes that scroll by themselves is wider than the screen."""
+    folder = request.getfixturevalue(which)
+    folder = folder[1] if which == "matrix" else folder
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    copy = tmp_path / "page.html"
+    copy.write_text((folder / "study.html").read_text().replace("</body>", probe))
+    frame = tmp_path / "frame.html"  # headless windows have a least width; a frame has not
+    frame.write_text(
+        f"<iframe id=f width={width} height=900 src=page.html></iframe><script>f.onload = () => "
+        "document.body.append(f.contentDocument.title)</script>"
+    )
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    content, screen = map(int, re.search(r"(\d+) of (\d+)", done.stdout).groups())
+    assert screen in range(width - 20, width + 1) and content <= screen
