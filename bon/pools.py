@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from core.artefacts import ArtefactError, digest, join
+from core.errors import ArtefactError
+from core.files import digest, join
 
 Array = NDArray[np.float64]
 

@@ -25,6 +25,8 @@ class StopSignal:
         self._received = True
 
     def asked(self) -> bool:
-        from core.training import engine  # the launcher, which reads EXIT_STOPPED, needs no torch
+        from core.training import (
+            distributed,  # the launcher, which reads EXIT_STOPPED, needs no torch
+        )
 
-        return engine.global_sum(float(self._received))[0] > 0
+        return distributed.global_sum(float(self._received))[0] > 0

@@ -22,15 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.artefacts import ArtefactError, read_table, write_table
 from core.config import Config, PreferenceSource
 from core.config.load import load
-from core.data.chat import ChatTokenizer, stream_seed, unit_interval
+from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
 from core.data.sources import Malformed, read_pairs
-from core.training import engine
+from core.data.streams import stream_seed, unit_interval
+from core.environment import STARTED, variables
+from core.errors import ArtefactError
+from core.files import read_table, write_table
+from core.training import distributed
 from pipelines.import_pairs import as_row, import_pairs
-from pipelines.launch import STARTED, environment
 from rm import combine
 from rm.evaluation.metrics import Units, cluster_bootstrap, pair_accuracy, paired_difference
 
@@ -56,7 +58,7 @@ def main() -> None:
     part, parts = map(int, options.part.split("/"))
     if options.what == "train" and STARTED not in os.environ:  # threads and allocator are set before Python starts
         sys.exit(subprocess.run([sys.executable, "-m", "experiments.human_preferences", *sys.argv[1:]],
-                                env={**os.environ, **environment(parts)}).returncode)  # fmt: skip
+                                env={**os.environ, **variables(parts)}).returncode)  # fmt: skip
     cfg = load([options.config], [
         *(f"preferences.sources.{name}.path={files[name]}" for name in TRAIN),
         f"preferences.decontaminate=[{files['hhh_alignment']}]",
@@ -72,7 +74,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     from rm.score import score
     from rm.train import fit, lower_cache
 
-    engine.init_distributed()
+    distributed.init_distributed()
     tokenizer = ChatTokenizer(cfg.rm.base)
     pairs, sets = data(cfg, files, tokenizer)
     rows = [row for found in sets.values() for row in found]
@@ -96,7 +98,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
             chats,
             share=model.shares_prompts,
             lower=lower,
-            device=engine.device(),
+            device=distributed.device(),
             progress="rewards",
         ).tolist()
         n = len(rows)

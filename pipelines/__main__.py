@@ -10,9 +10,9 @@ import sys
 
 import yaml
 
-from core.artefacts import ArtefactError
-from core.config.load import ConfigError, load
-from core.data.chat import DataError
+from core import environment
+from core.config.load import load
+from core.errors import ArtefactError, ConfigError, DataError
 from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import launch, stages
 
@@ -68,7 +68,7 @@ def _tool(command: str, *arguments: str) -> int:
 
 
 def _stage(name: str, cfg, arguments: list[str], *, force: bool) -> int:
-    if launch.is_started():
+    if environment.is_started():
         stages.say(stages.run(name, cfg, force=force))
         return 0
     changed = stages.staleness(name, cfg)
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     # vLLM and DeepSpeed leave threads and process groups whose tear-down order can crash a finished stage.
-    os._exit(status) if launch.is_started() else sys.exit(status)
+    os._exit(status) if environment.is_started() else sys.exit(status)

@@ -17,26 +17,25 @@ from tqdm import tqdm
 
 from bon.curves import curve, matrix, read_curves, write_curves
 from bon.estimators import bootstrap_ci
-from core.artefacts import ArtefactError, read_json, read_table, write_table
-from core.batching import pad_right
 from core.config import Config
-from core.data.chat import ChatTokenizer, stream_seed
+from core.data.chat import ChatTokenizer
+from core.data.splits import read_split
+from core.data.streams import stream_seed
+from core.errors import ArtefactError
+from core.files import read_json, read_table, write_table
 from core.generation.local import Generator
 from core.generation.pool import conversation
-from core.models.layers import LowerLayers, hidden_states, load_causal_lm, shared_depth
-from core.training.engine import device, named_weights
-from pipelines.prompts import read_split
+from core.models.loading import load_causal_lm
+from core.training.distributed import device
+from core.training.weights import named_weights
+from pipelines.policy_kl import measure_kl
 from pipelines.verdicts import checks, interval, verdicts
-from ppo.math import exact_kl, kl_k1, kl_k3
 from rm.combine import proxy_reward, proxy_units
 from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
 
 ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
 """Suffix of a column of the table -> column of the curve."""
-
-LOGIT_ROWS = 512
-"""Rows of the two models' logits that exist at a time: twice 512 x 49k in float32 are 200 MB."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -117,56 +116,6 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
     if saved != wanted:
         raise ArtefactError(f"{folder}: its adapter does not fit the policy, for example {sorted(saved ^ wanted)[:2]}")
     return lm.eval().to(device())
-
-
-@torch.no_grad()
-def measure_kl(
-    policy: nn.Module,
-    reference: nn.Module,
-    tokenizer: ChatTokenizer,
-    samples: list[dict],
-    temperature: float,
-    micro: int,
-) -> list[dict[str, float]]:
-    """KL(pi || pi_0) in nats per response, three ways, for responses sampled from `policy`.
-
-    kl_k1 and kl_k3 from log-probs of the sampled tokens; kl_rb sums the exact KL of each next-token distribution
-    (Rao-Blackwell, Amini et al. 2504.10637), which is unbiased too and varies less.
-    """
-    sequences = [(tokenizer.prompt_ids(s["prompt"]), list(s["token_ids"])) for s in samples]
-    # Below the adapters both are the same model: those layers are run once.
-    depth = shared_depth(policy.requires_grad_(False), reference.requires_grad_(False))
-    lower = LowerLayers(reference, depth) if depth else None
-    order = sorted(range(len(samples)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    found: list[dict[str, float]] = [{}] * len(samples)
-    for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False):
-        batch = order[start : start + micro]
-        ids, mask = pad_right(
-            [p + r for p, r in (sequences[i] for i in batch)], tokenizer.pad_id, next(policy.parameters()).device
-        )
-        below = lower(ids, mask) if lower else None
-        states = [hidden_states(lm, ids, mask, lower=below) for lm in (policy, reference)]
-        for b, i in enumerate(batch):
-            prompt, response = sequences[i]
-            span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-            found[i] = response_kl(policy, reference, states[0][b, span], states[1][b, span], response, temperature)
-    return found
-
-
-def response_kl(policy, reference, hidden, ref_hidden, tokens: list[int], temperature: float) -> dict[str, float]:
-    """Sums over one response from hidden states [T, H] of both models, logits LOGIT_ROWS rows at a time."""
-    sums = {"logp": 0.0, "kl_k1": 0.0, "kl_k3": 0.0, "kl_rb": 0.0}
-    for start in range(0, len(tokens), LOGIT_ROWS):
-        rows = slice(start, start + LOGIT_ROWS)
-        logits = policy.get_output_embeddings()(hidden[rows]).float() / temperature
-        ref_logits = reference.get_output_embeddings()(ref_hidden[rows]).float() / temperature
-        ids = torch.tensor(tokens[rows], device=hidden.device)[:, None]
-        logp, ref = (x.log_softmax(-1).gather(-1, ids).squeeze(-1) for x in (logits, ref_logits))
-        sums["logp"] += float(logp.sum())
-        sums["kl_k1"] += float(kl_k1(logp, ref).sum())
-        sums["kl_k3"] += float(kl_k3(logp, ref).sum())
-        sums["kl_rb"] += float(exact_kl(logits, ref_logits).sum())
-    return sums
 
 
 def analyse(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 
-from core.artefacts import ArtefactError, digest, read_table, write_jsonl
 from core.config import Config
-from core.data.chat import normalised, opening, prompt_id, unit_interval
 from core.data.sources import Malformed, read_pairs
+from core.data.splits import normalised, opening, prompt_id
+from core.data.streams import unit_interval
+from core.errors import ArtefactError
+from core.files import digest, read_table, write_jsonl
+from rm.evaluation.sets import read_set
 
 CONTRADICTED = "a copy prefers the other response"
 """Neither copy is used: which of them is wrong is not known."""
@@ -77,8 +79,6 @@ def import_pairs(
 
 def evaluation_prompts(cfg: Config, prompts: Path) -> set[str]:
     """Normalised prompts that no reward model may be trained on."""
-    from rm.evaluation.sets import read_set  # rm imports pipelines, so not at the top
-
     held = {
         normalised(r["prompt"])
         for r in read_table(prompts / "prompts.parquet")
@@ -108,16 +108,6 @@ def as_row(pair: dict, system: str | None = None) -> dict:
         "gold_chosen": None,
         "gold_rejected": None,
     }
-
-
-def repeated(rows: list[dict]) -> list[dict]:
-    """The rows as often as their weight says; of its fraction, the share of pairs that a hash of their id gives."""
-    found = []
-    for row in rows:
-        whole = math.floor(row["weight"])
-        extra = unit_interval(row["pair_id"], salt="weight") < row["weight"] - whole
-        found += [row] * (whole + extra)
-    return found
 
 
 def _unwanted(row: dict, seen: dict[str, tuple[str, str]], banned: set[str]) -> str | None:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from core.artefacts import ArtefactError, digest, write_table
 from core.config import Config
-from core.data.chat import ChatTokenizer, stream_seed
+from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
 from core.data.sources import Malformed
+from core.data.splits import read_split
+from core.data.streams import stream_seed
+from core.errors import ArtefactError
+from core.files import digest, write_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
 from pipelines.import_pairs import import_pairs
-from pipelines.prompts import read_split
 from rm.gold import load_gold, score_samples
 
 PAIR_SPLITS = ("rm_train", "rm_val")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from core.artefacts import ArtefactError, read_jsonl, read_table, write_jsonl, write_table
 from core.config import Config, Splits
-from core.data.chat import ChatTokenizer, DataError, Message, check_prompt, normalised, prompt_id, unit_interval
+from core.data.chat import ChatTokenizer, Message, check_prompt
+from core.data.splits import normalised, prompt_id, split_of
+from core.data.streams import unit_interval
+from core.errors import ArtefactError, DataError
+from core.files import read_jsonl, write_jsonl, write_table
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -43,27 +46,6 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         "prompts": dict(counts),
         "rejected": dict(Counter(r["reason"].split(" (")[0] for r in rejected)),
     }
-
-
-def split_of(key: str, splits: Splits) -> str:
-    """The split of a prompt, fixed by its normalised text: shares are cut from a hash in [0, 1)."""
-    u, edge = unit_interval(key, salt="split"), 0.0
-    names = list(Splits.model_fields)
-    for name in names:
-        edge += getattr(splits, name)
-        if u < edge:
-            return name
-    return names[-1]
-
-
-def read_split(folder: Path, split: str, limit: int | None = None) -> list[dict]:
-    """Rows of one split in the run's order; ArtefactError when there are fewer than two."""
-    rows = [row for row in read_table(folder / "prompts.parquet") if row["split"] == split]
-    if len(rows) < 2:
-        raise ArtefactError(
-            f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}"
-        )
-    return rows[:limit]
 
 
 def _messages(row: dict, system: str | None) -> list[Message]:

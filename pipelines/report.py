@@ -9,9 +9,10 @@ import jinja2
 import yaml
 
 from bon.curves import read_curves
-from core.artefacts import read_json, read_jsonl, read_table
+from core import plotting
 from core.config import Config
-from core.data.chat import stream_seed
+from core.data.streams import stream_seed
+from core.files import read_json, read_jsonl, read_table
 from pipelines import report_figures as figures
 from ppo.card import write_card
 
@@ -28,7 +29,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         "reward_training": figures.reward_training({n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in variants}),
         "ppo_training": figures.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
     }
-    svg = {name: figures.save(figure, out / "figures", name) for name, figure in drawn.items()}
+    svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
     checks = facts["eval"]["checks"]
     page = {
         "run": cfg.run.name,

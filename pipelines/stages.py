@@ -10,16 +10,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.artefacts import (
-    ArtefactError,
-    Fingerprint,
-    manifest_digest,
-    open_partial,
-    path_digest,
-    publish,
-    read_manifest,
-)
+from core.artefacts import Fingerprint, manifest_digest, open_partial, publish, read_manifest
 from core.config import Config
+from core.errors import ArtefactError
+from core.files import path_digest
 
 
 @dataclass(frozen=True)

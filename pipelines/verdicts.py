@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from bon.estimators import bootstrap_ci
-from core.artefacts import read_table
-from core.data.chat import normalised
+from core.data.splits import normalised
+from core.files import read_table
 
 ENOUGH_PROMPTS = 500
 """Below it intervals of the gold change are wide (docs of the study); the report says so."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from core.training import engine
+from core.training import distributed
+from core.training.weights import gathered
 
 FILE = "ema.safetensors"
 
@@ -22,7 +23,7 @@ class WeightAverage:
         self._decay = decay
         self._trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
         self.values: dict[nn.Parameter, Tensor] = {}
-        """What `core.training.engine.named_weights` takes in place of the weights; empty on other ranks than the first."""
+        """What `named_weights` takes in place of the weights; empty on every rank but the first."""
         self._blend(0.0)
 
     def update(self) -> None:
@@ -30,8 +31,8 @@ class WeightAverage:
 
     def _blend(self, decay: float) -> None:
         for parameter in self._trained.values():
-            with engine.gathered([parameter]):
-                if engine.rank() == 0:
+            with gathered([parameter]):
+                if distributed.rank() == 0:
                     new = parameter.detach().float().cpu()
                     old = self.values.get(parameter, new)
                     self.values[parameter] = old * decay + new * (1 - decay)
@@ -39,12 +40,12 @@ class WeightAverage:
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             save_file({name: self.values[p].contiguous() for name, p in self._trained.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             saved = load_file(folder / FILE)
             self.values = {p: saved[name] for name, p in self._trained.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from core.artefacts import read_json, write_json
+from core.files import read_json, write_json
 
 
 class PolicyKeeper:

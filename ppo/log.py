@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.config import Config
-from core.data.chat import DataError
+from core.errors import DataError
 from ppo.watch import warnings_of
 
 FILES = ("metrics.jsonl", "samples.jsonl")

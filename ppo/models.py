@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 from core.config import Config
-from core.data.chat import ChatTokenizer, DataError, stream_seed
-from core.models.layers import LowerLayers, add_lora, load_causal_lm, shared_depth, train_top_layers
-from core.training import engine
+from core.data.chat import ChatTokenizer
+from core.data.streams import stream_seed
+from core.errors import DataError
+from core.models.layers import LowerLayers, shared_depth, train_top_layers
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training import distributed, engine
 from ppo.policy import PolicyModule
 from ppo.proxy import LocalProxy, RemoteProxy
-from rm.checkpoints.adapters import AdapterEnsemble, one_base
+from rm.ensemble import AdapterEnsemble, one_base
 from rm.heads import zero_output
 from rm.model import RewardModel
 
@@ -37,7 +41,7 @@ def make_engines(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer, see
         DataError: a reward model with another tokenizer than the policy.
     """
     ppo, settings, micro = cfg.ppo, cfg.engine, cfg.ppo.micro_batch
-    per_rank, updates = ppo.rollouts // engine.world_size(), ppo.epochs * ppo.minibatches
+    per_rank, updates = ppo.rollouts // distributed.world_size(), ppo.epochs * ppo.minibatches
     trained = {"micro_batch": micro, "accumulation": per_rank // (micro * ppo.minibatches)}
     base = lambda: load_causal_lm(cfg.policy, dtype=settings.dtype)  # noqa: E731
     module = lambda lm: PolicyModule(lm, cfg.generation.temperature)  # noqa: E731
@@ -89,9 +93,9 @@ def _lower_layers(cfg: Config, *lms: torch.nn.Module) -> engine.Engine | None:
     if not depth:
         return None
     base = load_causal_lm(cfg.policy, dtype=cfg.engine.dtype)
-    layers = LowerLayers(base.to(engine.device()), depth)
+    layers = LowerLayers(base.to(distributed.device()), depth)
     for lm in lms:
-        layers.check(lm.to(engine.device()))
+        layers.check(lm.to(distributed.device()))
     return engine.Engine(layers, cfg.engine, micro_batch=cfg.ppo.micro_batch)
 
 

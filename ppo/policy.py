@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from core.models.layers import Lower, hidden_states, token_logprobs
+from core.models.layers import Lower, hidden_states
+from core.models.logprobs import token_logprobs
 
 
 class PolicyModule(nn.Module):

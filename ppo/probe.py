@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from core.data.chat import DataError
+from core.errors import DataError
 from core.generation.local import Completion, Generator
-from core.models.layers import Lower, lora_product, merged_lora
-from core.training import engine
+from core.models.layers import Lower
+from core.models.lora import lora_product, merged_lora
+from core.training import distributed, engine
 from ppo.rollout import make_micros
 
 STALE = 0.25
@@ -58,7 +59,7 @@ class SyncProbe:
         self._exact = self._kept = 0.0
 
     def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
-        """What `core.training.engine.named_weights` shows of each adapted weight: how much of its change is in `merged`."""
+        """A `core.training.weights.MergeWatch`: how much of each adapted weight's change is in `merged`."""
         product, before, old = lora_product(a, b, scaling), 0.0, base
         if name in self._factors:
             before = lora_product(*self._factors[name], scaling)
@@ -94,12 +95,12 @@ class SyncProbe:
         mask = self._micro.is_response
         moved = torch.where(mask, self._actor_logprobs() - self._old, 0.0).double()
         seen = torch.where(mask, self._sampler_logprobs() - self._before, 0.0).double()
-        count, xx, xy = engine.global_sum(
+        count, xx, xy = distributed.global_sum(
             float(mask.sum()), float(moved.square().sum()), float((moved * seen).sum())
         )  # fmt: skip
         slope = xy / xx if xx else 0.0
         # Tokens of a response move together: its sum is one observation.
-        (square,) = engine.global_sum(float((moved * (seen - slope * moved)).sum(-1).square().sum()))
+        (square,) = distributed.global_sum(float((moved * (seen - slope * moved)).sum(-1).square().sum()))
         error = square**0.5 / xx if xx else float("inf")
         expected = min(1.0, max(0.0, self._kept / self._exact)) if self._exact else float(self._same_type)
         told = error < CONCLUSIVE * expected and (xx / count) ** 0.5 > ROUNDING[self._of_actor]

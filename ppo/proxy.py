@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.artefacts import ArtefactError
 from core.data.chat import Message
-from core.training import engine
+from core.errors import ArtefactError
+from core.training import distributed, engine
 from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
 from rm.score import score
@@ -34,16 +34,16 @@ class LocalProxy:
 
     def score(self, answered: Answered) -> Tensor:
         """Raw rewards [n] of this rank's conversations."""
-        everyones = engine.gather_rows(list(answered))
+        everyones = distributed.gather_rows(list(answered))
         rewards = [
             score(
                 member, member.module.tokenizer, everyones, share=member.module.shares_prompts, together=True,
-                device=engine.device(),
+                device=distributed.device(),
             )
             for member in self._members
         ]  # fmt: skip
         combined = proxy_reward(torch.stack(rewards), self._units, self._rule)
-        return combined[engine.rank() * len(answered) :][: len(answered)]
+        return combined[distributed.rank() * len(answered) :][: len(answered)]
 
 
 class RemoteProxy:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import Reward
-from core.training import engine
+from core.training import distributed
 
 
 class RewardScale:
@@ -30,9 +30,9 @@ class RewardScale:
         if self.cfg.normalise != "running":
             return
         values = torch.cat([r.double().flatten() for r in raw])
-        count, total = engine.global_sum(len(values), float(values.sum()))
+        count, total = distributed.global_sum(len(values), float(values.sum()))
         mean = total / count
-        (squares,) = engine.global_sum(float((values - mean).square().sum()))
+        (squares,) = distributed.global_sum(float((values - mean).square().sum()))
         both, difference = self._count + count, mean - self._mean
         self._squares += squares + difference**2 * self._count * count / both
         self._mean += difference * count / both

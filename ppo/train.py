@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core.artefacts import ArtefactError, read_json, write_json
 from core.config import Config
-from core.data.chat import ChatTokenizer, DataError, stream_seed
+from core.data.chat import ChatTokenizer
+from core.data.splits import read_split
+from core.data.streams import stream_seed
+from core.errors import ArtefactError, DataError
+from core.files import read_json, write_json
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
+from core.models.loading import save_lm
 from core.stopping import MARK, Stopped, StopSignal
-from core.training import engine
+from core.training import distributed
 from core.training.weights import save_adapter
-from pipelines.prompts import read_split
 from ppo.card import write_card
 from ppo.ema import WeightAverage
 from ppo.keep import PolicyKeeper
@@ -29,10 +32,11 @@ from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
 from ppo.models import make_engines
 from ppo.probe import SyncProbe
+from ppo.records import Clock, Sampled
 from ppo.rewards import RewardScale
-from ppo.rollout import Clock, Sampled, collect, sample, statistics
+from ppo.rollout import collect, statistics
+from ppo.sampling import sample
 from ppo.update import Learner
-from rm.model import save_lm
 
 MAX_MISMATCH = 0.2
 """Mean |log-prob difference| of vLLM and trainer, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
@@ -43,24 +47,24 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
     for step in tqdm(
-        steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=engine.rank() != 0
+        steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
         trainer.step(step)
         if stop.asked() and step < cfg.ppo.steps:
             trainer.save_state(step)
-            if engine.rank() == 0:
+            if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
             torch.distributed.barrier()
             raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command goes on from there")
     trainer.finish()
-    return summary(out / "metrics.jsonl") if engine.rank() == 0 else {}
+    return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
 
 class Trainer:
     """The models of one PPO run and one method per phase of a step."""
 
     def __init__(self, cfg: Config, inputs: dict[str, Path], out: Path):
-        engine.init_distributed()
+        distributed.init_distributed()
         self.cfg, self.out = cfg, out
         self.seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
@@ -121,7 +125,7 @@ class Trainer:
         stats |= {f"seconds_{phase}": s for phase, s in seconds.items()}
         stats["seconds_total"] = sum(clock.seconds.values())
         stats["tokens_per_second"] = stats.pop("tokens") / stats["seconds_total"]
-        samples = engine.gather_rows(rollout.samples[:4])
+        samples = distributed.gather_rows(rollout.samples[:4])
         if self.log:
             self.log.step(step, stats, samples)
             penalty = stats["kl_coef"] * stats["kl_nats_per_response"]
@@ -179,8 +183,8 @@ class Trainer:
         if self.average:
             self.average.save(folder)
         torch.distributed.barrier()
-        if engine.rank() == 0:
-            state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": engine.world_size()}
+        if distributed.rank() == 0:
+            state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": distributed.world_size()}
             write_json(self.out / "state" / "last.json", {"step": step, **state})
             for old in (self.out / "state").glob("[0-9]*"):
                 if old != folder:
@@ -195,7 +199,7 @@ class Trainer:
             self._save_merged(folder)
 
     def _save_merged(self, folder: Path, **options) -> None:
-        lm, first = self.actor.module.lm, engine.rank() == 0
+        lm, first = self.actor.module.lm, distributed.rank() == 0
         weights = [(name, w.cpu()) for name, w in self.actor.named_weights(lm, **options) if first]
         if first:
             save_lm(folder, lm.config, weights, self.tokenizer)
@@ -209,10 +213,10 @@ class Trainer:
         mark = self.out / "state" / "last.json"
         state = read_json(mark) if mark.is_file() else {"step": 0}
         if state["step"]:
-            if state["ranks"] != engine.world_size():
+            if state["ranks"] != distributed.world_size():
                 raise ArtefactError(
-                    f"{mark} was written by {state['ranks']} ranks and there are {engine.world_size()} now: start as "
-                    f"many (engine.processes), or delete {mark.parent} to begin anew"
+                    f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
+                    f"start as many (engine.processes), or delete {mark.parent} to begin anew"
                 )
             folder = self.out / "state" / f"{state['step']:06d}"
             self.actor.load(folder / "actor")
@@ -226,7 +230,7 @@ class Trainer:
             self.generator.wake()
             self._sync(state["step"])
             self.generator.sleep()
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             (self.out / MARK).unlink(missing_ok=True)
             self.log = RunLog(self.cfg, self.out, state["step"] + 1)
         return state["step"] + 1
@@ -236,7 +240,7 @@ class Trainer:
         self._save_merged(self.out / "policy")
         if self.average:
             self._save_merged(self.out / "policy-ema", values=self.average.values)
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
             for folder in ("state", "sync"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)

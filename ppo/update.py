@@ -8,8 +8,9 @@ import random
 import torch
 
 from core.config import Ppo
-from core.data.chat import DataError, stream_seed
-from core.training import engine
+from core.data.streams import stream_seed
+from core.errors import DataError
+from core.training import distributed, engine
 from ppo.math import (
     explained_variance,
     gae,
@@ -24,8 +25,8 @@ from ppo.math import (
     value_loss,
 )
 from ppo.policy import scatter
+from ppo.records import Micro
 from ppo.rewards import RewardScale, final_rewards
-from ppo.rollout import Micro
 
 FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the ratio of an unchanged policy may be from 1: the same rows in the same shape by the same weights."""
@@ -74,7 +75,7 @@ class Learner:
                 stats["explained_variance"] = _explained(micros)
             if ppo.whiten_advantages:
                 _whiten(micros)
-        rows, total = engine.global_sum(sum(map(len, finals)), sum(float(f.double().sum()) for f in finals))
+        rows, total = distributed.global_sum(sum(map(len, finals)), sum(float(f.double().sum()) for f in finals))
         return stats | {"reward_mean": total / rows}
 
     def update(self, micros: list[Micro], step: int, kl_coef: float) -> dict[str, float]:
@@ -92,7 +93,7 @@ class Learner:
             order = rng.sample(micros, len(micros))
             for i in range(0, len(order), size):
                 minibatch = order[i : i + size]
-                tokens = engine.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
+                tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
                 found = _Meter()
                 for m in minibatch:
                     if train_policy and not stopped:
@@ -107,7 +108,7 @@ class Learner:
                 if self.critic:
                     meter.norms("critic_grad_norm", self.critic.grad_norm)
                 if train_policy and not stopped and ppo.kl.stop:
-                    mean = engine.global_sum(found.sums["approx_kl"])[0] / (size * engine.world_size())
+                    mean = distributed.global_sum(found.sums["approx_kl"])[0] / (size * distributed.world_size())
                     stopped = mean > ppo.kl.stop
             if stopped and not self.critic:
                 break
@@ -143,7 +144,7 @@ class Learner:
     @staticmethod
     def _scale(trained: engine.Engine) -> int:
         # DeepSpeed averages over ranks and accumulation; the losses are means over all tokens of the optimiser batch.
-        return engine.world_size() * trained.accumulation
+        return distributed.world_size() * trained.accumulation
 
     def _check_first(self, found: _Meter, step: int) -> None:
         limit = FIRST_RATIO[next(self.actor.module.parameters()).dtype]
@@ -181,8 +182,8 @@ class _Meter:
 
     def means(self) -> dict[str, float]:
         # Losses are shares of the global token mean, which add up over micro-batches and ranks.
-        totals = dict(zip(self.sums, engine.global_sum(*self.sums.values()), strict=True)) if self.sums else {}
-        ranks = {k: 1 if k.endswith("loss") else engine.world_size() for k in totals}
+        totals = dict(zip(self.sums, distributed.global_sum(*self.sums.values()), strict=True)) if self.sums else {}
+        ranks = {k: 1 if k.endswith("loss") else distributed.world_size() for k in totals}
         means = {k: t / (self._passes[k] * ranks[k]) for k, t in totals.items()}
         return means | {k: sum(v) / len(v) for k, v in self._norms.items()}
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from core.data.chat import DataError
+from core.errors import DataError
 
 Combiner = Callable[[Tensor], Tensor]
 """Standardised rewards [k, n] -> rewards [n]."""

@@ -23,10 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.artefacts import digest
 from core.config import Gold
-from core.data.chat import DataError, Message, stream_seed
+from core.data.chat import Message
+from core.data.streams import stream_seed
+from core.errors import DataError
+from core.files import digest
 from core.generation.pool import conversation
+from rm.model import RewardModel
 
 Conversation = Sequence[Message]
 
@@ -80,8 +83,6 @@ class TrainedGold:
     """A reward model of `rm`, of the hub or a folder, as gold."""
 
     def __init__(self, path: str, batch_tokens: int):
-        from rm.model import RewardModel  # rm imports pipelines, so not at the top
-
         self.batch_tokens = batch_tokens
         self.model = RewardModel.from_pretrained(path)
 

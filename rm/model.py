@@ -5,25 +5,25 @@ The critic of PPO is the same module read at other positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from core.artefacts import ArtefactError, read_json, write_json
 from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer, Message
-from core.models.layers import Lower, hidden_states, load_causal_lm, token_logprobs
-from core.training.engine import device
-from rm.checkpoints.folder import check_vocabulary
+from core.errors import ArtefactError
+from core.models.layers import Lower, hidden_states
+from core.models.loading import load_causal_lm
+from core.models.logprobs import token_logprobs
+from core.training.distributed import device
+from rm.checkpoints import adapters, foreign
+from rm.checkpoints.folder import locate
+from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
 from rm.heads import make_head
-
-HEAD_FILE = "head.safetensors"
-ABOUT_FILE = "reward_model.json"
-MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
-"""Of ABOUT_FILE: beside a whole language model, or beside an adapter (`rm.checkpoints.adapters`)."""
+from rm.score import score
 
 
 class RewardModel(nn.Module):
@@ -90,8 +90,6 @@ class RewardModel(nn.Module):
         progress: str = "",
     ) -> Tensor:
         """Float32 rewards [n] of conversations, in their order; `lower` as in `rm.score.score_tokens`."""
-        from rm.score import score
-
         where = next(self.parameters()).device
         return score(
             self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, lower=lower,
@@ -108,85 +106,36 @@ class RewardModel(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
     ) -> RewardModel:
-        """A reward model of stage `rm`, whole or an adapter, or of other code (`rm.checkpoints.foreign`): a folder or a hub id.
+        """A reward model in a folder or on the hub: of stage `rm`, whole or an adapter, or one that other code wrote.
 
-        `base` is the base of a LoRA checkpoint, in place of the one it names. ArtefactError when anything does not fit.
+        Args:
+            base: of a LoRA checkpoint, in place of the base that it names.
+
+        Raises:
+            ArtefactError: anything that does not fit.
         """
-        from rm.checkpoints import adapters
-        from rm.checkpoints import foreign as checkpoints
-
-        folder = checkpoints.locate(path)
-        if not (folder / ABOUT_FILE).is_file():
-            return checkpoints.read(folder, dtype=dtype, attention=attention, base=base)
-        about = read_about(folder)
-        tokenizer = read_tokenizer(folder, about)
-        if about["format"] == ADAPTER_FORMAT:
-            lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)
-        elif base is not None:
-            raise ArtefactError(f"{folder} is no LoRA checkpoint, so there is no use for the base {base}")
+        folder = locate(path)
+        if (folder / ABOUT_FILE).is_file():
+            parts = _read_own(folder, dtype=dtype, attention=attention, base=base)
         else:
-            lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
-        model = cls(lm, about["head"], tokenizer, mean=about["mean"], std=about["std"])
-        read_head(folder, model)
+            parts = foreign.read(folder, dtype=dtype, attention=attention, base=base)
+        model = cls(parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std)
+        model.head.load_state_dict(dict(parts.head))
         return model.eval().to(device())
 
 
-def read_about(folder: Path) -> dict:
-    """`reward_model.json`; ArtefactError for a format that is not known."""
-    about = read_json(folder / ABOUT_FILE)
-    if about["format"] not in (MERGED_FORMAT, ADAPTER_FORMAT):
-        raise ArtefactError(f"{folder / ABOUT_FILE}: this version does not know its format {about['format']}")
-    return about
-
-
-def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
-    """The tokenizer in the folder; ArtefactError when it is not the one that its `reward_model.json` tells of, or has
-    tokens beyond the model's vocabulary."""
-    tokenizer = ChatTokenizer(Model(path=str(folder)))
-    if tokenizer.fingerprint != about["tokenizer"]:
-        raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
-    check_vocabulary(folder, tokenizer)
-    return tokenizer
-
-
-def read_head(folder: Path, model: RewardModel) -> None:
-    """Fill the model's head from the folder; ArtefactError, naming them, for weights that do not fit."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / HEAD_FILE)
-    shapes = ({k: v.shape for k, v in state.items()} for state in (model.head.state_dict(), weights))
-    if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
-        raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {model.head_kind} head: {', '.join(wrong)}")
-    model.head.load_state_dict(weights)
-
-
-def save_reward_model(
-    folder: Path, model: RewardModel, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
-) -> None:
-    """Write what `from_pretrained` reads: the LM as Hugging Face saves it, the head, the tokenizer, facts."""
-    save_lm(folder, model.lm.config, named_weights, model.tokenizer)
-    save_head(folder, model, head, **about)
-
-
-def save_head(folder: Path, model: RewardModel, head: dict, **about) -> None:
-    """What lies beside the LM's weights: the head, and facts."""
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
-    facts = {"head": model.head_kind, "tokenizer": model.tokenizer.fingerprint, "mean": model.mean, "std": model.std}
-    write_json(folder / ABOUT_FILE, {"format": MERGED_FORMAT, **facts, **about})
-
-
-def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:
-    """A folder that transformers and vLLM load as it is."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tied = config.tie_word_embeddings
-    weights = {k: v.contiguous().cpu() for k, v in named_weights if not (tied and k == "lm_head.weight")}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    tokenizer.hf.save_pretrained(folder)
+def _read_own(folder: Path, *, dtype: str, attention: str, base: str | Path | None) -> Parts:
+    """A folder of this project."""
+    about = read_about(folder)
+    tokenizer = read_tokenizer(folder, about)
+    if about["format"] == ADAPTER_FORMAT:
+        lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)
+    elif base is not None:
+        raise ArtefactError(f"{folder} is not a LoRA checkpoint, so it cannot be put on the base {base}")
+    else:
+        lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
+    head = read_head(folder, about["head"], lm.config.hidden_size)
+    return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"])
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from core.batching import Batch, pack
 from core.config import RewardVariant
-from core.models.layers import Lower, LowerLayers
-from core.training import engine
+from core.models.layers import LowerCache
+from core.training import distributed
 from rm.losses import (
     bradley_terry,
     center_penalty,
@@ -21,32 +21,14 @@ from rm.model import RewardModel
 from rm.pairs import Pair
 
 
-class LowerCache:
-    """Output of the frozen lower layers by row of tokens: for every variant, epoch and validation."""
-
-    def __init__(self, layers: LowerLayers):
-        self.layers = layers
-        self._rows: dict[bytes, Tensor] = {}
-
-    def __call__(self, batch: Batch) -> Lower:
-        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
-        # Positions tell where a response begins, so equal keys are equal rows.
-        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
-        if any(key not in self._rows for key in keys):
-            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
-            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
-        rows = [self._rows[key].to(where) for key in keys]
-        return Lower(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-
-
 def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], list[int]]:
     """The batch of these pairs, and the numbers of their chosen and rejected responses in it."""
     n, pad = len(pairs), model.tokenizer.pad_id
     if model.shares_prompts:
-        batch = pack([(p.prompt, [p.chosen, p.rejected]) for p in pairs], pad, engine.device())
+        batch = pack([(p.prompt, [p.chosen, p.rejected]) for p in pairs], pad, distributed.device())
         return batch, list(range(0, 2 * n, 2)), list(range(1, 2 * n, 2))
     rows = [(p.prompt, [p.chosen]) for p in pairs] + [(p.prompt, [p.rejected]) for p in pairs]
-    return pack(rows, pad, engine.device()), list(range(n)), list(range(n, 2 * n))
+    return pack(rows, pad, distributed.device()), list(range(n)), list(range(n, 2 * n))
 
 
 def pair_losses(

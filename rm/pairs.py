@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from core.artefacts import ArtefactError
 from core.config import Config, RewardVariant
-from core.data.chat import ChatTokenizer, DataError, stream_seed
+from core.data.chat import ChatTokenizer
+from core.data.streams import stream_seed
+from core.errors import ArtefactError, DataError
 
 
 @dataclass(frozen=True, slots=True)

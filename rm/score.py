@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.batching import Batch, Group, pack
-from core.data.chat import ChatTokenizer, DataError, Message
+from core.data.chat import ChatTokenizer, Message
+from core.errors import DataError
 from core.models.layers import Lower
-from core.training.engine import global_sum, rank, world_size
+from core.training.distributed import global_sum, rank, world_size
 
 ROW_TOKENS = 1024
 """Responses share a row with their prompt up to this length: attention grows with its square."""

@@ -16,24 +16,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.artefacts import ArtefactError, read_json, read_table, write_json, write_table
 from core.batching import balanced
 from core.config import Config, RewardVariant
-from core.data.chat import ChatTokenizer, stream_seed
-from core.data.labels import flip_labels
-from core.models.layers import LowerLayers, add_lora, load_causal_lm, train_top_layers
-from core.training import engine
-from pipelines.import_pairs import repeated
+from core.data.chat import ChatTokenizer
+from core.data.labels import flip_labels, repeated
+from core.data.streams import stream_seed
+from core.errors import ArtefactError
+from core.files import read_json, read_table, write_json, write_table
+from core.models.layers import LowerCache, LowerLayers, train_top_layers
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training import distributed, engine
+from core.training.weights import gathered
 from rm.checkpoints.adapters import describe_base, save_adapter_model
+from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.metrics import accuracy_with_interval, pair_accuracy
-from rm.model import RewardModel, save_reward_model
-from rm.objective import LowerCache, pair_logprobs, pair_losses
+from rm.model import RewardModel
+from rm.objective import pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise
 from rm.score import score
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
-    engine.init_distributed()
+    distributed.init_distributed()
     rows = read_table(inputs["preferences"] / "pairs.parquet")
     calibration = read_table(inputs["preferences"] / "calibration.parquet")
     train = [row for row in rows if row["split"] == "rm_train"]
@@ -81,7 +86,7 @@ def train_variant(
     trainer, model, found = fit(cfg, name, variant, train, out, lower)
     found |= measure(trainer, model, val, calibration, out, lower)
     save(cfg, trainer, model, variant, out)
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
 
 
@@ -94,15 +99,17 @@ def fit(
     batches = batch_plan(pairs, cfg, variant)
     trainer = engine.Engine(
         model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
-        accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * engine.world_size()),
+        accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:
         pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch, lower)
     out.mkdir(parents=True, exist_ok=True)
-    log = (out / "train.jsonl").open("w") if engine.rank() == 0 else None
-    for step, batch in enumerate(tqdm(batches, desc=f"rm {name}", unit="step", disable=engine.rank() != 0), start=1):
+    log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
+    for step, batch in enumerate(
+        tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
+    ):
         # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
-        torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, engine.rank(), *seed_name(variant)))
+        torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
         row = {"step": step, **train_step(trainer, model, variant, [pairs[i] for i in batch], lower), "lr": trainer.lr}
         if log:
             log.write(json.dumps(row) + "\n")
@@ -153,13 +160,13 @@ def with_reference(
 ) -> list[Pair]:
     """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
     model.eval()
-    world = engine.world_size()
+    world = distributed.world_size()
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
     mine = []
-    for part in tqdm(parts[engine.rank() :: world], desc="rm: reference", disable=engine.rank() != 0):
+    for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
         mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part], lower), strict=True)
     model.train()
-    found = dict(engine.gather_rows(mine))
+    found = dict(distributed.gather_rows(mine))
     return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]
 
 
@@ -171,8 +178,8 @@ def train_step(
     lower: LowerCache | None,
 ) -> dict:
     """One optimiser step on a global batch; metrics are means over its pairs on all ranks."""
-    parts = balanced([pair.row for pair in batch], engine.world_size() * trainer.accumulation)
-    mine = parts[engine.rank() :: engine.world_size()]
+    parts = balanced([pair.row for pair in batch], distributed.world_size() * trainer.accumulation)
+    mine = parts[distributed.rank() :: distributed.world_size()]
     sums = dict.fromkeys(("loss", "reward_loss", "regulariser", "accuracy"), 0.0)
     for part in mine:
         losses = pair_losses(trainer, model, variant, [batch[i] for i in part], lower)
@@ -181,7 +188,7 @@ def train_step(
         trainer.step()
         for key in sums:
             sums[key] += float(losses[key].detach()) * len(part)
-    totals = engine.global_sum(*sums.values())
+    totals = distributed.global_sum(*sums.values())
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": trainer.grad_norm}
 
 
@@ -194,7 +201,7 @@ def lower_cache(cfg: Config, variant: RewardVariant | None = None) -> LowerCache
     base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant or RewardVariant()))
     if base.config.num_hidden_layers <= cfg.rm.trainable_layers:
         return None
-    base.to(engine.device())
+    base.to(distributed.device())
     if base.config._attn_implementation.startswith("flash"):
         raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
     layers = LowerLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
@@ -216,13 +223,13 @@ def measure(
     texts += [answered(r, r["response"]) for r in calibration]
     rewards = score(
         trainer, model.tokenizer, texts, share=model.shares_prompts, together=True, lower=lower,
-        device=engine.device(), progress="rm: validation",
+        device=distributed.device(), progress="rm: validation",
     ).tolist()  # fmt: skip
     n = len(val)
     chosen, rejected, sampled = np.array(rewards[:n]), np.array(rewards[n : 2 * n]), np.array(rewards[2 * n :])
     model.mean, model.std = float(sampled.mean()), float(sampled.std(ddof=1))
     sign = np.where([r["flipped"] for r in val], -1.0, 1.0)
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         rows = [
             {
                 "prompt_id": r["prompt_id"],
@@ -249,12 +256,12 @@ def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: Rewar
     trainer.settle()
     head = {}
     for name, weight in model.head.named_parameters():
-        with engine.gathered([weight]):
+        with gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
     about = {"variant": variant.model_dump(), "run_seed": cfg.run.seed}
     if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
         save_adapter_model(out, model, head, base=cfg.rm.base, **about)
         return
     weights = list(trainer.named_weights(model.lm))
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         save_reward_model(out, model, weights, head, base=cfg.rm.base.path, **about)

@@ -115,6 +115,6 @@ else
     echo "$stamp" >"$STAMP"
 fi
 say "offline models"
-"$VENV_PYTHON" -m pipelines.offline_model --source "$MODEL_SOURCE"
+"$VENV_PYTHON" scripts/offline_model.py --source "$MODEL_SOURCE"
 advise_tcmalloc
 say "done in $SECONDS s; next: make rm ppo eval"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bon.pools import Pools
-from core.data.chat import normalised
+from core.data.splits import normalised
 from study.analysis.agreement import within_prompt_correlation
 from study.analysis.conditions import TRUSTED
-from study.results import Results, Series
+from study.records import Results, Series
 
 ENOUGH_PROMPTS, ENOUGH_SEEDS = 500, 3
 NEAR = 0.8

@@ -1,4 +1,4 @@
-"""Best-of-n scores and RL series of other tools, as `bon.pools.Pools` and as rows of `study.analysis.policies`. No model is run.
+"""Best-of-n scores and RL series of other tools, as `bon.pools.Pools` and series. No model is run.
 
 gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_scores [N], and a list of N numbers for
                     each proxy (Coste et al. 2310.02743, whose own file has gold only)
@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bon.pools import Pools, from_tables
-from core.artefacts import ArtefactError, digest, read_jsonl, read_table
+from core.errors import ArtefactError
+from core.files import digest, read_jsonl, read_table
 
 LAYOUTS = ("gold_labelled_gens", "grm", "table")
 NO_PROXY = {

@@ -7,20 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.artefacts import read_json, read_manifest, read_table, write_json
+from bon.scores import write_scores
+from core.artefacts import read_manifest
 from core.config import Config
+from core.files import read_json, read_table, write_json
+from rm.checkpoints.folder import locate, shapes
 from rm.evaluation.metrics import expected_calibration_error, negative_log_likelihood
+from rm.gold import load_gold, score_samples
 from study.analysis import conditions as analysis
 from study.analysis.agreement import within_prompt_correlation
 from study.analysis.bootstrap import cross_fitted_peak
 from study.analysis.conditions import TRUSTED, Curve, Plan
-
-if TYPE_CHECKING:  # study_results builds its results from here
-    from study.results import Results
+from study.records import Results
 
 OUTCOMES = ("gold", "gold_at_peak", "drop")
 """Of a reward model's best-of-n within the trusted range: gold at its end, and at and since its cross-fitted peak."""
@@ -74,8 +75,6 @@ def facts(cfg: Config, realised: Mapping[str, float]) -> dict[str, dict]:
 
 def parameters(folder: Path, base: str, layers: int) -> int:
     """Of the causal LM in `folder`; where it holds an adapter, of the first so many layers of its base."""
-    from rm.checkpoints.folder import locate, shapes
-
     whole = locate(base) if (folder / "adapter_config.json").is_file() else folder
     number = lambda name: int(found[1]) if (found := re.search(r"\.layers\.(\d+)\.", name)) else -1  # noqa: E731
     return sum(math.prod(shape) for name, shape in shapes(whole).items() if number(name) < layers)
@@ -83,9 +82,6 @@ def parameters(folder: Path, base: str, layers: int) -> int:
 
 def score_second_gold(cfg: Config) -> None:
     """`study/gold2.parquet`: the pools by `study.second_gold`, scored again only when it or they have changed."""
-    from bon.run import write_scores
-    from rm.gold import load_gold, score_samples
-
     out = cfg.run_dir / "study"
     file, mark = out / "gold2.parquet", out / "gold2.json"
     if cfg.study.second_gold is None:

@@ -25,8 +25,7 @@ def small_policy(policy_path, tmp_path_factory) -> Path:
     """The first four layers of the real model: for what does not depend on what it says."""
     from core.config import Model
     from core.data.chat import ChatTokenizer
-    from core.models.layers import load_causal_lm
-    from rm.model import save_lm
+    from core.models.loading import load_causal_lm, save_lm
 
     where, folder = Model(path=str(policy_path)), tmp_path_factory.mktemp("small") / "policy"
     lm = load_causal_lm(where, dtype="bfloat16", num_layers=4)
@@ -53,13 +52,13 @@ def run_dir(policy_path, tmp_path_factory) -> Path:
 
 def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600) -> str:
     """Run `python ARGUMENTS` (under torchrun with `ranks`) in the environment of a stage; stdout, or a failed test."""
-    from pipelines.launch import environment
+    from core.environment import variables
 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment(ranks or 1), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **variables(ranks or 1), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -12,10 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from core.config import Config
-
-
-class ConfigError(ValueError):
-    """Bad configuration; the command line prints the message and exits 2, without a traceback."""
+from core.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

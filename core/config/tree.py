@@ -1,7 +1,7 @@
 """The whole configuration of a run: one frozen tree, every field with its meaning.
 
-The sections are here and in `config_data`, `config_rm` and `config_ppo`; all of them can be imported from here. YAML
-files are laid over each other and dotted overrides come last (`core.config.load`). Values are checked here, once; past
+Import all sections from `core.config`. YAML files are laid over each other and dotted overrides come last
+(`core.config.load`). Values are checked here, once; past
 `load()` a config is complete and consistent. Numbers that follow from others (accumulation, rollouts a rank) are
 properties, not fields.
 """
@@ -87,7 +87,7 @@ class Study(Section):
     sweep: tuple[str, ...] = (
         "mean", "min", "median", "quantile:0.25", "uwo:0.1", "uwo:0.5", "uwo:1", "uwo:2", "length:0.1", "length:0.3",
     )  # fmt: skip
-    """Combiners that are compared at one n, from the same scores (`study/analysis/combiners.py`): weights cost seconds, no model."""
+    """Combiners that are compared at one n, from the same scores, so no model is run (`study.analysis.combiners`)."""
     second_gold: Gold | None = None
     """Scores the pools too, after everything is trained: whether the verdicts are those of one gold alone."""
     soft_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
-from core.artefacts import digest
 from core.config import Model
+from core.errors import DataError
+from core.files import digest
 
 Message = dict[str, str]
 """`{"role": ..., "content": ...}`"""
-
-
-class DataError(ValueError):
-    """A row, prompt or tokenizer that cannot be used; the message names it and says what to do."""
-
-
-def prompt_id(messages: Sequence[Message]) -> str:
-    """Stable id of a prompt: 16 hex digits over roles and contents."""
-    return digest([[m["role"], m["content"]] for m in messages])
-
-
-def normalised(messages: Sequence[Message]) -> str:
-    """The turns of a prompt without case, space, punctuation and system message: what two prompts are compared by."""
-    turns = [m["content"] for m in messages if m["role"] != "system"]
-    return "\n".join("".join(c for c in turn.lower() if c.isalnum()) for turn in turns)
-
-
-def opening(messages: Sequence[Message]) -> str:
-    """The normalised prompt up to its first user turn: conversations that share it are not independent."""
-    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-    return normalised(messages[: first + 1])
-
-
-def unit_interval(key: str, salt: str = "") -> float:
-    """A number in [0, 1) fixed by `key`; independent of every other key, so splits never reshuffle."""
-    return int.from_bytes(hashlib.sha256(f"{salt}\0{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def stream_seed(seed: int, *name: object) -> int:
-    """Seed of a named random stream (`stream_seed(cfg.run.seed, "ppo", "rollout", step)`), below 2^31."""
-    return int(unit_interval(repr(name), salt=str(seed)) * 2**31)
 
 
 def check_prompt(messages: object) -> list[Message]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from core.data.streams import unit_interval
 
 
 def flip_labels(pairs: list[dict], rate: float, rng: np.random.Generator) -> list[dict]:
@@ -16,3 +20,13 @@ def flip_labels(pairs: list[dict], rate: float, rng: np.random.Generator) -> lis
 def _swapped(pair: dict) -> dict:
     other = {"chosen": pair["rejected"], "rejected": pair["chosen"], "flipped": not pair["flipped"]}
     return pair | other | {"gold_chosen": pair["gold_rejected"], "gold_rejected": pair["gold_chosen"]}
+
+
+def repeated(rows: list[dict]) -> list[dict]:
+    """The rows as often as their weight says; of its fraction, the share of pairs that a hash of their id gives."""
+    found = []
+    for row in rows:
+        whole = math.floor(row["weight"])
+        extra = unit_interval(row["pair_id"], salt="weight") < row["weight"] - whole
+        found += [row] * (whole + extra)
+    return found

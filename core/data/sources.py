@@ -19,7 +19,9 @@ from itertools import combinations
 from pathlib import Path
 
 from core.config import PreferenceSource
-from core.data.chat import DataError, Message, check_prompt, prompt_id
+from core.data.chat import Message, check_prompt
+from core.data.splits import prompt_id
+from core.errors import DataError
 
 SUMMARISE = "Generate one-sentence summary for the following post: "
 """Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do: the raw rows hold

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from core.config import Generation, Lora, Model
-from core.data.chat import ChatTokenizer, DataError
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.artefacts import read_table, write_table
-from core.data.chat import ChatTokenizer, stream_seed
+from core.data.chat import ChatTokenizer
+from core.data.streams import stream_seed
+from core.files import read_table, write_table
 from core.generation.local import Completion, Generator
 
 

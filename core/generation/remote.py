@@ -6,10 +6,7 @@ system that they share. The servers' endpoints for that have no password: keep t
 
 from __future__ import annotations
 
-import argparse
 import http.client
-import os
-import sys
 import time
 import urllib.error
 from collections.abc import Iterable, Sequence
@@ -18,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.config import Config, Generation, Model
-from core.config.load import load
-from core.data.chat import ChatTokenizer, DataError
+from core.config import Generation, Model
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
 from core.generation.local import Completion
 from core.generation.weight_transfer import NcclTransfer
 from core.http import ask_json
-from core.training import engine
-from pipelines import launch
+from core.training import distributed
+from core.training.weights import NamedWeights
 
 
 class ServerGenerator:
@@ -48,7 +45,7 @@ class ServerGenerator:
         self.urls, self.cfg, self.tokenizer = [u.rstrip("/") for u in urls], cfg, tokenizer
         self._folder, self._timeout = folder and folder.absolute(), timeout
         self._nccl: NcclTransfer | None = None
-        self._mine = self.urls[engine.rank() % len(self.urls)]
+        self._mine = self.urls[distributed.rank() % len(self.urls)]
         about = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -88,7 +85,7 @@ class ServerGenerator:
             for ids, c in zip(sequences, self._complete(body, len(sequences)), strict=True)
         ]
 
-    def sync(self, named_tensors: engine.NamedWeights) -> None:
+    def sync(self, named_tensors: NamedWeights) -> None:
         """Every rank runs through the weights; the first one sends them to all servers, or writes them to be read."""
         if self._folder:
             self._through_file(named_tensors)
@@ -96,7 +93,7 @@ class ServerGenerator:
             skipped = ["lm_head.weight"] if self._tied else []
             self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
             self._nccl.send(named_tensors)
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             for url in self.urls:
                 self._drop_prefixes(url)
         if torch.distributed.is_initialized():
@@ -118,9 +115,9 @@ class ServerGenerator:
 
         file, weights = self._folder / "model.safetensors", {}
         for name, tensor in named_tensors:
-            if engine.rank() == 0 and not (self._tied and name == "lm_head.weight"):
+            if distributed.rank() == 0 and not (self._tied and name == "lm_head.weight"):
                 weights[name] = tensor.contiguous().cpu()
-        if engine.rank() == 0:
+        if distributed.rank() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, file)
             for url in self.urls:
@@ -150,39 +147,3 @@ class ServerGenerator:
         except (OSError, ValueError, http.client.HTTPException) as error:
             fault = str(getattr(error, "reason", error))
         raise DataError(f"vLLM server {url}{path}: {fault}")
-
-
-def main(argv: list[str]) -> int:
-    """`grm vllm-serve`: replace this process by a vLLM server of `policy`."""
-    parser = argparse.ArgumentParser(
-        prog="grm vllm-serve", description="Serve the policy with vLLM, for `ppo.vllm_servers`.",
-        epilog="What stands behind -- goes to vLLM, for example -- --tensor-parallel-size 2",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
-    parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); it has no password")
-    parser.add_argument("--port", type=int, default=8000)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    options = parser.parse_intermixed_args(argv[:cut])
-    cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
-    command = [*server_command(cfg, options.host, options.port), *argv[cut + 1 :]]
-    settings = {**os.environ, **launch.environment(1), "VLLM_SERVER_DEV_MODE": "1"}
-    settings["VLLM_CPU_KVCACHE_SPACE"] = str(cfg.generation.vllm.cpu_kvcache_gib)
-    root = str(Path(__file__).parents[2])  # vLLM's worker imports `core.generation.worker`
-    settings["PYTHONPATH"] = os.pathsep.join(filter(None, [root, settings.get("PYTHONPATH")]))
-    sys.stdout.flush()
-    os.execve(command[0], command, settings)
-
-
-def server_command(cfg: Config, host: str, port: int) -> list[str]:
-    engine_options, model = cfg.generation.vllm, cfg.policy
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
-        "--port", str(port), "--dtype", engine_options.dtype, "--max-model-len", str(engine_options.max_model_len),
-        "--max-num-seqs", str(engine_options.max_num_seqs), "--logprobs-mode", "processed_logprobs",
-        "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
-    ]  # fmt: skip
-    command += ["--enforce-eager"] if engine_options.enforce_eager else []
-    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
-    command += ["--revision", model.revision] if model.revision else []
-    return command + (["--trust-remote-code"] if model.trust_remote_code else [])

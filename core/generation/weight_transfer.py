@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from core.data.chat import DataError
-from core.training import engine
+from core.errors import DataError
+from core.training import distributed
+from core.training.weights import NamedWeights
 
 Ask = Callable[[str, str, dict | None], object]
 """(server, path, body or None) -> the JSON answered; DataError names the server."""
@@ -84,12 +85,12 @@ class NcclTransfer:
         self._source, self._timeout, self._urls = Source(skipped), timeout, urls
         fleet = Fleet(urls, ask)
         address, port = free_address(urls[0])
-        about = NCCLTrainerInitInfo(address, port, 1 + fleet.workers, rank=engine.rank())
+        about = NCCLTrainerInitInfo(address, port, 1 + fleet.workers, rank=distributed.rank())
         self._sender = self._in_time(
             lambda: NCCLTrainerWeightTransferEngine.trainer_init(about, client=fleet, source=self._source)
         )
 
-    def send(self, weights: engine.NamedWeights) -> None:
+    def send(self, weights: NamedWeights) -> None:
         """DataError when it takes longer than the timeout; the group cannot be used any more then."""
         self._source.weights = weights
         self._in_time(self._sender.send_weights)

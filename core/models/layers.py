@@ -8,54 +8,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from core.artefacts import ArtefactError
-from core.config import Lora, Model
-
-KEPT_LOGITS = 1 << 27
-"""LM-head logits that exist at a time: 256 MiB in bfloat16, 2,700 tokens at a vocabulary of 49k and 520 at 256k."""
-
-
-def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -> nn.Module:
-    """The model with dropout off; ArtefactError when a weight is missing or none of the model's.
-
-    `num_layers` keeps the first so many layers.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **where)
-    depth = config.num_hidden_layers
-    if num_layers is not None:
-        if num_layers > depth:
-            raise ArtefactError(f"num_layers {num_layers} exceeds the {depth} layers of {model.path}")
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):  # kinds of attention, one a layer (Qwen, Gemma)
-            config.layer_types = config.layer_types[:num_layers]
-    lm, info = AutoModelForCausalLM.from_pretrained(
-        model.path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=model.attention,
-        output_loading_info=True,
-        **where,
-    )
-    cut = tuple(f".layers.{i}." for i in range(config.num_hidden_layers, depth))
-    unexpected = [k for k in info["unexpected_keys"] if not any(layer in k for layer in cut)]
-    if info["missing_keys"] or unexpected or info["mismatched_keys"]:
-        raise ArtefactError(
-            f"{model.path} does not fit its architecture: missing {sorted(info['missing_keys'])[:3]}, unexpected "
-            f"{sorted(unexpected)[:3]}, other shape {sorted(info['mismatched_keys'])[:3]}"
-        )
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):  # a number, applied inside the attention kernels
-            module.attention_dropout = 0.0
-    return lm
+from core.batching import Batch
+from core.errors import ArtefactError
 
 
 def train_top_layers(lm: nn.Module, count: int | None) -> None:
@@ -68,24 +24,6 @@ def train_top_layers(lm: nn.Module, count: int | None) -> None:
     lm.requires_grad_(False)
     for module in (*layers[len(layers) - count :], lm.base_model.norm) if count else ():
         module.requires_grad_(True)
-
-
-def add_lora(lm: nn.Module, lora: Lora) -> nn.Module:
-    """`lm` with trainable adapters; the base is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    depth = lm.config.num_hidden_layers
-    layers = list(range(depth - lora.top_layers, depth)) if lora.top_layers else None
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
-    # float32 adapters on a bf16 base fail under ZeRO-3 (huggingface/trl#6089); the optimiser keeps float32 masters.
-    return get_peft_model(lm, config, autocast_adapter_dtype=False)
 
 
 class Lower(NamedTuple):
@@ -200,92 +138,19 @@ def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-def token_logprobs(
-    lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `tokens` [M] given `hidden` [M, H], float32; with their entropy [M], nats, when asked for.
+class LowerCache:
+    """Output of the frozen lower layers by row of tokens: for every variant, epoch and validation."""
 
-    Up to `KEPT_LOGITS` logits are kept for the backward pass, in the model's own type. More are computed in chunks of
-    so many, and again in the backward pass, so that memory is that of one chunk.
-    """
-    rows = max(1, KEPT_LOGITS // lm_head.out_features)
-    parts = []
-    for part, ids in zip(hidden.split(rows), tokens.split(rows), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > rows:
-            parts.append(checkpoint(_chunk, lm_head, part, ids, temperature, with_entropy, use_reentrant=False))
-        else:
-            parts.append(_chunk(lm_head, part, ids, temperature, with_entropy))
-    if not parts:
-        empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
-        return empty, empty if with_entropy else None
-    logps, entropies = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+    def __init__(self, layers: LowerLayers):
+        self.layers = layers
+        self._rows: dict[bytes, Tensor] = {}
 
-
-def _chunk(lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, with_entropy: bool):
-    return _OfLogits.apply(lm_head(hidden), tokens, temperature, with_entropy)
-
-
-class _OfLogits(torch.autograd.Function):
-    """log softmax(z / T) at the tokens, and its entropy, in float32 from logits z [M, V] of any type.
-
-    A few rows at a time: float32 copies of all logits, of which autograd would keep several, cost more than the matrix
-    product where the vocabulary is large. With p the softmax and H the entropy,
-    d logp / d z_j = (1[j = token] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool):
-        chosen = logits.new_empty(len(logits), dtype=torch.float32)
-        entropy = torch.empty_like(chosen) if with_entropy else None
-        for at in _blocks(logits):
-            logps = _log_softmax(logits[at], temperature)
-            chosen[at] = logps.gather(-1, tokens[at, None]).squeeze(-1)
-            if with_entropy:
-                entropy[at] = -torch.linalg.vecdot(logps.exp(), logps)
-        ctx.save_for_backward(logits, tokens, entropy)
-        ctx.temperature = temperature
-        return chosen, entropy
-
-    @staticmethod
-    def backward(ctx, of_logp: Tensor, of_entropy: Tensor | None):
-        logits, tokens, entropy = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for at in _blocks(logits):
-            logps, scale = _log_softmax(logits[at], ctx.temperature), of_logp[at, None] / ctx.temperature
-            p = logps.exp()
-            if entropy is None:
-                found = p.mul_(-scale)
-            else:
-                found = p.mul_((logps + entropy[at, None]) * (of_entropy[at, None] / -ctx.temperature) - scale)
-            gradient[at] = found.scatter_add_(-1, tokens[at, None], scale)
-        return gradient, None, None, None
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits if temperature == 1 else logits.float() / temperature, dim=-1, dtype=torch.float32)
-
-
-def _blocks(logits: Tensor) -> list[slice]:
-    """Rows whose float32 copies stay in the cache of a core; on a GPU fewer and larger blocks, for fewer kernels."""
-    rows = max(1, (1 << 26 if logits.is_cuda else 1 << 20) // logits.shape[-1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def lora_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * B A [out, in] in float32: what an adapter adds to its weight."""
-    return scaling * (b.float() @ a.float())
-
-
-def merged_lora(base: Tensor, product: Tensor) -> Tensor:
-    """W + product in float32, rounded once to the type of W [out, in]."""
-    return (base.float() + product).to(base.dtype)
-
-
-def lora_modules(lm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name in the base model, adapted linear layer)."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in lm.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name.removeprefix("base_model.model."), module
+    def __call__(self, batch: Batch) -> Lower:
+        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
+        # Positions tell where a response begins, so equal keys are equal rows.
+        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
+        if any(key not in self._rows for key in keys):
+            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
+            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
+        rows = [self._rows[key].to(where) for key in keys]
+        return Lower(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))

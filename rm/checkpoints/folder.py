@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.artefacts import ArtefactError
 from core.data.chat import ChatTokenizer
+from core.errors import ArtefactError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONVERT = (

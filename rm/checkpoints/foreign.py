@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.artefacts import ArtefactError
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer
-from core.models.layers import load_causal_lm
-from core.training.engine import device
+from core.errors import ArtefactError
+from core.models.loading import load_causal_lm
 from rm.checkpoints.folder import check_vocabulary, faults, locate, read_config, shapes, tensors, tokens_from
+from rm.checkpoints.layout import Parts
 from rm.checkpoints.lora import SAME_BASE, adapted, adapter_config, check_factors, check_settings, merge
-from rm.model import RewardModel
+from rm.heads import make_head
 
 V_HEAD = "v_head.summary."
 SCORE = "score."
@@ -52,8 +52,8 @@ def has_lm_head(lm: nn.Module) -> bool:
 
 def read(
     path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
-) -> RewardModel:
-    """The reward model in one of the module's layouts, its trunk in `dtype`, its head in float32.
+) -> Parts:
+    """The parts of a reward model in one of the module's layouts, its trunk in `dtype`, its head in float32.
 
     Args:
         path: a folder or a hub id.
@@ -76,7 +76,7 @@ def read(
     if lora:
         lm, tokenizer = _read_lora(folder, names, found, base=base, dtype=dtype, attention=attention)
     elif base is not None:
-        raise ArtefactError(f"{folder} is no LoRA checkpoint, so there is no use for the base {base}")
+        raise ArtefactError(f"{folder} is not a LoRA checkpoint, so it cannot be put on the base {base}")
     else:
         tokenizer = ChatTokenizer(Model(path=str(folder)))
         check_vocabulary(folder, tokenizer)
@@ -84,10 +84,10 @@ def read(
     kind = _authors_head(folder, config) if prefix == V_HEAD else "linear"
     # Set by `rm.tools.export`; other people's models have no known scale.
     mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
-    model = RewardModel(lm, kind, tokenizer, mean=mean, std=std)
     heads = {key: name for key, name in names.items() if _is_head(key)}
-    _fill(model.head, tensors(folder, heads), prefix, f"{folder} does not fit a {kind} head")
-    return model.eval().to(device())
+    wanted = make_head(kind, lm.config.hidden_size).state_dict()
+    head = _head_weights(wanted, tensors(folder, heads), prefix, f"{folder} does not fit a {kind} head")
+    return Parts(lm, kind, head, tokenizer, mean, std)
 
 
 def _plain(key: str) -> str:
@@ -111,13 +111,15 @@ def _authors_head(folder: Path, config) -> str:
     return "mlp" if (neurons, layers) == (1024, 1) else f"mlp:{neurons}x{layers}"
 
 
-def _fill(head: nn.Module, weights: Mapping[str, Tensor], prefix: str, what: str) -> None:
-    wanted = {prefix + key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
-    if wrong := faults(wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
+def _head_weights(
+    wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], prefix: str, what: str
+) -> dict[str, Tensor]:
+    shapes_wanted = {prefix + key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    if wrong := faults(shapes_wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
         # The authors' training script builds 1024 neurons whatever `--num_neurons` says, and writes what it says.
         hint = "; `vhead_*` in config.json must say what was trained" if prefix == V_HEAD else ""
         raise ArtefactError(f"{what}: {wrong}{hint}")
-    head.load_state_dict({key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()})
+    return {key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()}
 
 
 def _read_lm(folder: Path, found: Mapping[str, tuple], dtype: str, attention: str) -> nn.Module:

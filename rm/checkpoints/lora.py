@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.artefacts import ArtefactError, digest
-from core.models.layers import lora_product, merged_lora
+from core.errors import ArtefactError
+from core.files import digest
+from core.models.lora import lora_product, merged_lora
 from rm.checkpoints.folder import faults, files, read_config
 
 SAME_BASE = (

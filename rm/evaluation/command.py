@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from core.artefacts import code_version, package_versions, path_digest, write_json, write_table
+from core.artefacts import code_version, package_versions
 from core.config import NATIVE_DTYPE, Dtype
-from core.data.chat import ChatTokenizer, DataError
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
+from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
 from rm.evaluation.metrics import Scored, Ties, Units, measure, paired_difference, units
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set

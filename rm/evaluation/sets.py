@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from core.artefacts import digest, read_jsonl, read_table
 from core.config import PreferenceSource
-from core.data.chat import DataError, Message, prompt_id
+from core.data.chat import Message
 from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
+from core.data.splits import prompt_id
+from core.errors import DataError
+from core.files import digest, read_jsonl, read_table
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.artefacts import ArtefactError
-from core.data.chat import DataError, Message
+from core.data.chat import Message
+from core.errors import ArtefactError, DataError
 from core.http import ask_json
 
 CHUNK = 256

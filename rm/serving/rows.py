@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from jinja2 import TemplateError
 
-from core.data.chat import ChatTokenizer, DataError, check_prompt
+from core.data.chat import ChatTokenizer, check_prompt
+from core.errors import DataError
 from rm.score import Tokens, tokens_of
 
 

@@ -28,16 +28,16 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from torch import Tensor
 
-from core.artefacts import ArtefactError
 from core.config import NATIVE_DTYPE, Dtype
-from rm.checkpoints.adapters import AdapterEnsemble, one_base
+from core.errors import ArtefactError
+from core.models.layers import LowerCache
+from rm.calibration import calibrate, read_calibration
 from rm.combine import KNOWN, combiner, standardise
+from rm.ensemble import AdapterEnsemble, one_base
 from rm.model import RewardModel
-from rm.objective import LowerCache
 from rm.score import Tokens, score_tokens
 from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
-from rm.tools.merge import calibrate, read_calibration
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,13 +12,16 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from core.artefacts import ArtefactError, read_json, write_json
 from core.config import Dtype
 from core.data.chat import ChatTokenizer
-from core.training.engine import named_weights
+from core.errors import ArtefactError
+from core.files import read_json, write_json
+from core.models.loading import save_lm
+from core.training.weights import named_weights
 from rm.checkpoints.folder import faults, locate
 from rm.checkpoints.foreign import V_HEAD, has_lm_head
-from rm.model import ABOUT_FILE, RewardModel, save_lm, save_reward_model
+from rm.checkpoints.layout import ABOUT_FILE, save_reward_model
+from rm.model import RewardModel
 
 MODELING = Path(__file__).with_name("modeling_grm.py")
 HOW_TO_LOAD = {
@@ -88,7 +91,7 @@ def _classifier(model: RewardModel, out: Path) -> None:
 
 
 def _remote_code(model: RewardModel, out: Path) -> None:
-    """The names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints.foreign` reads too."""
+    """The names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints` reads too."""
     from rm.tools.modeling_grm import GrmForSequenceClassification
 
     config = _config(model)

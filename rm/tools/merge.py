@@ -11,16 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.artefacts import ArtefactError, read_json, read_table
-from core.training.engine import named_weights
+from core.errors import ArtefactError
+from core.files import read_json
+from core.training.weights import named_weights
+from rm.calibration import calibrate, read_calibration
 from rm.checkpoints.folder import faults, locate, read_config, shapes, types
-from rm.model import ABOUT_FILE, ADAPTER_FORMAT, RewardModel, read_about
+from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, read_about
+from rm.model import RewardModel
 from rm.tools.export import export
 
 FAR = 0.5
 """Distance of the members from their average, over the length of the average: members of one fine-tuned model lie
 some hundredths apart, two that were initialised apart near 1."""
+
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
 NO_SETTING = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
 """Entries of config.json that do not change what weights compute."""
 
@@ -92,31 +97,6 @@ def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[Reward
         "head_distance": head.distance(),
     }
     return model, facts
-
-
-def read_calibration(path: Path) -> list[dict]:
-    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
-    if not path.is_file():
-        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
-    rows = read_table(path)
-    if not rows or not {"prompt", "response"} <= rows[0].keys():
-        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
-    return rows
-
-
-def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
-    """Mean and standard deviation (over n - 1) of the model's rewards of `rows` (prompt, response).
-
-    Raises:
-        ArtefactError: fewer than two rows, or rewards that are all equal.
-    """
-    chats = [[*row["prompt"], {"role": "assistant", "content": row["response"]}] for row in rows]
-    if len(chats) < 2:
-        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more")
-    rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()
-    if not (std := float(rewards.std())) > 0:
-        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}: there is no scale to calibrate")
-    return float(rewards.mean()), std
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 
 from bon.estimators import best_of_n
 from bon.pools import Pools
-from core.data.chat import DataError
+from core.errors import DataError
 from rm import combine
 from study.analysis.bootstrap import Array, crossed_draws, interval
 from study.analysis.conditions import TRUSTED, Plan, gains

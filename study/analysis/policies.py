@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bon.pools import Pools
-from core.artefacts import ArtefactError
+from core.errors import ArtefactError
 from study.analysis.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
 from study.analysis.conditions import Curve, Plan, scale
 from study.analysis.fits import fit_curve

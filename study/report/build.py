@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from core.artefacts import read_json, read_manifest, read_table, write_json
+from core.artefacts import read_manifest
 from core.config import Config
+from core.files import read_json, read_table, write_json
 from rm.train import arm_rows
 from study import checks as check
+from study import files
 from study import results as study_results
 from study import reward_models as study_models
+from study.matrix import Arm, Policy
+from study.other_tools import read_scores, read_series
+from study.records import Results, Series
 from study.report import page as study_page
-from study.results import Results, Series
-from study.run import Arm, Policy
 
 
 def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
@@ -26,21 +29,21 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     conditions: dict[str, list[str]] = {}
     for arm in arms:
         conditions.setdefault(arm.condition, []).append(arm.name)
-    pools = study_results.read_pools(run, [arm.name for arm in arms])
+    pools = files.read_pools(run, [arm.name for arm in arms])
     folders = {p.name: run / "policies" / p.name for p in policies}
-    series = {p.name: study_results.read_policy(folders[p.name], p.arm.name) for p in policies}
+    series = {p.name: files.read_policy(folders[p.name], p.arm.name) for p in policies}
     plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples)
     realised = realised_noise(cfg, arms)
     found = study_results.results(
         pools, conditions, series, plan, baselines(arms),
         facts=study_models.facts(cfg, realised), rules=cfg.study.sweep,
     )  # fmt: skip
-    study_results.write(out, found)
+    files.write(out, found)
     checks = run_checks(cfg, arms, policies, found, series, realised)
-    write_json(out / "checks.json", study_results.plain(list(checks)))
+    write_json(out / "checks.json", files.plain(list(checks)))
     study_page.write(
         out, cfg.run.name, asked(cfg, arms, policies), found, checks,
-        accuracy=study_results.accuracies(run), seconds=study_results.seconds(run, list(folders)),
+        accuracy=files.accuracies(run), seconds=files.seconds(run, list(folders)),
         config=yaml.safe_dump(cfg.study.model_dump(mode="json"), sort_keys=False),
     )  # fmt: skip
     return f"study: {'; '.join(study_page.summary(found))} -> {out / 'study.html'}"
@@ -126,8 +129,6 @@ def gold_base(cfg: Config) -> str | None:
 
 def imported(cfg: Config, scores: Path, series: Path | None, out: Path) -> str:
     """The report of scores of other tools; checks that need the run are not made."""
-    from study.other_tools import read_scores, read_series
-
     pools = read_scores(scores)
     runs: dict[str, Series] = {}
     for row in read_series(series) if series else []:
@@ -135,12 +136,12 @@ def imported(cfg: Config, scores: Path, series: Path | None, out: Path) -> str:
     plan = study_results.plan_of(cfg, cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size)
     conditions = study_results.by_seed(list(pools.proxies))
     found = study_results.results(pools, conditions, runs, plan, rules=cfg.study.sweep)
-    study_results.write(out, found)
+    files.write(out, found)
     checks = [
         check.aligned(found), check.length_confound(pools, found), check.bound_is_close(found),
         *check.enough(found, runs, 1), check.kl_estimates(runs), *check.golds_agree(found),
     ]  # fmt: skip
-    write_json(out / "checks.json", study_results.plain(checks))
+    write_json(out / "checks.json", files.plain(checks))
     what = f"Scores of {scores}: {len(pools.proxies)} proxies, {len(pools.prompt_ids)} prompts, pools of {pools.size}."
     study_page.write(out, scores.stem, what, found, checks)
     return f"study: {'; '.join(study_page.summary(found))} -> {out / 'study.html'}"

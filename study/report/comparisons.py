@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipelines.report_figures import COLOURS, plt
+from core.plotting import COLOURS, plt
+from study.records import Results
 from study.report.style import MARKERS, legend, style
-from study.results import Results
 
 AXES = {"pairs": "training pairs", "layers": "layers of the reward model"}
 """Sizes of a design -> how an axis names them."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipelines.report_figures import plt
+from core.plotting import plt
+from study.records import Results
 from study.report import comparisons as arms
 from study.report.style import MARKERS, cell, cell_name, cells, colour, crowded, legend, style
-from study.results import Results
 
 UNIT = "gain over the reference, SD within prompts"
 

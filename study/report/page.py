@@ -9,12 +9,12 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipelines import report_figures as figures
+from core import plotting
 from study.analysis.conditions import gains
 from study.checks import Check
+from study.records import Results
 from study.report import tables
 from study.report.figures import all_figures
-from study.results import Results
 
 SHOWN = 12
 """Examples of each condition and n in the sample browser."""
@@ -58,7 +58,7 @@ def write(
     """Figures, page and Markdown."""
     drawn = all_figures(found)
     widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
-    svg = {name: figures.save(figure, out / "figures", name) for name, figure in drawn.items()}
+    svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
     page = {
         "widths": widths,
         "title": title, "asked": asked, "svg": svg, "captions": CAPTIONS, "data": DATA,

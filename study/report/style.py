@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from matplotlib.lines import Line2D
 
-from pipelines.report_figures import COLOURS
-from study.results import Results
+from core.plotting import COLOURS
+from study.records import Results
 
 MARKERS = "osD^vPX<>*hpd8"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from study.analysis.bootstrap import Interval
-from study.results import Results
+from study.records import Results
 
 
 def condition_table(found: Results, accuracy: Mapping[str, float]) -> list[list[str]]:

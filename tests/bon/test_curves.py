@@ -8,10 +8,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bon.curves import COLUMNS, curve, matrix, read_curves, write_curves
-from bon.run import analyse, within_prompt_correlation, write_scores
-from core.artefacts import ArtefactError, join
+from bon.run import analyse, within_prompt_correlation
+from bon.scores import write_scores
 from core.config import BestOfN, Config, Evaluation
-from pipelines.evaluate import change, measure_kl
+from core.errors import ArtefactError
+from core.files import join
+from pipelines.evaluate import change
+from pipelines.policy_kl import measure_kl
 from pipelines.verdicts import cross_fitted_drop
 
 TEMPERATURE = 0.7
@@ -136,7 +139,7 @@ def next_token_logps(lm, prompt: list[int], response: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_kl_per_response_equals_brute_force(chunk, monkeypatch):
-    monkeypatch.setattr("pipelines.evaluate.LOGIT_ROWS", chunk)
+    monkeypatch.setattr("pipelines.policy_kl.LOGIT_ROWS", chunk)
     policy, reference = tiny_llama(0), tiny_llama(1)
     rng = np.random.default_rng(6)
     sizes = [(3, 7), (9, 1), (1, 5), (4, 4), (6, 8)]

@@ -2,14 +2,15 @@
 
 import torch
 
-from bon.run import SharedLayers, score_proxies
-from core.artefacts import read_table
+from bon.scores import SharedLayers, score_proxies
 from core.config import Model
 from core.data.chat import ChatTokenizer
+from core.files import read_table
 from core.generation.pool import conversation
-from core.models.layers import load_causal_lm
-from core.training.engine import named_weights
-from rm.model import RewardModel, save_reward_model
+from core.models.loading import load_causal_lm
+from core.training.weights import named_weights
+from rm.checkpoints.layout import save_reward_model
+from rm.model import RewardModel
 
 
 def test_shared_layers_change_no_reward(policy_path, tmp_path):

@@ -2,17 +2,9 @@
 
 import pytest
 
-from core.artefacts import (
-    ArtefactError,
-    Fingerprint,
-    join,
-    manifest_digest,
-    open_partial,
-    publish,
-    read_jsonl,
-    read_manifest,
-    write_table,
-)
+from core.artefacts import Fingerprint, manifest_digest, open_partial, publish, read_manifest
+from core.errors import ArtefactError
+from core.files import join, read_jsonl, write_table
 
 
 def make(folder, sections):

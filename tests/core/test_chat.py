@@ -5,8 +5,11 @@ import json
 import pytest
 
 from core.config import Config, Model, Splits
-from core.data.chat import ChatTokenizer, DataError, check_prompt, prompt_id, stream_seed
-from pipelines.prompts import run, split_of
+from core.data.chat import ChatTokenizer, check_prompt
+from core.data.splits import prompt_id, split_of
+from core.data.streams import stream_seed
+from core.errors import DataError
+from pipelines.prompts import run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import NATIVE_DTYPE, Generation, Model, Vllm
-from core.data.chat import ChatTokenizer, DataError
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
 from core.generation.remote import ServerGenerator
 from core.http import ask_json
 from tests.conftest import ROOT

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from core.artefacts import ArtefactError, write_table
 from core.config import Config
-from core.data.chat import DataError, normalised, prompt_id
+from core.data.labels import repeated
 from core.data.sources import SUMMARISE, Malformed, PreferenceSource, read_pairs
-from pipelines.import_pairs import import_pairs, repeated
+from core.data.splits import normalised, prompt_id
+from core.errors import ArtefactError, DataError
+from core.files import write_table
+from pipelines.import_pairs import import_pairs
 
 
 def chat(*texts):

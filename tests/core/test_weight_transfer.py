@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from core import config
-from core.data.chat import DataError
+from core.errors import DataError
 from core.generation.weight_transfer import Fleet, NcclTransfer, Source, free_address
-from core.models.layers import add_lora
-from core.training import engine
+from core.models.lora import add_lora
+from core.training.weights import NamedWeights
 from tests.programs.zero3 import tiny
 
 SIZES = {"http://a": 2, "http://b": 1, "http://c": 4}
@@ -48,7 +48,7 @@ def test_what_is_announced_is_what_comes(lora):
     lm = tiny(1)
     names = [name for name, _ in lm.named_parameters()]
     source = Source(["lm_head.weight"])
-    source.weights = engine.NamedWeights(Owner(), add_lora(lm, lora) if lora else lm)
+    source.weights = NamedWeights(Owner(), add_lora(lm, lora) if lora else lm)
     announced = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     for _ in range(2):
         assert [(name, w.dtype, tuple(w.shape)) for name, w in source] == announced

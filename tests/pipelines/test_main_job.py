@@ -14,11 +14,12 @@ import urllib.request
 
 import pytest
 
-from core.artefacts import open_partial, read_table
+from core.artefacts import open_partial
 from core.config.load import load
+from core.environment import variables
+from core.files import read_table
 from core.stopping import EXIT_STOPPED
 from pipelines import stages
-from pipelines.launch import environment
 from tests.conftest import ROOT
 
 SCRIPT = "import sys, time; t = time.time(); import rm, ppo, bon, pipelines; print(time.time() - t, *sys.modules)"
@@ -129,7 +130,7 @@ def test_vllm_serves_the_result(run_dir, tmp_path):
     folder = run_dir / "ppo" / "policy"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port),
                "--max-model-len", "256", "--enforce-eager", "--served-model-name", "policy"]  # fmt: skip
-    settings = {**os.environ, **environment(1), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    settings = {**os.environ, **variables(1), "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
         try:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from core import plotting
 from pipelines import report_figures as figures
 from pipelines.report import checkpoint_table, markdown, render, reward_table
 from pipelines.verdicts import cross_fitted_drop, verdicts
@@ -45,7 +46,7 @@ def page(tmp_path_factory):
     return {
         "run": "unit", "asked": "A policy.", "verdicts": [EVIL],
         "failed": [check], "num_checks": 1, "all_checks": [check],
-        "figures": {name: figures.save(figure, out, name) for name, figure in drawn.items()},
+        "figures": {name: plotting.save(figure, out, name) for name, figure in drawn.items()},
         "table": checkpoint_table(rows), "rm_table": reward_table(variants, "gold"),
         "samples": [{"prompt": EVIL, "before": side, "after": side}],
         "stages": [{"stage": "rm", "seconds": 9, "headline": "x"}], "config": "a: 1", "packages": "torch: 2",
@@ -67,7 +68,7 @@ def test_markdown_has_the_same_tables(page):
 
 
 def test_figures_are_the_same_twice(tmp_path):
-    first, second = (figures.save(figures.overoptimisation(curves()), tmp_path, "f") for _ in range(2))
+    first, second = (plotting.save(figures.overoptimisation(curves()), tmp_path, "f") for _ in range(2))
     assert first == second and (tmp_path / "f.png").stat().st_size > 10_000
 
 

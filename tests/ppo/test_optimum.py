@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.config import Clip, Kl, Ppo, Reward
+from ppo.records import Micro
 from ppo.rewards import RewardScale
-from ppo.rollout import Micro
 from ppo.update import Learner
 from tests.builders.plain_engine import PlainEngine, TableCritic, TablePolicy
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from core import config
-from core.data.chat import ChatTokenizer, DataError
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
 from core.generation.local import Completion
-from core.models.layers import add_lora, load_causal_lm
-from core.training import engine
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training.weights import named_weights
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
 from ppo.train import MAX_MISMATCH
@@ -67,7 +69,7 @@ def steps(model: config.Model, lr: float, count: int, layers: int = 4, dtype: st
             optimizer.zero_grad()
             (-actor(m.input_ids, m.attention_mask, m.is_response)[0].sum() / m.is_response.sum()).backward()
             optimizer.step()
-        weights = list(engine.named_weights(lm, watch=probe.watch))
+        weights = list(named_weights(lm, watch=probe.watch))
         yield probe, lambda weights=weights: sampler.sync(weights)
 
 

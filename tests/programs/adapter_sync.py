@@ -10,8 +10,9 @@ import torch
 from core import config
 from core.data.chat import ChatTokenizer
 from core.generation.local import Generator
-from core.models.layers import add_lora, load_causal_lm
-from core.training import engine
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training import distributed
 from core.training.weights import save_adapter
 from ppo.policy import PolicyModule
 
@@ -33,7 +34,7 @@ def gap(policy: PolicyModule, generator: Generator, rows: list[list[int]]) -> fl
 def main(path: str, folder: str) -> None:
     model = config.Model(path=path, attention="eager")
     tokenizer = ChatTokenizer(model)
-    engine.init_distributed()
+    distributed.init_distributed()
     sampling = config.Generation(max_new_tokens=8, vllm=config.Vllm(dtype="float32", max_model_len=256))
     lora = config.Lora(rank=4, top_layers=2)
     generator = Generator(model, sampling, tokenizer, adapter=lora)

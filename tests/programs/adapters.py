@@ -9,10 +9,10 @@ import torch
 
 from core.config import Config
 from core.config.load import load
-from core.training import engine
+from core.training import distributed, engine
 from ppo.proxy import LocalProxy
 from rm import train
-from rm.checkpoints.adapters import AdapterEnsemble
+from rm.ensemble import AdapterEnsemble
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS
 
@@ -47,7 +47,7 @@ def config(base: str, save: str) -> Config:
 
 
 def main(base: str, out: str) -> None:
-    engine.init_distributed()
+    distributed.init_distributed()
     folder = Path(out)
     cfg = config(base, "merged")
     for name in ("a", "b"):
@@ -61,12 +61,12 @@ def main(base: str, out: str) -> None:
     whole = [engine.Engine(model, cfg.engine, micro_batch=2) for model in whole]
     ensemble = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in ("a", "b")], dtype="float32")
     shared = ensemble.through(engine.Engine(ensemble, cfg.engine, micro_batch=2))
-    mine = CHATS[engine.rank() :][:2]
+    mine = CHATS[distributed.rank() :][:2]
     found = {
-        name: engine.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())
+        name: distributed.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())
         for name, members in (("whole", whole), ("shared", shared), ("again", shared))
     }
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         (folder / "scores.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     os._exit(0)

@@ -12,10 +12,10 @@ import torch
 
 from core import config
 from core.batching import pad_right
-from core.training import engine
+from core.training import distributed, engine
 from ppo.policy import PolicyModule
+from ppo.records import Micro
 from ppo.rewards import RewardScale
-from ppo.rollout import Micro
 from ppo.update import Learner
 from rm.model import RewardModel
 from tests.programs.zero3 import OPTIM, tiny
@@ -64,7 +64,7 @@ def micro_of(rows: list[dict]) -> Micro:
 def train(stage: int, micro: int, **options: bool) -> dict:
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     cfg = config.Engine(dtype="float32", zero_stage=stage, overrides=overrides, **options)
-    world, rank = engine.world_size(), engine.rank()
+    world, rank = distributed.world_size(), distributed.rank()
     per_rank = ROWS // world
     batches = {"micro_batch": micro, "accumulation": per_rank // micro, "optim": OPTIM, "total_steps": 2 * STEPS}
     actor, critic = (engine.Engine(module, cfg, **batches) for module in models())
@@ -86,12 +86,12 @@ def train(stage: int, micro: int, **options: bool) -> dict:
 
 
 def main(out: str, *layouts: str) -> None:
-    engine.init_distributed()
+    distributed.init_distributed()
     found = {}
     for layout in layouts:
         shape, *options = layout.split("+")
         found[layout] = train(*map(int, shape.split("x")), **dict.fromkeys(options, True))
-    if engine.rank() == 0:
+    if distributed.rank() == 0:
         Path(out).write_text(json.dumps(found))
     torch.distributed.barrier()
     os._exit(0)

@@ -7,10 +7,12 @@ import sys
 import torch
 
 from core import config
-from core.data.chat import ChatTokenizer, DataError
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
 from core.generation.local import Generator
-from core.models.layers import add_lora, load_causal_lm
-from core.training import engine
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training import distributed, engine
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
 
@@ -23,7 +25,7 @@ def main(path: str) -> None:
         config.Generation(max_new_tokens=24, temperature=0.8, vllm=config.Vllm(max_model_len=256)),
     )
     tokenizer = ChatTokenizer(model)
-    engine.init_distributed()
+    distributed.init_distributed()
     generator = Generator(model, generation, tokenizer)
     prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
     completions = [group[0] for group in generator.generate(prompts, seed=1)]

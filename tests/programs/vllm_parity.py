@@ -9,7 +9,9 @@ import torch
 from core.config import Generation, Model, Vllm
 from core.data.chat import ChatTokenizer
 from core.generation.local import Generator
-from core.models.layers import hidden_states, load_causal_lm, token_logprobs
+from core.models.layers import hidden_states
+from core.models.loading import load_causal_lm
+from core.models.logprobs import token_logprobs
 
 QUESTIONS = [
     "Name three fruits.",

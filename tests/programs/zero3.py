@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core import config
-from core.training import engine
+from core.training import distributed, engine
 
 # A large eps: Adam divides by it where a gradient is nearly 0, and rounding there would decide the sign of a step.
 OPTIM = config.Optim(lr=1e-2, schedule="constant", warmup=0.0, max_grad_norm=1.0, eps=1e-3)
@@ -35,8 +35,8 @@ def changed(old, new) -> int:
 
 def main(out: str) -> None:
     cfg = config.Engine(dtype="float32", overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
-    engine.init_distributed()
-    world, rank = engine.world_size(), engine.rank()
+    distributed.init_distributed()
+    world, rank = distributed.world_size(), distributed.rank()
     actor, critic = (
         engine.Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3)
         for seed in (1, 2)

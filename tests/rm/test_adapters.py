@@ -12,15 +12,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from core.artefacts import ArtefactError
 from core.config import Lora, Model
-from core.config.load import ConfigError, load
+from core.config.load import load
 from core.data.chat import ChatTokenizer
-from core.models.layers import add_lora, hidden_states, load_causal_lm
-from core.training.engine import named_weights
+from core.errors import ArtefactError, ConfigError
+from core.models.layers import hidden_states
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training.weights import named_weights
 from pipelines.__main__ import main
-from rm.checkpoints.adapters import AdapterEnsemble, one_base, save_adapter_model
-from rm.model import RewardModel, save_reward_model
+from rm.checkpoints.adapters import save_adapter_model
+from rm.checkpoints.layout import save_reward_model
+from rm.ensemble import AdapterEnsemble, one_base
+from rm.model import RewardModel
 from rm.score import score, tokens_of
 from rm.serving import server as serve
 from tests.builders.checkpoints import CHATS, CLOSE, edit_json, tiny_config, write_lora

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
-from core.artefacts import ArtefactError
 from core.config import Model
 from core.data.chat import ChatTokenizer
-from core.models.layers import token_logprobs
-from core.training.engine import named_weights
-from rm.model import RewardModel, save_reward_model
+from core.errors import ArtefactError
+from core.models.logprobs import token_logprobs
+from core.training.weights import named_weights
+from rm.checkpoints.layout import save_reward_model
+from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, CLOSE, batch, edit, edit_json, read, tiny_config, write_full, write_lora
 
 
@@ -193,7 +194,7 @@ def test_a_sequence_classifier_scores_as_transformers_does(tokenizer, policy_pat
         expected = theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     model = read(tmp_path)
     torch.testing.assert_close(model.score(CHATS), expected, **CLOSE)
-    with pytest.raises(ArtefactError, match="no use for the base"):
+    with pytest.raises(ArtefactError, match="cannot be put on the base"):
         read(tmp_path, base=policy_path)
     # the mask says what is real, even where the last token is the pad
     with torch.no_grad():

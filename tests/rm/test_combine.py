@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.data.chat import DataError
+from core.errors import DataError
 from rm import combine
 
 RULES = ["mean", "min", "median", "uwo:0.5", "uwo:0", "quantile:0.25", "soft_min:0.7"]

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from core.artefacts import read_json, read_table, write_table
 from core.config import Model
-from core.data.chat import ChatTokenizer, DataError
-from core.models.layers import load_causal_lm
-from core.training.engine import named_weights
+from core.data.chat import ChatTokenizer
+from core.errors import DataError
+from core.files import read_json, read_table, write_table
+from core.models.loading import load_causal_lm
+from core.training.weights import named_weights
+from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.command import main, metrics_of, model_names, parse_set, score_set
 from rm.evaluation.sets import parse_dialogue, read_set
-from rm.model import RewardModel, save_reward_model
+from rm.model import RewardModel
 from tests.conftest import ROOT
 
 DATA = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
-from core.artefacts import ArtefactError
 from core.config import Model
 from core.data.chat import ChatTokenizer
-from core.training.engine import named_weights
+from core.errors import ArtefactError
+from core.training.weights import named_weights
 from pipelines.__main__ import main
-from rm.model import RewardModel, save_reward_model
+from rm.checkpoints.layout import save_reward_model
+from rm.model import RewardModel
 from rm.tools.export import export
 from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
 

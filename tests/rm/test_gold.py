@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from core.artefacts import ArtefactError
 from core.config import Config, Gold
-from core.data.chat import DataError
-from core.training.engine import named_weights
+from core.errors import ArtefactError, DataError
+from core.training.weights import named_weights
 from pipelines.stages import Stage, fingerprint
+from rm.checkpoints.layout import save_reward_model
 from rm.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
-from rm.model import RewardModel, save_reward_model
+from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, batch, edit, edit_json, tiny_config
 from tests.rm.test_export import own
 

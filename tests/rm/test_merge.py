@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from core.artefacts import write_json, write_table
-from core.training.engine import named_weights
+from core.files import write_json, write_table
+from core.training.weights import named_weights
 from pipelines.__main__ import main
-from rm.model import RewardModel, save_reward_model
+from rm.checkpoints.layout import save_reward_model
+from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, edit_json, read, write_full
 from tests.rm.test_export import own
 

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 
-from core.artefacts import ArtefactError
 from core.batching import balanced, pack, pad_right
 from core.config import Model, RewardVariant
 from core.data.chat import ChatTokenizer
-from core.models.layers import LowerLayers, load_causal_lm, shared_depth, train_top_layers
-from core.training.engine import named_weights
+from core.errors import ArtefactError
+from core.models.layers import LowerCache, LowerLayers, shared_depth, train_top_layers
+from core.models.loading import load_causal_lm
+from core.training.weights import named_weights
+from rm.checkpoints.layout import save_reward_model
 from rm.losses import bradley_terry, text_regulariser, total_loss
-from rm.model import RewardModel, last_real_token, save_reward_model
-from rm.objective import LowerCache, pair_logprobs, pair_losses
+from rm.model import RewardModel, last_real_token
+from rm.objective import pair_logprobs, pair_losses
 from rm.pairs import Pair
 
 CHATS = [

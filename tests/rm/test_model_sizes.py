@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from bon.run import score_proxies
-from core.artefacts import read_table
+from bon.scores import score_proxies
 from core.config import Model, RewardVariant
 from core.config.load import load
 from core.data.chat import ChatTokenizer
+from core.files import read_table
 from core.generation.pool import conversation
-from core.models.layers import LowerLayers, load_causal_lm, shared_depth, train_top_layers
-from core.training.engine import named_weights
-from rm.model import RewardModel, save_reward_model
+from core.models.layers import LowerLayers, shared_depth, train_top_layers
+from core.models.loading import load_causal_lm
+from core.training.weights import named_weights
+from rm.checkpoints.layout import save_reward_model
+from rm.model import RewardModel
 from rm.objective import pair_losses
 from rm.pairs import Pair
 from rm.train import build, lower_cache

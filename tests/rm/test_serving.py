@@ -17,8 +17,7 @@ import pytest
 import torch
 import uvicorn
 
-from core.artefacts import ArtefactError
-from core.data.chat import DataError
+from core.errors import ArtefactError, DataError
 from ppo.proxy import RemoteProxy
 from rm.combine import minimum
 from rm.model import RewardModel

@@ -8,8 +8,7 @@ import pytest
 
 from bon.estimators import best_of_n
 from bon.pools import Pools
-from core.artefacts import ArtefactError
-from core.data.chat import DataError
+from core.errors import ArtefactError, DataError
 from rm.evaluation.metrics import spearman
 from study.analysis.agreement import _spearman_draws as spearman_draws
 from study.analysis.agreement import agreement, foretelling, members

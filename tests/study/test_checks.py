@@ -7,7 +7,8 @@ import pytest
 
 from bon.pools import Pools
 from study import checks as check
-from study.results import Series, by_seed, results
+from study.records import Series
+from study.results import by_seed, results
 from tests.study.test_conditions import series
 from tests.study.test_page import PLAN, pools
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bon.pools import Pools, from_tables
-from core.artefacts import ArtefactError
+from core.errors import ArtefactError
 from study.analysis.agreement import gold_by_proxy
 from study.analysis.agreement import within_prompt_correlation as correlation
 from study.analysis.conditions import Plan, baselines, bon_curves, condition_proxies, findings, gains, kl_table

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.artefacts import read_table, write_json, write_table
 from core.config import RewardVariant
-from core.config.load import ConfigError, load
-from core.data.chat import DataError
+from core.config.load import load
+from core.errors import ConfigError, DataError
+from core.files import read_table, write_json, write_table
 from rm.train import arm_rows, num_layers
+from study import matrix
 from study import reward_models as study_models
 from study import run as study
 from study.analysis.bootstrap import crossed_draws, student_quantile
@@ -25,8 +26,8 @@ ASKED = [
 
 def planned(tmp_path, *more):
     cfg = load([], [f"run.dir={tmp_path}", "run.name=s", *ASKED, *more])
-    arms, policies = study.plan(cfg)
-    return study.expanded(cfg, arms), arms, policies
+    arms, policies = matrix.plan(cfg)
+    return matrix.expanded(cfg, arms), arms, policies
 
 
 def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
@@ -48,10 +49,10 @@ def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
     (tmp_path / "s" / "rm").mkdir()
     (tmp_path / "s" / "rm" / "manifest.json").write_text("{}")
     for policy in policies:
-        own = load([file], study.policy_overrides(cfg, policy))
+        own = load([file], matrix.policy_overrides(cfg, policy))
         assert own.ppo.proxy == policy.arm.name and own.ppo.kl.coef == policy.kl_coef
         assert (own.run_dir / "rm" / "manifest.json").is_file()
-    assert len({load([file], study.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
+    assert len({load([file], matrix.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
 
 
 def test_commands_of_a_scheduler(tmp_path):
@@ -163,8 +164,10 @@ def test_the_second_gold_is_scored_once_for_one_pool(tmp_path, monkeypatch):
     cfg, _, _ = planned(tmp_path, "study.second_gold={kind: hub, path: some/gold}")
     samples = [{"prompt_id": "a", "sample_id": k, "prompt": [], "response": f"r{k}"} for k in range(3)]
     scored = []
-    monkeypatch.setattr("rm.gold.load_gold", lambda gold: gold.path)
-    monkeypatch.setattr("rm.gold.score_samples", lambda gold, rows: scored.append(gold) or np.arange(len(rows)))
+    monkeypatch.setattr("study.reward_models.load_gold", lambda gold: gold.path)
+    monkeypatch.setattr(
+        "study.reward_models.score_samples", lambda gold, rows: scored.append(gold) or np.arange(len(rows))
+    )
 
     (cfg.run_dir / "bon").mkdir(parents=True)
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from core.artefacts import ArtefactError, write_jsonl, write_table
+from core.errors import ArtefactError
+from core.files import write_jsonl, write_table
 from study import run as study
 from study.other_tools import read_scores, read_series
 

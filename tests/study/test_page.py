@@ -12,10 +12,11 @@ import pytest
 
 from bon.pools import Pools
 from study import checks as check
-from study import results as study_results
+from study import files
 from study.analysis.conditions import Plan
+from study.records import Series
 from study.report import page as study_page
-from study.results import Series, by_seed, results
+from study.results import by_seed, results
 from tests.study.test_conditions import series
 
 EVIL = "</script><script>document.title='hacked'</script>"
@@ -70,7 +71,7 @@ def matrix(tmp_path_factory):
     base = {c: c.replace("grm", "bt") for c in conditions}
     found = results(table, conditions, runs, PLAN, base, rules=("mean", "min"))
     out = tmp_path_factory.mktemp("matrix")
-    study_results.write(out, found)
+    files.write(out, found)
     study_page.write(out, "matrix", "What was asked?", found, [*check.golds_agree(found), check.aligned(found)])
     return found, out
 
@@ -78,7 +79,7 @@ def matrix(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(study, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    study_results.write(out, study)
+    files.write(out, study)
     checks = [*check.enough(study, {}, 0), check.aligned(study)]
     study_page.write(out, "planted", "What was asked?", study, checks, accuracy={"bt-seed0": 0.7}, seconds=[("rm", 90)])
     return out
@@ -151,7 +152,7 @@ def test_a_study_too_small_for_fits_and_ensembles_has_a_page(tmp_path):
     table = Pools(tuple(f"p{i}" for i in range(12)), gold, {"bt": gold + rng.normal(size=gold.shape)})
     plan = Plan(np.arange(1, 9), draws=100, ensembles=("mean",))
     found = results(table, {"bt": ["bt"]}, {}, plan, rules=("min", "length:0.1"))
-    study_results.write(tmp_path, found)
+    files.write(tmp_path, found)
     study_page.write(tmp_path, "tiny", "What was asked?", found, [check.aligned(found)])
     html = (tmp_path / "study.html").read_text()
     assert found.found["bt"]["fit"] is None and "cannot conclude" in html and "None." in html.split("<h2>Fits")[1]

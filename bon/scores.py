@@ -1,0 +1,79 @@
+"""Rewards and gold of a pool of samples, in tables that are joined by id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from core.data.chat import Message
+from core.files import digest, read_json, write_table
+from core.generation.pool import conversation
+from core.models.layers import LowerCache, LowerLayers, shared_depth
+from rm.checkpoints.layout import ABOUT_FILE
+from rm.model import RewardModel
+from rm.score import tokens_of
+
+
+def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tuple[float, float]]:
+    """A table of rewards for each reward model that has none yet; mean and SD of each under the reference policy."""
+    names = reward_models(folder)
+    load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
+    waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
+    conversations = [conversation(s) for s in samples]
+    # Sizes one after the other: models of two sizes have only the smaller one's frozen layers in common.
+    depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
+    for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
+        shared, models = None, {}
+        if len(alike) > 1:
+            models = {name: load(name) for name in alike[:2]}
+            shared = SharedLayers.of(*models.values(), conversations)
+        for name in alike:
+            model = models.pop(name, None) or load(name)
+            lower = shared.cache if shared and shared.fits(model) else None
+            rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
+            write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
+    about = {name: read_json(folder / name / ABOUT_FILE) for name in names}
+    return {name: (facts["mean"], facts["std"]) for name, facts in about.items()}
+
+
+class SharedLayers:
+    """The lowest layers that reward models of one base have in common, run once for all of them."""
+
+    def __init__(self, model: RewardModel, depth: int):
+        self.model, self.cache = model, LowerCache(LowerLayers(model.lm, depth))
+
+    @classmethod
+    def of(
+        cls, first: RewardModel, second: RewardModel, conversations: Sequence[Sequence[Message]]
+    ) -> SharedLayers | None:
+        """None where they share none, or where their states would take more than CACHED_STATES."""
+        depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
+        if not depth or not first.shares_prompts:
+            return None
+        tokens = sum(map(len, (t for pair in {tokens_of(first.tokenizer, c) for c in conversations} for t in pair)))
+        size = tokens * first.lm.config.hidden_size * next(first.parameters()).element_size()
+        return cls(first, depth) if size <= CACHED_STATES else None
+
+    def fits(self, model: RewardModel) -> bool:
+        same = model.tokenizer.fingerprint == self.model.tokenizer.fingerprint
+        return same and shared_depth(self.model.lm, model.lm.requires_grad_(False)) >= self.cache.layers.depth
+
+
+def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
+    """Rows of prompt_id, sample_id, text_sha (of the response, so that scores of other samples do not join), score."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "text_sha": digest(s["response"]), "score": x}
+        for s, x in zip(samples, scores, strict=True)
+    ]
+    write_table(path, rows)
+
+
+CACHED_STATES = 4 << 30
+"""Bytes of host memory for the output of layers that several reward models share."""
+
+
+def reward_models(rm_folder: Path) -> list[str]:
+    """Names of the reward models in the folder of stage `rm`."""
+    return sorted(p.parent.name for p in rm_folder.glob("*/reward_model.json"))

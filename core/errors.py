@@ -1,0 +1,15 @@
+"""Errors that the command line prints as one message, without a traceback."""
+
+from __future__ import annotations
+
+
+class ArtefactError(RuntimeError):
+    """An input is missing, stale or damaged; the message says which stage to run."""
+
+
+class DataError(ValueError):
+    """A row, prompt or tokenizer that cannot be used; the message names it and says what to do."""
+
+
+class ConfigError(ValueError):
+    """Bad configuration; the command line prints the message and exits 2, without a traceback."""

@@ -1,0 +1,35 @@
+"""Mean and standard deviation of a reward model's rewards on samples of the reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import ArtefactError
+from core.files import read_table
+from rm.model import RewardModel
+
+
+def read_calibration(path: Path) -> list[dict]:
+    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
+    if not path.is_file():
+        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
+    rows = read_table(path)
+    if not rows or not {"prompt", "response"} <= rows[0].keys():
+        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
+    return rows
+
+
+def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
+    """Mean and standard deviation (over n - 1) of the model's rewards of `rows` (prompt, response).
+
+    Raises:
+        ArtefactError: fewer than two rows, or rewards that are all equal.
+    """
+    chats = [[*row["prompt"], {"role": "assistant", "content": row["response"]}] for row in rows]
+    if len(chats) < 2:
+        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more")
+    rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()
+    if not (std := float(rewards.std())) > 0:
+        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}: there is no scale to calibrate")
+    return float(rewards.mean()), std

@@ -1,0 +1,140 @@
+"""Reward models that are adapters on one base, which is in memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from core.config import NATIVE_DTYPE
+from core.errors import ArtefactError
+from core.models.layers import LowerCache, LowerLayers
+from core.training import distributed
+from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
+from rm.checkpoints.folder import locate
+from rm.checkpoints.layout import read_head, read_tokenizer
+from rm.model import RewardModel
+from rm.score import Tokens
+
+CACHED_STATES = 1 << 30
+"""Bytes of lower layers' states that members share in one call of `AdapterEnsemble.lower_cache`."""
+
+
+def one_base(paths: Sequence[str | Path]) -> bool:
+    """Whether these are adapters of this project, two or more, that can share a base in memory."""
+    folders = [locate(path) for path in paths]
+    return len(folders) > 1 and all(map(is_adapter, folders)) and len(set(map(backbone, folders))) == 1
+
+
+class AdapterMember(RewardModel):
+    """One reward model of an `AdapterEnsemble`: all have one `lm`, and each call switches it to the member's adapter.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, lm: nn.Module, name: str, *args, **options):
+        super().__init__(lm, *args, **options)
+        self.name = name
+
+    def forward(self, *args, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `RewardModel.forward`."""
+        if self.lm.active_adapter != self.name:
+            self.lm.set_adapter(self.name, inference_mode=True)
+        return super().forward(*args, **options)
+
+
+class AdapterEnsemble(nn.Module):
+    """k reward models that are adapters and heads on one base, which is in memory once; for inference.
+
+    Rewards are those of the unmerged adapters: those of `RewardModel.from_pretrained` up to rounding.
+
+    Attributes:
+        members: the reward models, [k]; each scores as any other.
+    """
+
+    def __init__(self, members: Sequence[AdapterMember]):
+        super().__init__()
+        self.lm = members[0].lm
+        self.heads = nn.ModuleList(member.head for member in members)
+        # In a tuple, which torch does not look into: an engine shall meet the base once, not k times.
+        self.members = tuple(members)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        paths: Sequence[str | Path],
+        *,
+        dtype: str = NATIVE_DTYPE,
+        attention: str = "sdpa",
+        base: str | Path | None = None,
+    ) -> AdapterEnsemble:
+        """The models of these adapter folders, in their order; `base` in place of the one that they name.
+
+        Raises:
+            ArtefactError: anything that `RewardModel.from_pretrained` refuses; models of several bases.
+        """
+        from peft import PeftModel
+
+        adapters = [Adapter.open(path, base) for path in paths]
+        if other := [a.folder for a in adapters if backbone(a.folder) != backbone(adapters[0].folder)]:
+            raise ArtefactError(f"{other[0]} has another base, type or number of layers than {adapters[0].folder}")
+        lm = adapters[0].load_base(attention)
+        for adapter in adapters:
+            adapter.check(lm)
+        lm, members = cast(lm, dtype), []
+        for i, adapter in enumerate(adapters):
+            if i == 0:
+                lm = PeftModel.from_pretrained(lm, adapter.folder, adapter_name="0", autocast_adapter_dtype=False)
+            else:
+                lm.load_adapter(adapter.folder, str(i), autocast_adapter_dtype=False)
+            about, tokenizer = adapter.about, read_tokenizer(adapter.folder, adapter.about)
+            member = AdapterMember(lm, str(i), about["head"], tokenizer, mean=about["mean"], std=about["std"])
+            member.head.load_state_dict(read_head(adapter.folder, about["head"], lm.config.hidden_size))
+            members.append(member.eval())
+        lm.to(distributed.device())
+        return cls(members).requires_grad_(False).eval().to(distributed.device())
+
+    def forward(self, *args, member: int, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`RewardModel.forward` of a member."""
+        return self.members[member](*args, **options)
+
+    def through(self, forward: Callable) -> list[EngineMember]:
+        """The members as `ppo.proxy.LocalProxy` takes them, where `forward` is an engine that holds this ensemble."""
+        return [EngineMember(self, forward, i) for i in range(len(self.members))]
+
+    def lower_cache(self, rows: Sequence[Tokens]) -> LowerCache | None:
+        """For `rm.score`'s `lower`: the layers below all adapters, run once for all members; None where there are none,
+        or where their states of these rows would take more than CACHED_STATES."""
+        if self._lower is None:
+            return None
+        tokens = sum(len(prompt) + len(response) for prompt, response in set(rows))
+        size = tokens * self.lm.config.hidden_size * next(self.parameters()).element_size()
+        return LowerCache(self._lower) if size <= CACHED_STATES else None
+
+    @cached_property  # which stores it where torch does not look: its parameters are those of `lm`
+    def _lower(self) -> LowerLayers | None:
+        """The layers below the lowest adapter of any member; None where there are none, or they cannot be cut off."""
+        layers = self.lm.get_base_model().base_model.layers
+        adapted = (any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers)
+        depth = next((i for i, found in enumerate(adapted) if found), len(layers))
+        if not depth or not self.members[0].shares_prompts:
+            return None
+        lower = LowerLayers(self.lm, depth)
+        try:
+            lower.check(self.lm)
+        except ArtefactError:
+            return None
+        return lower
+
+
+class EngineMember:
+    """A member of an ensemble that an engine holds, called as an engine of its own."""
+
+    def __init__(self, ensemble: AdapterEnsemble, forward: Callable, number: int):
+        self.module = ensemble.members[number]
+        self._forward, self._number = forward, number
+
+    def __call__(self, *args, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._forward(*args, member=self._number, **options)

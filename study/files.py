@@ -1,0 +1,115 @@
+"""Tables of a study: writing them, and reading those of the stages."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bon.pools import Pools, from_tables
+from core.artefacts import read_manifest
+from core.files import read_json, read_table, write_json, write_table
+from study.analysis import conditions as analysis
+from study.analysis.bootstrap import Interval
+from study.analysis.fits import Fit
+from study.analysis.verdict import Verdict
+from study.records import Results, Series
+
+
+def write(out: Path, found: Results) -> None:
+    """The tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "curves.csv", found.rows, analysis.COLUMNS)
+    write_csv(out / "kl.csv", found.kl)
+    write_csv(out / "tail.csv", found.tail)
+    for name in ("members", "foretelling", "sweep", "golds"):
+        write_csv(out / f"{name}.csv", getattr(found, name))
+    write_json(out / "rms.json", plain(found.rms))
+    write_csv(out / "rms.csv", [flat(row) for row in found.rms])
+    write_json(out / "conditions.json", plain(found.found))
+    write_json(out / "policies.json", plain(found.policies))
+    write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in found.found.items()])
+    prompts = per_prompt(found)
+    write_table(out / "per_prompt.parquet", prompts)
+    write_csv(out / "per_prompt.csv", prompts)
+
+
+def flat(facts: Mapping) -> dict:
+    """One row of a CSV: each interval as three columns, alpha and beta of a fit, a verdict as its kind."""
+    row = {}
+    for key, value in facts.items():
+        if isinstance(value, Fit):
+            row |= flat({"alpha": value.alpha, "beta": value.beta})
+        elif isinstance(value, Interval):
+            row |= {key: value.mean, f"{key}_lo": value.lo, f"{key}_hi": value.hi}
+        elif isinstance(value, Verdict):
+            row[key] = value.kind
+        elif value is None or isinstance(value, int | float | str):
+            row[key] = value
+    return row
+
+
+def per_prompt(found: Results) -> list[dict]:
+    """Gold gain of each prompt at powers of two, the mean over seeds."""
+    rows = []
+    for curve in found.curves:
+        if curve.method != "bon" or curve.metric != "gold":
+            continue
+        for k in np.flatnonzero(np.log2(curve.x) % 1 == 0):
+            values = curve.values[..., k].mean(axis=0).tolist()
+            rows += [
+                {"rm": curve.rm, "prompt_id": p, "n": int(curve.x[k]), "gold": v}
+                for p, v in zip(found.pools.prompt_ids, values, strict=True)
+            ]
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict], columns: Sequence[str] | None = None) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plain(value):
+    """Dataclasses as dictionaries, for JSON; infinite numbers (the peak of a curve that never falls) as text."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def read_pools(run_dir: Path, names: Sequence[str]) -> Pools:
+    """The pools of stage `bon` with the scores of these reward models, and of a second gold where it is there."""
+    bon, second = run_dir / "bon", run_dir / "study" / "gold2.parquet"
+    scores = {name: read_table(bon / "scores" / f"{name}.parquet") for name in ("gold", *names)}
+    others = read_table(second) if second.is_file() else None
+    return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores, others)
+
+
+def read_policy(folder: Path, proxy: str) -> Series:
+    """The series that stage `eval` measured."""
+    return Series(read_table(folder / "eval" / "rl_eval.parquet"), proxy)
+
+
+def accuracies(run_dir: Path) -> dict[str, float]:
+    """Held-out accuracy of each reward model against clean labels."""
+    metrics = (read_manifest(run_dir / "rm") or {}).get("metrics", {})
+    return {name: m["accuracy_gold"]["mean"] for name, m in metrics.get("variants", {}).items()}
+
+
+def seconds(run_dir: Path, policies: Sequence[str]) -> list[tuple[str, float]]:
+    """Stage -> seconds it took, of the shared stages and of all policies together."""
+    stages = [(s, read_json(run_dir / s / "manifest.json")["seconds"]) for s in ("prompts", "preferences", "rm", "bon")]
+    for stage in ("ppo", "eval"):
+        times = [read_json(run_dir / "policies" / p / stage / "manifest.json")["seconds"] for p in policies]
+        stages += [(stage, sum(times))] if times else []
+    return stages
