@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.models import layers as models
+from core.models import logprobs as models
 
 
 def reference(lm_head, hidden, tokens, temperature):

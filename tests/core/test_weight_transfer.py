@@ -37,18 +37,13 @@ def test_workers_of_all_servers_are_numbered_and_called_at_once():
     assert paths == [p for p in ("/start_weight_update", "/update_weights", "/finish_weight_update") for _ in SIZES]
 
 
-class Owner:
-    def settle(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("lora", [None, config.Lora(rank=2, targets=("q_proj", "up_proj"))])
 def test_what_is_announced_is_what_comes(lora):
     """vLLM cuts its buffers by the metadata: another order, type or shape would hang or load garbage."""
     lm = tiny(1)
     names = [name for name, _ in lm.named_parameters()]
     source = Source(["lm_head.weight"])
-    source.weights = NamedWeights(Owner(), add_lora(lm, lora) if lora else lm)
+    source.weights = NamedWeights(add_lora(lm, lora) if lora else lm, lambda: None)
     announced = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     for _ in range(2):
         assert [(name, w.dtype, tuple(w.shape)) for name, w in source] == announced
