@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from core.config import Config
+from core.config.nearest import keys_of, nearest
 from core.errors import ConfigError
 
 
@@ -103,8 +101,9 @@ def _faults(error: ValidationError) -> list[str]:
     for e in error.errors():
         path = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path, _known_paths(e["loc"]), n=1, cutoff=0.0)
-            lines.append(f"  {path}: no such key (got {e['input']!r}); the nearest is {near[0]}")
+            near, section = nearest(e["loc"]), ".".join(map(str, e["loc"][:-1])) or "the configuration"
+            hint = f"the nearest is {near}" if near else f"{section} has {', '.join(keys_of(e['loc'][:-1]))}"
+            lines.append(f"  {path}: no such key (got {e['input']!r}); {hint}")
         elif e["type"] == "value_error":
             # A rule over several fields: its input is a whole section, of no use in a message.
             message = e["msg"].removeprefix("Value error, ")
@@ -112,30 +111,3 @@ def _faults(error: ValidationError) -> list[str]:
         else:
             lines.append(f"  {path}: {e['msg']} (got {e['input']!r})")
     return lines
-
-
-def _known_paths(location: tuple) -> list[str]:
-    """Every dotted key, with the names of mapping entries (`rm.variants.grm`) taken from `location`."""
-    known = []
-    for path in _paths(Config):
-        parts = path.split(".")
-        names = (*location, *parts[len(location) :])
-        known.append(".".join(str(b) if a == "*" else a for a, b in zip(parts, names, strict=False)))
-    return known
-
-
-def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the tree, `*` for the name of a mapping's entry."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        star = "*." if typing.get_origin(field.annotation) is dict else ""
-        for kind in _sections(field.annotation):
-            yield from _paths(kind, f"{prefix}{name}.{star}")
-
-
-def _sections(annotation) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, dict):
-        return [s for part in typing.get_args(annotation) for s in _sections(part)]
-    return []
