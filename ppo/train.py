@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from core.artefacts import RESUME
 from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
@@ -27,6 +28,7 @@ from core.training import distributed
 from core.training.weights import save_adapter
 from ppo.card import write_card
 from ppo.ema import WeightAverage
+from ppo.extend import LAST
 from ppo.keep import PolicyKeeper
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
@@ -173,10 +175,12 @@ class Trainer:
             self._save_policy(self.policies.folder(step))
         if step % ppo.save_every == 0 and not last:
             self.save_state(step)
+        if last and ppo.keep_state:
+            self.save_state(step)
 
     def save_state(self, step: int) -> None:
         """What `resume` needs. Draws are named by step, so there are no random states; the mark is written last."""
-        folder = self.out / "state" / f"{step:06d}"
+        folder = self.out / RESUME / f"{step:06d}"
         self.actor.save(folder / "actor")
         if self.critic:
             self.critic.save(folder / "critic")
@@ -185,8 +189,8 @@ class Trainer:
         torch.distributed.barrier()
         if distributed.rank() == 0:
             state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": distributed.world_size()}
-            write_json(self.out / "state" / "last.json", {"step": step, **state})
-            for old in (self.out / "state").glob("[0-9]*"):
+            write_json(self.out / RESUME / LAST, {"step": step, **state})
+            for old in (self.out / RESUME).glob("[0-9]*"):
                 if old != folder:
                     shutil.rmtree(old)
 
@@ -210,7 +214,7 @@ class Trainer:
         Raises:
             ArtefactError: the state was written by another number of ranks.
         """
-        mark = self.out / "state" / "last.json"
+        mark = self.out / RESUME / LAST
         state = read_json(mark) if mark.is_file() else {"step": 0}
         if state["step"]:
             if state["ranks"] != distributed.world_size():
@@ -218,7 +222,7 @@ class Trainer:
                     f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
                     f"start as many (engine.processes), or delete {mark.parent} to begin anew"
                 )
-            folder = self.out / "state" / f"{state['step']:06d}"
+            folder = self.out / RESUME / f"{state['step']:06d}"
             self.actor.load(folder / "actor")
             if self.critic:
                 self.critic.load(folder / "critic")
@@ -236,13 +240,13 @@ class Trainer:
         return state["step"] + 1
 
     def finish(self) -> None:
-        """The result: a merged policy that transformers and vLLM load as it is. Resume states are dropped."""
+        """The result: a merged policy that transformers and vLLM load as it is."""
         self._save_merged(self.out / "policy")
         if self.average:
             self._save_merged(self.out / "policy-ema", values=self.average.values)
         if distributed.rank() == 0:
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
-            for folder in ("state", "sync"):
+            for folder in ("sync",) if self.cfg.ppo.keep_state else ("sync", RESUME):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             self.log.close()
 

@@ -113,8 +113,11 @@ class Ppo(Section):
     """Steps between policies kept for evaluation; the last step always is one."""
     keep_policies: int | None = Field(None, ge=1)
     """Of those, keep the last so many and the best by reward less KL penalty on its own rollout (null: all)."""
-    save_every: int = Field(4, ge=1)
+    save_every: int = Field(4, ge=1, json_schema_extra={"decides_result": False})
     """Steps between resumable states (weights, optimisers, KL coefficient, reward statistics)."""
+    keep_state: bool = Field(default=True, json_schema_extra={"decides_result": False})
+    """Keep the last resumable state of a finished run, so that a larger `ppo.steps` continues it. It holds weights and
+    optimiser states: twelve to sixteen bytes for each trained parameter of actor and critic."""
     vllm_servers: tuple[str, ...] = ()
     """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. Their samples are
     not seeded, so such a run does not repeat bit for bit."""
@@ -126,9 +129,9 @@ class Ppo(Section):
     sync: Literal["weights", "adapter"] = "weights"
     """What vLLM gets after each step: whole weights, adapters merged; or the adapter as it is, which rounds nothing
     away and moves little, but makes sampling slower (on CPU three times)."""
-    server_timeout: float = Field(600.0, gt=0)
+    server_timeout: float = Field(600.0, gt=0, json_schema_extra={"decides_result": False})
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = Field(default=(), json_schema_extra={"decides_result": False})
     """Beside TensorBoard and metrics.jsonl: any tracker of accelerate that is installed, for example wandb."""
 
     @property

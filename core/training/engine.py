@@ -7,7 +7,6 @@ each model's own. Call an engine like its module; all ranks must make the same c
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from core import config
 from core.config.load import merge
 from core.training.distributed import init_distributed
+from core.training.schedule import factor
 from core.training.weights import NamedWeights
 
 
@@ -55,7 +55,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(optim, step, total_steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(optim, step, total_steps))
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )
@@ -124,14 +124,3 @@ def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_ba
         "steps_per_print": 10**9,
     }
     return merge(settings, cfg.overrides)
-
-
-def _schedule(optim: config.Optim, step: int, total: int) -> float:
-    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, then the schedule."""
-    warm = math.ceil(optim.warmup * total)
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    progress = min(1.0, (step - warm) / max(1, total - warm))
-    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-        optim.schedule
-    ]
