@@ -81,14 +81,24 @@ STAGES = {
 }  # fmt: skip
 
 
-def fingerprint(stage: Stage, cfg: Config) -> Fingerprint:
-    """What the stage would run on now; ArtefactError names the stage to run when an input is missing or stale."""
-    inputs = {}
+def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None = None) -> Fingerprint:
+    """What the stage would run on now.
+
+    Args:
+        elsewhere: folders of input stages that are to be taken from other places than the run's folder.
+
+    Raises:
+        ArtefactError: an input that is missing or out of date; names the stage to run.
+    """
+    inputs, elsewhere = {}, elsewhere or {}
     for name in stage.inputs:
-        manifest = read_manifest(cfg.run_dir / name)
+        manifest = read_manifest(elsewhere.get(name, cfg.run_dir / name))
         if manifest is None:
-            raise ArtefactError(f"stage {stage.name!r} needs {name!r}, which has not run: run `grm {name}` first")
-        changed = fingerprint(STAGES[name], cfg).differences(manifest)
+            raise ArtefactError(
+                f"stage {stage.name!r} needs {name!r}, which has not run: run `grm {name}` first, or take it from "
+                "another run with --from"
+            )
+        changed = fingerprint(STAGES[name], cfg, elsewhere).differences(manifest)
         if changed:
             raise ArtefactError(
                 f"stage {stage.name!r} needs {name!r}, which is out of date ({changed[0]}): run `grm {name}` first"
