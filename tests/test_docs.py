@@ -26,8 +26,7 @@ from core.artefacts import publish
 from core.config.load import load
 from pipelines import __main__ as command_line
 from pipelines import stages
-from tests.builders.pages import PACKAGES, PAGES, blocks, commands, words_of
-from tests.conftest import ROOT
+from tests.builders.pages import PACKAGES, PAGES, ROOT, blocks, commands, words_of
 
 COMMANDS = list(commands())
 CHEAP = {"config", "status", "runs", "diff"}
@@ -192,6 +191,7 @@ def test_exercises_of_the_tour_print_what_they_say():
         assert printed.getvalue().strip() == output.text.strip()
 
 
+@pytest.mark.slow
 def test_examples_of_contributing_work(tmp_path):
     """The edits apply to a copy of the code, the tests beside them pass there, and ruff has nothing to say."""
     for name in (*PACKAGES, "tests", "configs", "Makefile", "pyproject.toml"):

@@ -13,8 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from core.config import Config
-from tests.builders.pages import PACKAGES, PAGES, blocks, inline
-from tests.conftest import ROOT
+from tests.builders.pages import PACKAGES, PAGES, ROOT, blocks, inline
 
 PROSE = [block for page in PAGES for block in blocks(page) if block.language == "prose"]
 FILE = re.compile(r"[\w.\-/]+\.(?:py|yaml|sh|toml|cff|j2)|(?:docs|data|configs|requirements|tests)/[\w.\-/]+")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.conftest import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = ("core", "rm", "bon", "ppo", "pipelines", "study", "experiments", "benchmarks")
 PAGES = [
