@@ -67,6 +67,7 @@ def commands() -> Iterator[Command]:
                 yield from (Command(*found) for found in inline(block) if re.match(RUNNABLE, found[1]))
             elif block.language in ("", "bash", "sh"):
                 lines = block.text.replace("\\\n", " ").splitlines()
+                lines = [re.sub(r"\s+#.*", "", line) for line in lines]
                 yield from (Command(str(block), line) for line in lines if re.match(RUNNABLE, line + " "))
 
 
