@@ -21,7 +21,7 @@ GOLD = ("prompts", "preferences", "rm")
 
 TOOLS = {
     "study": ("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
-    "vllm-serve": ("core.generation.remote", "the policy behind a vLLM server, for ppo.vllm_servers"),
+    "vllm-serve": ("core.generation.serve", "the policy behind a vLLM server, for ppo.vllm_servers"),
     "rm-eval": ("rm.evaluation.command", "accuracy of a reward model on benchmark files"),
     "rm-merge": ("rm.tools.merge", "the weights of reward models averaged (WARM)"),
     "rm-serve": ("rm.serving.server", "rewards over HTTP, of one model or an ensemble"),
