@@ -105,7 +105,7 @@ def main() -> None:
         print(json.dumps(memory(*asked.memory)))
         return
     rows = [
-        "| model | loss | seconds a step | against BT | peak memory, MiB | against BT |",
+        "| model | loss | seconds per step | against BT | peak memory, MiB | against BT |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for shape in SHAPES:
@@ -120,9 +120,11 @@ def main() -> None:
             )
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     text = "\n".join([
-        f"`python -m benchmarks.reward_step`, torch {torch.__version__}, {where}. A step is {PAIRS} pairs of "
-        f"{PROMPT} + {CHOSEN} + {REJECTED} tokens,", "everything trained, bf16 with AdamW; medians of "
-        f"{asked.rounds} alternating steps, ratios by step.", "", *rows,
+        "# Time and memory of a training step, GRM against BT", "",
+        f"`python -m benchmarks.reward_step` with torch {torch.__version__} on {where}. A step trains all weights "
+        f"on {PAIRS} pairs of {PROMPT} prompt tokens and {CHOSEN} and {REJECTED} response tokens, in bfloat16 with "
+        f"AdamW. Steps of the two losses alternate. The seconds are medians of {asked.rounds} steps, and ratios are "
+        "medians of the ratios of neighbouring steps.", "", *rows,
     ])  # fmt: skip
     print(text)
     if asked.out:

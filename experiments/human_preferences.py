@@ -142,8 +142,10 @@ def table(cfg: Config, files: dict[str, Path]) -> str:
     pairs, sets = data(cfg, files, ChatTokenizer(cfg.rm.base))
     baselines = {name: hits_of(rows, *words(rows)).hits.mean() for name, rows in sets.items()}
     lines = [
-        f"Accuracy in per cent, the mean of {len(SEEDS)} seeds, with its 95% interval over prompts; SD over seeds; Δ: "
-        "difference to BT on the same pairs with its interval, bold where that excludes 0.",
+        "# Accuracy on human preferences",
+        "",
+        f"In per cent: the mean of {len(SEEDS)} seeds with its 95% interval over prompts, and ± the SD over seeds. Δ "
+        "is the difference to BT on the same pairs with its interval, bold where that excludes 0.",
         "",
         f"Evaluation pairs (prompts): {'; '.join(f'{k} {len(v)} ({prompts_in(v)})' for k, v in sets.items())}. The "
         f"longest answer scores {', '.join(f'{100 * v:.1f}' for v in baselines.values())}.",
@@ -151,7 +153,7 @@ def table(cfg: Config, files: dict[str, Path]) -> str:
     for noise, size in product(NOISES, SIZES):
         found = {m: [rewards(cfg, sets, s, noise, size, m) for s in SEEDS] for m in cfg.rm.variants}
         lines += ["", f"**{size} pairs, {noise:.0%} of the labels wrong**", ""]
-        lines += ["| method | " + " | ".join(sets) + " |", "| --- |" + " ---: |" * len(sets)]
+        lines += ["| reward model | " + " | ".join(sets) + " |", "| --- |" + " ---: |" * len(sets)]
         arms = {m: [hits(seed, sets) for seed in seeds] for m, seeds in found.items()}
         arms |= {f"BT x {len(SEEDS)}, {name}": [hits(ensemble(found["bt"], name), sets)] for name in ("mean", "min")}
         for method, seeds in arms.items():

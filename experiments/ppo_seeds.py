@@ -3,7 +3,7 @@
     make ppo-seeds        # configs/offline.yaml; its stages prompts, preferences and rm are run if they are not there
 
 Each seed has another order of prompts, other samples and another adapter (`ppo.seed`). The runs are
-`runs/<name>/seeds/<k>`; a killed one goes on. Written: docs/images/ppo-seeds.png and docs/ppo-seeds.md.
+`runs/<name>/seeds/<k>`, and a killed one resumes. Written: docs/images/ppo-seeds.png and docs/ppo-seeds.md.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def main() -> int:
 def write(cfg: Config, runs: list[list[dict]], config: str) -> None:
     figure(cfg, runs)
     lines = [
-        f"PPO ({cfg.ppo.estimator}, lambda {cfg.ppo.lam:g}, KL coefficient {cfg.ppo.kl.coef:g}) against "
-        f"`{cfg.ppo.proxy}` with `{config}`: {cfg.ppo.steps} steps of {cfg.ppo.rollouts} responses. Raw rewards of the "
-        "rollouts, mean of the first and of the last two steps, and the standard error of the difference.",
+        f"# PPO with {len(runs)} seeds",
         "",
-        "| seed | first two steps | last two steps | change / SE | KL, nats a response | seconds a step |",
+        f"PPO ({cfg.ppo.estimator}, lambda {cfg.ppo.lam:g}, KL coefficient {cfg.ppo.kl.coef:g}) against the reward "
+        f"model `{cfg.ppo.proxy}` with `{config}`: {cfg.ppo.steps} steps of {cfg.ppo.rollouts} responses. Below "
+        "are the mean raw reward of the rollouts in the first and in the last two steps, and the change in standard "
+        "errors.",
+        "",
+        "| seed | first two steps | last two steps | change / SE | KL, nats per response | seconds per step |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for seed, rows in enumerate(runs):
@@ -64,7 +67,13 @@ def write(cfg: Config, runs: list[list[dict]], config: str) -> None:
         lines.append(
             f"| {seed} | {first:+.3f} | {last:+.3f} | {(last - first) / error:.1f} | {kl:.2f} | {seconds:.0f} |"
         )
-    lines += ["", f"Made by `make ppo-seeds CONFIG={config}`.", "", "![learning curves](images/ppo-seeds.png)", ""]
+    lines += [
+        "",
+        f"`make ppo-seeds CONFIG={config}` makes this page.",
+        "",
+        "![learning curves](images/ppo-seeds.png)",
+        "",
+    ]
     (DOCS / "ppo-seeds.md").write_text("\n".join(lines))
     print("\n".join(lines), file=sys.stderr)
 
@@ -76,7 +85,7 @@ def figure(cfg: Config, runs: list[list[dict]]) -> None:
     import matplotlib.pyplot as plt
 
     shown = {
-        "proxy_mean": "proxy reward of the rollouts", "kl_nats_per_response": "KL, nats a response",
+        "proxy_mean": "proxy reward of the rollouts", "kl_nats_per_response": "KL, nats per response",
         "eos_rate": "share of responses that end", "explained_variance": "explained variance of the critic",
     }  # fmt: skip
     shown = {k: v for k, v in shown.items() if k in runs[0][0]}
