@@ -101,12 +101,12 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    print(*runs.diff(options.first, options.second), sep="\n")
+    print(*runs.diff(*map(runs.folder_of, (options.first, options.second))), sep="\n")
     return 0
 
 
 def _clean(options: argparse.Namespace) -> int:
-    for run in options.run or list(runs.find_runs(Path("runs"))):
+    for run in map(runs.folder_of, options.run or list(runs.find_runs(Path("runs")))):
         print(*runs.clean(run, delete=options.yes), sep="\n")
     return 0
 

@@ -95,6 +95,11 @@ def plan(name: str, cfg: Config, source: Path) -> list[tuple[str, str]]:
     return steps
 
 
+def folder_of(run: Path) -> Path:
+    """A run that is named by its folder, or by its name in `runs/`."""
+    return run if run.is_dir() else Path("runs") / run
+
+
 def find_runs(folder: Path) -> Iterator[Path]:
     """Folders with a finished stage in them, at any depth, links not followed."""
     for path, folders, _ in os.walk(folder):
