@@ -100,10 +100,10 @@ def length_confound(pools: Pools, results: Results) -> Check:
     if pools.length is None or not np.ptp(pools.length, axis=1).any():
         return Check("gold is not length", False, "no lengths to look at")
     r = within_prompt_correlation(pools.length, pools.gold)
-    k = next(iter(results.found.values()))["n_trusted"]
+    k = next(iter(results.findings.values()))["n_trusted"]
     longest = next(c for c in results.curves if c.rm == "longest")
     gain = float(longest.mean[list(longest.x).index(k)])
-    best = max(f["gold"].mean for f in results.found.values())
+    best = max(f["gold"].mean for f in results.findings.values())
     return Check(
         "gold is not length", abs(r.mean) < 0.5 and gain < 0.5 * best,
         f"correlation {r}; longest of {k} gains {gain:+.2f} SD of gold, the best condition {best:+.2f}",
@@ -128,7 +128,7 @@ def kl_estimates(series: Mapping[str, Series]) -> Check:
 
 def bound_is_close(results: Results) -> Check:
     """(7) The bound log n - (n-1)/n overstates the KL where responses repeat or scores tie."""
-    k = next(iter(results.found.values()))["n_trusted"]
+    k = next(iter(results.findings.values()))["n_trusted"]
     rows = [r for r in results.kl if r["n"] <= k and r["n"] > 1]
     if not rows:
         return Check("the KL bound of best-of-n is close", True, "n = 1 only")

@@ -16,23 +16,24 @@ from study.analysis import conditions as analysis
 from study.analysis.bootstrap import Interval
 from study.analysis.fits import Fit
 from study.analysis.verdict import Verdict
+from study.design import Policy
 from study.records import Results, Series
 
 
-def write(out: Path, found: Results) -> None:
+def write(out: Path, results: Results) -> None:
     """The tables."""
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "curves.csv", found.rows, analysis.COLUMNS)
-    write_csv(out / "kl.csv", found.kl)
-    write_csv(out / "tail.csv", found.tail)
-    for name in ("members", "foretelling", "sweep", "golds"):
-        write_csv(out / f"{name}.csv", getattr(found, name))
-    write_json(out / "rms.json", plain(found.rms))
-    write_csv(out / "rms.csv", [flat(row) for row in found.rms])
-    write_json(out / "conditions.json", plain(found.found))
-    write_json(out / "policies.json", plain(found.policies))
-    write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in found.found.items()])
-    prompts = per_prompt(found)
+    write_csv(out / "curves.csv", results.rows, analysis.COLUMNS)
+    write_csv(out / "kl.csv", results.kl)
+    write_csv(out / "tail.csv", results.tail)
+    for name in ("members", "prediction", "sweep", "golds"):
+        write_csv(out / f"{name}.csv", getattr(results, name))
+    write_json(out / "rms.json", plain(results.rms))
+    write_csv(out / "rms.csv", [flat(row) for row in results.rms])
+    write_json(out / "conditions.json", plain(results.findings))
+    write_json(out / "policies.json", plain(results.policies))
+    write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in results.findings.items()])
+    prompts = per_prompt(results)
     write_table(out / "per_prompt.parquet", prompts)
     write_csv(out / "per_prompt.csv", prompts)
 
@@ -52,17 +53,17 @@ def flat(facts: Mapping) -> dict:
     return row
 
 
-def per_prompt(found: Results) -> list[dict]:
+def per_prompt(results: Results) -> list[dict]:
     """Gold gain of each prompt at powers of two, the mean over seeds."""
     rows = []
-    for curve in found.curves:
+    for curve in results.curves:
         if curve.method != "bon" or curve.metric != "gold":
             continue
         for k in np.flatnonzero(np.log2(curve.x) % 1 == 0):
             values = curve.values[..., k].mean(axis=0).tolist()
             rows += [
                 {"rm": curve.rm, "prompt_id": p, "n": int(curve.x[k]), "gold": v}
-                for p, v in zip(found.pools.prompt_ids, values, strict=True)
+                for p, v in zip(results.pools.prompt_ids, values, strict=True)
             ]
     return rows
 
@@ -95,9 +96,10 @@ def read_pools(run_dir: Path, names: Sequence[str]) -> Pools:
     return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores, others)
 
 
-def read_policy(folder: Path, proxy: str) -> Series:
+def read_policy(folder: Path, policy: Policy) -> Series:
     """The series that stage `eval` measured."""
-    return Series(read_table(folder / "eval" / "rl_eval.parquet"), proxy)
+    rows = read_table(folder / "eval" / "rl_eval.parquet")
+    return Series(rows, policy.arm.name, policy.arm.condition, policy.kl_coef)
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

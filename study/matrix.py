@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from core.config import Config, RewardVariant
 from core.errors import ConfigError
 from core.files import read_json
+from study.analysis.combiners import rule as combiner
+from study.design import Arm, Condition, Policy
 
 SHARED = ("prompts", "preferences", "rm", "bon")
 
 OWN = ("ppo", "eval")
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One reward model of the matrix."""
-
-    method: str
-    pairs: int | None
-    """None: all."""
-    layers: int | None
-    """None: as many as the variant or `rm.num_layers` says."""
-    label_noise: float
-    seed: int
-
-    @property
-    def condition(self) -> str:
-        """What the seeds of an arm have in common; `study_results.design` reads it back."""
-        parts = [self.method]
-        parts += [f"{self.pairs}pairs"] if self.pairs is not None else []
-        parts += [f"{self.layers}layers"] if self.layers is not None else []
-        parts += [f"noise{self.label_noise:g}"] if self.label_noise else []
-        return "-".join(parts)
-
-    @property
-    def name(self) -> str:
-        return f"{self.condition}-seed{self.seed}"
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """One PPO run of the study."""
-
-    arm: Arm
-    kl_coef: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm.name}-kl{self.kl_coef:g}"
 
 
 def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
@@ -58,10 +21,8 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
 
     Raises:
         DataError: a combiner of `study.ensembles` or `study.sweep` that is not known.
-        ConfigError: a method, noise or size that is not there, or a size that something does not fit.
+        ConfigError: a variant, noise or size that does not exist, a size that does not fit, two arms of one name.
     """
-    from study.analysis.combiners import rule as combiner  # it needs torch, which the command line should not wait for
-
     study = cfg.study
     if cfg.ppo.ensemble:
         raise ConfigError(
@@ -69,23 +30,27 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
         )
     for rule in (*study.ensembles, *study.sweep):
         combiner(rule)
-    methods = study.methods or tuple(cfg.rm.variants)
-    asked = {*methods, *study.ppo_methods}
-    if unknown := sorted(asked - set(cfg.rm.variants)):
+    variants = study.variants or tuple(cfg.rm.variants)
+    if unknown := sorted({*variants, *study.ppo_variants} - set(cfg.rm.variants)):
         raise ConfigError(f"study: no rm.variants {', '.join(unknown)}; there are {', '.join(cfg.rm.variants)}")
-    if unused := sorted(set(study.ppo_methods) - set(methods)):
-        raise ConfigError(f"study.ppo_methods {', '.join(unused)} are none of study.methods {', '.join(methods)}")
+    if unused := sorted(set(study.ppo_variants) - set(variants)):
+        raise ConfigError(f"study.ppo_variants {', '.join(unused)} are none of study.variants {', '.join(variants)}")
     noises, depths = study.ppo_label_noise or study.label_noise, study.ppo_layers or study.layers or (None,)
     if absent := sorted(set(noises) - set(study.label_noise)):
         raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
     if absent := sorted(set(study.ppo_layers) - set(study.layers)):
         raise ConfigError(f"study.ppo_layers {absent} are none of study.layers {list(study.layers)}")
-    cells = product(methods, study.pairs or (None,), study.layers or (None,), study.label_noise, range(study.seeds))
-    arms = [Arm(*cell) for cell in cells]
+    cells = product(variants, study.pairs or (None,), study.layers or (None,), study.label_noise)
+    arms = [Arm(Condition(*cell), seed) for cell in cells for seed in range(study.seeds)]
+    if len(twice := {arm.name for arm in arms}) < len(arms):
+        raise ConfigError(
+            f"study: {len(arms) - len(twice)} arms have the name of another (a variant whose name looks like a size?): "
+            "rename the variants in rm.variants"
+        )
     chosen = [
         arm for arm in arms
-        if arm.method in study.ppo_methods and arm.label_noise in noises and arm.layers in depths
-        and arm.seed < study.ppo_seeds
+        if arm.condition.variant in study.ppo_variants and arm.condition.label_noise in noises
+        and arm.condition.layers in depths and arm.seed < study.ppo_seeds
     ]  # fmt: skip
     policies = [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
     if faults := size_faults(cfg, arms, policies):
@@ -100,17 +65,19 @@ def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[st
     depth = read_json(file).get("num_hidden_layers") if file.is_file() else None
     for layers in [n for n in cfg.study.layers if depth and n > depth]:
         faults.append(f"{layers} layers exceed the {depth} of {rm.base.path}")
-    for method, layers in dict.fromkeys((arm.method, arm.layers) for arm in arms if arm.layers):
-        own = rm.variants[method].trainable_layers
+    for name, layers in dict.fromkeys((a.condition.variant, a.condition.layers) for a in arms):
+        if layers is None:
+            continue
+        own = rm.variants[name].trainable_layers
         trained = rm.trainable_layers if own is None else own
         if trained and trained > layers:
-            name = "rm.trainable_layers" if own is None else f"rm.variants.{method}.trainable_layers"
-            faults.append(f"{name} {trained} exceeds {layers} layers: lower it, or leave that size out")
+            field = "rm.trainable_layers" if own is None else f"rm.variants.{name}.trainable_layers"
+            faults.append(f"{field} {trained} exceeds {layers} layers: lower it, or leave that size out")
         if own is None and rm.lora and (rm.lora.top_layers or 0) > layers:
             faults.append(f"rm.lora.top_layers {rm.lora.top_layers} exceeds {layers} layers")
     critic = ppo.critic_trainable_layers if ppo.estimator == "gae" and ppo.critic_init == "proxy" else None
-    for layers in dict.fromkeys(p.arm.layers for p in policies if p.arm.layers):
-        if critic and critic > layers:
+    for layers in dict.fromkeys(p.arm.condition.layers for p in policies):
+        if critic and layers and critic > layers:
             faults.append(
                 f"ppo.critic_trainable_layers {critic} exceeds {layers} layers of the proxy that the critic starts "
                 "from: lower it, set ppo.critic_init=policy, or leave that size out of study.ppo_layers"
@@ -120,7 +87,7 @@ def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[st
 
 def expanded(cfg: Config, arms: list[Arm]) -> Config:
     """The configuration whose reward models are the arms."""
-    variants = {arm.name: variant(cfg.rm.variants[arm.method], arm) for arm in arms}
+    variants = {arm.name: variant(cfg.rm.variants[arm.condition.variant], arm) for arm in arms}
     rm = cfg.rm.model_copy(update={"variants": variants})
     return Config.model_validate(
         cfg.model_dump() | {"rm": rm.model_dump(), "ppo": cfg.ppo.model_dump() | {"proxy": arms[0].name}}
@@ -128,8 +95,9 @@ def expanded(cfg: Config, arms: list[Arm]) -> Config:
 
 
 def variant(base: RewardVariant, arm: Arm) -> RewardVariant:
-    size = {} if arm.layers is None else {"num_layers": arm.layers}
-    return base.model_copy(update={"pairs": arm.pairs, "label_noise": arm.label_noise, "seed": arm.seed, **size})
+    cell = arm.condition
+    size = {} if cell.layers is None else {"num_layers": cell.layers}
+    return base.model_copy(update={"pairs": cell.pairs, "label_noise": cell.label_noise, "seed": arm.seed, **size})
 
 
 def policy_overrides(cfg: Config, policy: Policy) -> list[str]:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
 from core.files import digest, read_jsonl, read_table
+from study.design import Condition
 
 LAYOUTS = ("gold_labelled_gens", "grm", "table")
 NO_PROXY = {
@@ -238,3 +240,17 @@ def _rows(path: Path) -> list[dict]:
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise ArtefactError(f"{path}: holds no rows")
     return rows
+
+
+def by_seed(names: Sequence[str]) -> dict[Condition, list[str]]:
+    """Conditions of other tools' proxies: names that differ in `-seed3`, `_seed3` or `.s3` at their end only are seeds
+    of one. Such names are all that their files say of the design."""
+    groups: dict[Condition, list[str]] = {}
+    for name in names:
+        groups.setdefault(Condition(re.sub(r"[-_.]s(?:eed)?[-_]?\d+$", "", name)), []).append(name)
+    return groups
+
+
+def condition_of_run(run: str, conditions: Iterable[Condition]) -> Condition | None:
+    """The condition whose name an RL run of other tools begins with, the longest one."""
+    return max((c for c in conditions if run.startswith(c.name)), key=lambda c: len(c.name), default=None)

@@ -8,6 +8,7 @@ import numpy as np
 
 from bon.pools import Pools
 from study.analysis.conditions import Curve
+from study.design import Condition
 
 
 @dataclass
@@ -17,6 +18,10 @@ class Series:
     rows: list[dict]
     proxy: str | None = None
     """Name of its reward model among the pools' proxies."""
+    condition: Condition | None = None
+    """Of that reward model."""
+    kl_coef: float | None = None
+    """Of the KL penalty it was trained with."""
 
 
 @dataclass
@@ -25,18 +30,29 @@ class Results:
 
     pools: Pools
     proxies: dict[str, np.ndarray]
-    """Condition or ensemble -> gains [S, P, N]."""
+    """Name of a condition or ensemble -> gains [S, P, N]."""
     conditions: dict[str, list[str]]
+    """Name of a condition -> its proxies, which differ in their seed only."""
+    designs: dict[str, Condition]
+    """Name of a condition or ensemble -> what it is."""
     curves: list[Curve] = field(default_factory=list)
-    found: dict[str, dict] = field(default_factory=dict)
+    findings: dict[str, dict] = field(default_factory=dict)
+    """Name of a condition or ensemble -> its numbers and verdict."""
     policies: dict[str, dict] = field(default_factory=dict)
+    """Name of a policy -> its numbers and verdict."""
     kl: list[dict] = field(default_factory=list)
     tail: list[dict] = field(default_factory=list)
     rms: list[dict] = field(default_factory=list)
     members: list[dict] = field(default_factory=list)
-    foretelling: list[dict] = field(default_factory=list)
+    prediction: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)
     golds: list[dict] = field(default_factory=list)
+
+    def condition_of(self, name: str) -> str | None:
+        """The condition that a condition, an ensemble or a policy belongs to; None for baselines and strangers."""
+        if name in self.designs:
+            return self.designs[name].members.name
+        return self.policies.get(name, {}).get("condition")
 
     @property
     def rows(self) -> list[dict]:

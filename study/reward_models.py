@@ -97,18 +97,18 @@ def score_second_gold(cfg: Config) -> None:
     write_json(mark, asked)
 
 
-def second_gold(found: Results, plan: Plan) -> list[dict]:
+def second_gold(results: Results, plan: Plan) -> list[dict]:
     """Verdict and gain of each condition and ensemble by both golds; empty without a second one.
 
     `agreement` is the correlation of the golds within prompts: no proxy can be asked to agree better with either.
     """
-    pools = found.pools
+    pools = results.pools
     if pools.second_gold is None:
         return []
     other = replace(pools, gold=pools.second_gold, second_gold=None)
     ceiling, best, table = within_prompt_correlation(pools.gold, other.gold), analysis.baselines(other, plan)[0], []
-    for name, proxies in found.proxies.items():
-        first, second = found.found[name], analysis.findings(analysis.bon_curves(other, name, proxies, plan), best)
+    for name, proxies in results.proxies.items():
+        first, second = results.findings[name], analysis.findings(analysis.bon_curves(other, name, proxies, plan), best)
         table.append({
             "rm": name, "n": first["n_trusted"],
             **{f"gold{at}": getattr(first["gold"], end) for at, end in (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))},

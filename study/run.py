@@ -26,7 +26,8 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
 from pipelines import launch, stages
-from study.matrix import OWN, SHARED, Arm, Policy, expanded, plan, policy_overrides
+from study.design import Arm, Policy
+from study.matrix import OWN, SHARED, expanded, plan, policy_overrides
 
 
 def main(argv: list[str]) -> int:
@@ -129,7 +130,7 @@ def refuse_leaks(cfg: Config) -> None:
 
 def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
     """What the study does and how much of it, from the configuration and what is done already."""
-    conditions = list(dict.fromkeys(arm.condition for arm in arms))
+    conditions = list(dict.fromkeys(arm.condition.name for arm in arms))
     prompts = cfg.bon.prompts or "all evaluation"
     steps = len(policies) * cfg.ppo.steps
     lines = [

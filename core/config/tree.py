@@ -71,9 +71,9 @@ class Evaluation(Section):
 
 
 class Study(Section):
-    """The matrix of `grm study`: each method with each data size, model size, label noise and seed."""
+    """The matrix of `grm study`: each variant with each data size, model size, label noise and seed."""
 
-    methods: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     """Names of rm.variants (empty: all of them)."""
     seeds: int = Field(3, ge=1)
     """Heads and orders of the pairs; 3 is the least that says something of a method."""
@@ -92,14 +92,14 @@ class Study(Section):
     """Scores the pools too, after everything is trained: whether the verdicts are those of one gold alone."""
     soft_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     """Of soft best-of-n, in standard deviations of the proxy within prompts (empty: none)."""
-    ppo_methods: tuple[str, ...] = ()
-    """Methods that policies are trained against (empty: none)."""
+    ppo_variants: tuple[str, ...] = ()
+    """Variants that policies are trained against (empty: none)."""
     ppo_label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
     """Label noises of the reward models that policies are trained against (empty: all of label_noise)."""
     ppo_layers: tuple[int, ...] = ()
     """Sizes of the reward models that policies are trained against (empty: all of layers)."""
     ppo_seeds: int = Field(1, ge=1)
-    """Of the seeds of these methods, the first so many."""
+    """Train policies against the first n seeds of each of these conditions."""
     kl_coefs: tuple[float, ...] = (0.02,)
 
     @model_validator(mode="after")

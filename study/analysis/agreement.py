@@ -1,5 +1,5 @@
 """How far a proxy agrees with gold before anything is optimised, what members of an ensemble have in common, and which
-of these numbers foretells what optimisation will do. Pure functions of pools; no models, no files.
+of these numbers predicts what optimisation will do. Pure functions of pools; no models, no files.
 
 Shape legend: S members (seeds of a condition), P prompts, N samples a prompt.
 """
@@ -17,7 +17,7 @@ from study.analysis.bootstrap import Array, Interval, crossed_draws, interval
 from study.analysis.conditions import gains, scale
 
 STATIC = ("accuracy", "pearson", "spearman", "kendall", "tail_spearman", "ece", "sd_within")
-"""Numbers of `agreement` that can foretell an outcome."""
+"""Numbers of `agreement` that can predict an outcome."""
 LEAST_MODELS, LEAST_CONDITIONS = 6, 6
 """A rank correlation over fewer reward models says nothing, and fewer conditions give the bootstrap nothing to draw."""
 TAIL = 4
@@ -121,7 +121,7 @@ def _mean_correlation(stacked: Array) -> float:
     return float(table[np.triu_indices(len(stacked), 1)].mean())
 
 
-def foretelling(rows: Sequence[Mapping], outcomes: Sequence[str], draws: int = 1000, seed: int = 0) -> list[dict]:
+def prediction(rows: Sequence[Mapping], outcomes: Sequence[str], draws: int = 1000, seed: int = 0) -> list[dict]:
     """Rank correlation over reward models of each static number with each outcome.
 
     Args:

@@ -32,6 +32,7 @@ from study.analysis.bootstrap import (
 )
 from study.analysis.fits import fit_curve
 from study.analysis.verdict import largest_drop, verdict
+from study.design import Condition
 
 TRUSTED = 4
 """Best-of-n is trusted for n up to 1 / TRUSTED of the pool: beyond, a prompt has few independent draws."""
@@ -128,8 +129,10 @@ def scale(values: Array) -> float:
     return float(np.sqrt(((values - values.mean(axis=1, keepdims=True)) ** 2).sum() / (P * (N - 1))))
 
 
-def condition_proxies(pools: Pools, conditions: Mapping[str, Sequence[str]], plan: Plan) -> dict[str, Array]:
-    """Name -> gains of its proxies [S, P, N]: the conditions, and ensembles of those with several members."""
+def condition_proxies(
+    pools: Pools, conditions: Mapping[Condition, Sequence[str]], plan: Plan
+) -> dict[Condition, Array]:
+    """Gains of the proxies [S, P, N] of each condition, and of ensembles of those with several seeds."""
     found = {}
     for condition, members in conditions.items():
         stacked = np.stack([gains(pools.proxies[m]) for m in members])
@@ -138,7 +141,7 @@ def condition_proxies(pools: Pools, conditions: Mapping[str, Sequence[str]], pla
             flat = torch.from_numpy(stacked.reshape(len(members), -1))
             for rule in plan.ensembles:
                 combined = combine.combiner(rule)(flat).numpy().reshape(pools.gold.shape)
-                found[f"{condition} x {len(members)}, {rule}"] = gains(combined)[None]
+                found[condition.ensemble(rule, len(members))] = gains(combined)[None]
     return found
 
 

@@ -1,8 +1,7 @@
-"""Figures of a study that compare arms: sizes, data and noise; ensembles; numbers that foretell; KL coefficients."""
+"""Figures of a study that compare arms: sizes, data and noise; ensembles; numbers that predict; KL coefficients."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,9 +18,9 @@ SHOWN = ("accuracy_gold", "accuracy", "spearman", "tail_spearman", "sd_within")
 """Numbers of reward models in the figure; the table has all."""
 
 
-def scaling(found: Results) -> Figure | None:
+def scaling(results: Results) -> Figure | None:
     """alpha and beta of Gao et al.'s curve against the size of data and of the reward model, with 95% intervals."""
-    cells = {c: found.found[c] for c in found.conditions if found.found[c]["fit"]}
+    cells = {c: results.findings[c] for c in results.conditions if results.findings[c]["fit"]}
     axes_of = [a for a in AXES if len({f[a] for f in cells.values() if f[a]}) > 1]
     if not axes_of:
         return None
@@ -31,7 +30,7 @@ def scaling(found: Results) -> Figure | None:
         lines: dict[tuple, list[dict]] = {}
         for facts in cells.values():
             if facts[axis_name]:
-                lines.setdefault((facts["method"], facts["label_noise"], facts[other]), []).append(facts)
+                lines.setdefault((facts["variant"], facts["label_noise"], facts[other]), []).append(facts)
         for row, name in enumerate(("alpha", "beta")):
             _lines(axes[row, column], lines, axis_name, name)
         sizes = sorted({f[axis_name] for f in cells.values() if f[axis_name]})
@@ -45,30 +44,30 @@ def scaling(found: Results) -> Figure | None:
 
 
 def _lines(axis, lines: dict[tuple, list[dict]], axis_name: str, name: str) -> None:
-    """A line a method and noise (its colour) and other size (its stroke and marker)."""
+    """A line for each variant and noise (its colour) and other size (its stroke and marker)."""
     shades = list(dict.fromkeys(key[:2] for key in lines))
     strokes = list(dict.fromkeys(key[2] for key in lines))
     other = next(k for k in AXES if k != axis_name)
-    for number, ((method, noise, size), line) in enumerate(lines.items()):
+    for number, ((variant, noise, size), line) in enumerate(lines.items()):
         line = sorted(line, key=lambda f: f[axis_name])
         # Lines of one size would hide each other's intervals: moved apart by 2% of the size.
         x = np.array([f[axis_name] for f in line]) * 1.02 ** (number - (len(lines) - 1) / 2)
         fits = [getattr(f["fit"], name) for f in line]
         mean = np.array([i.mean for i in fits])
         k = strokes.index(size)
-        said = [method] + [f"noise {noise:g}"] * bool(noise) + [f"{size} {other}"] * bool(size)
+        label = [variant] + [f"noise {noise:g}"] * bool(noise) + [f"{size} {other}"] * bool(size)
         axis.errorbar(
             x, mean, yerr=[mean - [i.lo for i in fits], [i.hi for i in fits] - mean], marker=MARKERS[k % len(MARKERS)],
-            linestyle=("-", "--", ":", "-.")[k % 4], color=COLOURS[shades.index((method, noise)) % len(COLOURS)],
-            markersize=5, capsize=2, label=", ".join(said),
+            linestyle=("-", "--", ":", "-.")[k % 4], color=COLOURS[shades.index((variant, noise)) % len(COLOURS)],
+            markersize=5, capsize=2, label=", ".join(label),
         )  # fmt: skip
 
 
-def heat_map(found: Results) -> Figure | None:
-    """R* and n* (gold at the cross-fitted peak, and where it is) by size, data, noise and method."""
-    cells = {c: found.found[c] for c in found.conditions}
+def heat_map(results: Results) -> Figure | None:
+    """R* and n* (gold at the cross-fitted peak, and where it is) by size, data, noise and variant."""
+    cells = {c: results.findings[c] for c in results.conditions}
     pairs, layers = (sorted({f[a] for f in cells.values() if f[a]}) or [None] for a in AXES)
-    panels = list(dict.fromkeys((f["method"], f["label_noise"]) for f in cells.values()))
+    panels = list(dict.fromkeys((f["variant"], f["label_noise"]) for f in cells.values()))
     if len(pairs) * len(layers) < 2:
         return None
     columns = min(4, len(panels))
@@ -81,10 +80,10 @@ def heat_map(found: Results) -> Figure | None:
     tops = [f["gold_at_peak"].mean for f in cells.values()]
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (method, noise) in zip(axes.flat, panels, strict=False):
+    for axis, (variant, noise) in zip(axes.flat, panels, strict=False):
         grid = np.full((len(layers), len(pairs)), np.nan)
         shades = plt.get_cmap("cividis")
-        for f in (f for f in cells.values() if (f["method"], f["label_noise"]) == (method, noise)):
+        for f in (f for f in cells.values() if (f["variant"], f["label_noise"]) == (variant, noise)):
             y, x = layers.index(f["layers"]), pairs.index(f["pairs"])
             grid[y, x] = top = f["gold_at_peak"].mean
             dark = (top - min(tops)) < 0.5 * (max(tops) - min(tops))
@@ -93,29 +92,29 @@ def heat_map(found: Results) -> Figure | None:
         axis.imshow(grid, cmap=shades, vmin=min(tops), vmax=max(tops), aspect="auto", origin="lower")
         axis.set_xticks(range(len(pairs)), [str(p or "all") for p in pairs])
         axis.set_yticks(range(len(layers)), [str(n or "all") for n in layers])
-        axis.set_title(method + (f", noise {noise:g}" if noise else ""), fontsize=9)
+        axis.set_title(variant + (f", noise {noise:g}" if noise else ""), fontsize=9)
         axis.grid(False)
     figure.supxlabel(AXES["pairs"], fontsize=9)
     figure.supylabel("layers", fontsize=9)
     return figure
 
 
-def disagreement(found: Results) -> Figure | None:
+def disagreement(results: Results) -> Figure | None:
     """How far the seeds of a condition disagree on what their mean chooses."""
-    curves = [c for c in found.curves if c.metric == "disagreement"]
+    curves = [c for c in results.curves if c.metric == "disagreement"]
     if not curves:
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4))
     for curve in curves:
-        axis.plot(curve.d, curve.mean, label=curve.rm, **style(found, curve.rm))
+        axis.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
     axis.set(xlabel="sqrt(KL), nats$^{1/2}$", ylabel="SD over seeds of the chosen response's proxy", ylim=(0, None))
-    legend(axis, found)
+    legend(axis, results)
     return figure
 
 
-def sweep(found: Results) -> Figure | None:
+def sweep(results: Results) -> Figure | None:
     """What each combiner of the seeds gains beyond their mean, in gold at the largest trusted n; * excludes 0."""
-    rows = [r for r in found.sweep if r["rule"] != "mean"]
+    rows = [r for r in results.sweep if r["rule"] != "mean"]
     if not rows:
         return None
     rules, names = list(dict.fromkeys(r["rule"] for r in rows)), list(dict.fromkeys(r["rm"] for r in rows))
@@ -136,23 +135,23 @@ def sweep(found: Results) -> Figure | None:
     return figure
 
 
-def foretelling(found: Results) -> Figure | None:
+def prediction(results: Results) -> Figure | None:
     """Each reward model: a number that needs no optimisation against what optimising it did."""
-    if not found.foretelling:
+    if not results.prediction:
         return None
-    metrics = [m for m in SHOWN if any(r["metric"] == m for r in found.foretelling)]
-    outcomes = list(dict.fromkeys(r["outcome"] for r in found.foretelling))
+    metrics = [m for m in SHOWN if any(r["metric"] == m for r in results.prediction)]
+    outcomes = list(dict.fromkeys(r["outcome"] for r in results.prediction))
     said = {"gold": "gold at the end", "gold_at_peak": "gold at the peak", "drop": "drop since the peak"}
     figure, axes = plt.subplots(
         len(outcomes), len(metrics), figsize=(1.1 + 1.75 * len(metrics), 0.9 + 1.6 * len(outcomes)), squeeze=False,
         sharex="col", sharey="row",
     )  # fmt: skip
-    correlations = {(r["metric"], r["outcome"]): r["spearman"] for r in found.foretelling}
+    correlations = {(r["metric"], r["outcome"]): r["spearman"] for r in results.prediction}
     for (i, outcome), (j, metric) in ((a, b) for a in enumerate(outcomes) for b in enumerate(metrics)):
         axis = axes[i, j]
-        for name in found.conditions:
-            mine = [r for r in found.rms if r["condition"] == name]
-            shown = {"marker": "o", **style(found, name)}
+        for name in results.conditions:
+            mine = [r for r in results.rms if r["condition"] == name]
+            shown = {"marker": "o", **style(results, name)}
             axis.scatter([getattr(r[metric], "mean", r[metric]) for r in mine], [r[outcome] for r in mine], s=14,
                          color=shown["color"], marker=shown["marker"] or "o")  # fmt: skip
         if (r := correlations.get((metric, outcome))) is not None:
@@ -166,12 +165,13 @@ def foretelling(found: Results) -> Figure | None:
     return figure
 
 
-def frontier(found: Results) -> Figure | None:
+def frontier(results: Results) -> Figure | None:
     """Gold against measured KL, a line a KL coefficient: whether the penalty moves the frontier or only stops early."""
     groups: dict[str, list] = {}
-    for curve in found.curves:
-        if curve.method == "ppo" and curve.metric == "gold" and (part := re.fullmatch(r"(.*)-kl([\d.e+-]+)", curve.rm)):
-            groups.setdefault(part[1], []).append((float(part[2]), curve))
+    for curve in results.curves:
+        facts = results.policies.get(curve.rm, {})
+        if curve.method == "ppo" and curve.metric == "gold" and facts.get("kl_coef") is not None:
+            groups.setdefault(facts["rm"], []).append((facts["kl_coef"], curve))
     groups = {name: curves for name, curves in groups.items() if len(curves) > 1}
     if not groups:
         return None

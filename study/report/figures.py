@@ -16,39 +16,39 @@ from study.report.style import MARKERS, cell, cell_name, cells, colour, crowded,
 UNIT = "gain over the reference, SD within prompts"
 
 
-def all_figures(found: Results) -> dict[str, Figure]:
+def all_figures(results: Results) -> dict[str, Figure]:
     """Name -> figure; those without data are left out. The main one comes first."""
     figures = {
-        "overoptimisation": overoptimisation(found),
-        "conditions": conditions(found),
-        "gold_against_proxy": gold_against_proxy(found),
-        "gold_by_proxy": gold_by_proxy(found),
-        "win_rate": win_rate(found),
-        "length": length(found),
-        "harm": harm(found),
-        "scaling": arms.scaling(found),
-        "heat_map": arms.heat_map(found),
-        "frontier": arms.frontier(found),
-        "sweep": arms.sweep(found),
-        "disagreement": arms.disagreement(found),
-        "foretelling": arms.foretelling(found),
+        "overoptimisation": overoptimisation(results),
+        "conditions": conditions(results),
+        "gold_against_proxy": gold_against_proxy(results),
+        "gold_by_proxy": gold_by_proxy(results),
+        "win_rate": win_rate(results),
+        "length": length(results),
+        "harm": harm(results),
+        "scaling": arms.scaling(results),
+        "heat_map": arms.heat_map(results),
+        "frontier": arms.frontier(results),
+        "sweep": arms.sweep(results),
+        "disagreement": arms.disagreement(results),
+        "prediction": arms.prediction(results),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _curves(found: Results, method: str, metric: str, names: Sequence[str] | None = None) -> list:
-    wanted = found.conditions if names is None else names
+def _curves(results: Results, method: str, metric: str, names: Sequence[str] | None = None) -> list:
+    wanted = results.conditions if names is None else names
     return [
-        c for c in found.curves if c.method == method and c.metric == metric and (method == "ppo" or c.rm in wanted)
+        c for c in results.curves if c.method == method and c.metric == metric and (method == "ppo" or c.rm in wanted)
     ]
 
 
-def overoptimisation(found: Results) -> Figure:
+def overoptimisation(results: Results) -> Figure:
     """Gold and proxy, in one unit, against sqrt(KL), with 95% simultaneous bands of gold: best-of-n in a panel, or in
     one a size and noise where there are more conditions than colours, and PPO in the last."""
-    policies = _curves(found, "ppo", "gold")
-    groups = [[c for c in found.conditions if cell(found, c) == one] for one in cells(found)]
-    groups = groups if crowded(found) else [list(found.conditions)]
+    policies = _curves(results, "ppo", "gold")
+    groups = [[c for c in results.conditions if cell(results, c) == one] for one in cells(results)]
+    groups = groups if crowded(results) else [list(results.conditions)]
     count, single = len(groups) + bool(policies), len(groups) == 1
     columns = min(count, 2 if single else 4)
     lines = -(-count // columns)
@@ -56,10 +56,10 @@ def overoptimisation(found: Results) -> Figure:
     figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False)
     panels = list(grid.flat)
     for axis, names in zip(panels, groups, strict=False):
-        title = "Best-of-n (KL: log n - (n-1)/n, an upper bound)" if single else cell_name(cell(found, names[0]))
-        _best_of_n(axis, found, names, title)
+        title = "Best-of-n (KL: log n - (n-1)/n, an upper bound)" if single else cell_name(cell(results, names[0]))
+        _best_of_n(axis, results, names, title)
     if policies:
-        _policies(panels[len(groups)], found)
+        _policies(panels[len(groups)], results)
     for axis in panels[count:]:
         axis.set_visible(False)
     for number, axis in enumerate(panels[:count]):
@@ -74,32 +74,32 @@ def overoptimisation(found: Results) -> Figure:
     return figure
 
 
-def _best_of_n(axis, found: Results, names: Sequence[str], title: str) -> None:
+def _best_of_n(axis, results: Results, names: Sequence[str], title: str) -> None:
     for metric, line in (("gold", "-"), ("proxy", "--")):
-        for curve in _curves(found, "bon", metric, names):
-            shade = colour(found, curve.rm)
-            name = found.found[curve.rm]["method"] if crowded(found) else curve.rm
+        for curve in _curves(results, "bon", metric, names):
+            shade = colour(results, curve.rm)
+            name = results.designs[curve.rm].variant if crowded(results) else curve.rm
             axis.plot(curve.d, curve.mean, line, color=shade, label=name if metric == "gold" else None)
             if metric == "gold":
                 axis.fill_between(curve.d, *_band(curve.rows()), color=shade, alpha=0.15, linewidth=0)
-    best = _curves(found, "bon", "gold", ["oracle"])[0]
+    best = _curves(results, "bon", "gold", ["oracle"])[0]
     axis.plot(best.d, best.mean, ":", color="0.3", label="oracle")
     _untrusted(axis, best)
-    axis.set_title(title, fontsize=8 if crowded(found) else 10)
+    axis.set_title(title, fontsize=8 if crowded(results) else 10)
     _n_axis(axis, best)
 
 
-def _policies(axis, found: Results) -> None:
+def _policies(axis, results: Results) -> None:
     for metric, line in (("gold", "-"), ("proxy", "--")):
-        for number, curve in enumerate(_curves(found, "ppo", metric)):
-            order, shade = np.argsort(curve.d), colour(found, curve.rm)
+        for number, curve in enumerate(_curves(results, "ppo", metric)):
+            order, shade = np.argsort(curve.d), colour(results, curve.rm)
             label = curve.rm if metric == "gold" else None
             marker = MARKERS[number % len(MARKERS)]
             axis.plot(curve.d[order], curve.mean[order], line, color=shade, marker=marker, markersize=4, label=label)
             if metric == "gold":
                 lo, hi = _band(curve.rows())
                 axis.fill_between(curve.d[order], lo[order], hi[order], color=shade, alpha=0.15, linewidth=0)
-    axis.set_title("PPO (KL: measured on samples)", fontsize=8 if crowded(found) else 10, pad=16)
+    axis.set_title("PPO (KL: measured on samples)", fontsize=8 if crowded(results) else 10, pad=16)
 
 
 def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,102 +122,104 @@ def _n_axis(axis, curve) -> None:
     axis.set_title(axis.get_title(), pad=16, fontsize=axis.title.get_fontsize())
 
 
-def conditions(found: Results) -> Figure:
+def conditions(results: Results) -> Figure:
     """Gold at the largest n that is trusted, of each condition and ensemble, with its interval."""
-    names = list(found.conditions if crowded(found) else found.found)
+    names = list(results.conditions if crowded(results) else results.findings)
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.32 * len(names)))
     for y, name in enumerate(reversed(names)):
-        g = found.found[name]["gold"]
-        axis.errorbar(g.mean, y, xerr=[[g.mean - g.lo], [g.hi - g.mean]], fmt="o", color=colour(found, name), capsize=3)
+        g = results.findings[name]["gold"]
+        axis.errorbar(
+            g.mean, y, xerr=[[g.mean - g.lo], [g.hi - g.mean]], fmt="o", color=colour(results, name), capsize=3
+        )
     axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     axis.axvline(0, color="0.6", linewidth=0.8)
-    axis.set_xlabel(f"gold at best of {found.found[names[0]]['n_trusted']}, {UNIT}")
+    axis.set_xlabel(f"gold at best of {results.findings[names[0]]['n_trusted']}, {UNIT}")
     return figure
 
 
-def gold_against_proxy(found: Results) -> Figure:
+def gold_against_proxy(results: Results) -> Figure:
     """Best-of-n and PPO on one plane; on the diagonal a gain is real, below it is the proxy's own."""
     figure, axis = plt.subplots(figsize=(7, 4.6))
     for method in ("bon", "ppo"):
-        pairs = zip(_curves(found, method, "proxy"), _curves(found, method, "gold"), strict=True)
+        pairs = zip(_curves(results, method, "proxy"), _curves(results, method, "gold"), strict=True)
         for number, (proxy, gold) in enumerate(pairs):
-            shown = style(found, gold.rm)
+            shown = style(results, gold.rm)
             shown |= {"marker": MARKERS[number % len(MARKERS)], "markevery": 1} if method == "ppo" else {}
             axis.plot(proxy.mean, gold.mean, "-" if method == "bon" else ":", label=gold.rm, **shown)
     top = max(axis.get_xlim()[1], axis.get_ylim()[1])
     axis.plot([0, top], [0, top], color="0.7", linewidth=0.8)
     axis.set(xlabel=f"proxy, {UNIT}", ylabel="gold, likewise")
-    legend(axis, found)
+    legend(axis, results)
     return figure
 
 
-def gold_by_proxy(found: Results) -> Figure:
+def gold_by_proxy(results: Results) -> Figure:
     """Mean gold by quantile of the proxy: a tail that bends is extremal Goodhart."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    for name in found.conditions:
-        rows = [r for r in found.tail if r["rm"] == name]
+    for name in results.conditions:
+        rows = [r for r in results.tail if r["rm"] == name]
         x, y, e = (np.array([r[k] for r in rows]) for k in ("quantile", "gold", "se"))
-        shown = style(found, name)
+        shown = style(results, name)
         axis.errorbar(x, y, yerr=1.96 * e, fmt=f"-{shown['marker'] or 'o'}", markersize=3, color=shown["color"],
                       label=name, capsize=2)  # fmt: skip
     axis.set(xlabel="quantile of the proxy among the reference's samples", ylabel="mean gold, SD within prompts")
-    legend(axis, found)
+    legend(axis, results)
     return figure
 
 
-def win_rate(found: Results) -> Figure:
+def win_rate(results: Results) -> Figure:
     """Against one sample of the reference, by gold; no proxy can exceed n / (n + 1)."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    for curve in _curves(found, "bon", "win_rate"):
-        axis.plot(curve.x, curve.mean, label=curve.rm, **style(found, curve.rm))
-        if not crowded(found):
-            axis.fill_between(curve.x, *_band(curve.rows()), color=colour(found, curve.rm), alpha=0.12, linewidth=0)
+    for curve in _curves(results, "bon", "win_rate"):
+        axis.plot(curve.x, curve.mean, label=curve.rm, **style(results, curve.rm))
+        if not crowded(results):
+            axis.fill_between(curve.x, *_band(curve.rows()), color=colour(results, curve.rm), alpha=0.12, linewidth=0)
     n = curve.x
     axis.plot(n, n / (n + 1), ":", color="0.3", label="n / (n + 1)")
     axis.set(xscale="log", xlabel="n", ylabel="win rate against the reference, by gold")
-    legend(axis, found)
+    legend(axis, results)
     return figure
 
 
-def length(found: Results) -> Figure | None:
+def length(results: Results) -> Figure | None:
     """Length of what is chosen, the gold that choosing the longest would have given, and gold that is not length."""
-    curves = _curves(found, "bon", "length")
+    curves = _curves(results, "bon", "length")
     if not curves:
         return None
-    beyond = _curves(found, "bon", "gold_beyond_length")
+    beyond = _curves(results, "bon", "gold_beyond_length")
     figure, axes = plt.subplots(1, 3 if beyond else 2, figsize=(12 if beyond else 9, 3.8))
     left, middle, right = *axes[:2], axes[-1]
     for curve in curves:
-        left.plot(curve.d, curve.mean, label=curve.rm, **style(found, curve.rm))
+        left.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
     left.set(ylabel="length of the chosen response")
-    for curve in _curves(found, "bon", "gold", [*found.conditions, "longest", "random"]):
+    for curve in _curves(results, "bon", "gold", [*results.conditions, "longest", "random"]):
         line = {"longest": ":", "random": "-."}.get(curve.rm, "-")
         named = curve.rm if curve.rm in ("longest", "random") else None
-        middle.plot(curve.d, curve.mean, line, label=named, **style(found, curve.rm))
+        middle.plot(curve.d, curve.mean, line, label=named, **style(results, curve.rm))
     middle.set(ylabel="gold gain, SD within prompts")
     for curve in beyond:
-        right.plot(curve.d, curve.mean, label=curve.rm, **style(found, curve.rm))
+        right.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
     if beyond:
         right.set(ylabel="gold beyond its regression on length", ylim=middle.get_ylim())
     for axis in axes:
         axis.set_xlabel("sqrt(KL), nats$^{1/2}$")
     middle.legend(fontsize=8)
-    legend(right if beyond else left, found)
+    legend(right if beyond else left, results)
     return figure
 
 
-def harm(found: Results) -> Figure:
+def harm(results: Results) -> Figure:
     """Gold gain of each prompt at the largest trusted n: left of 0 are prompts that optimisation has harmed."""
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    for curve in _curves(found, "bon", "gold"):
+    for curve in _curves(results, "bon", "gold"):
         k = int(np.flatnonzero(curve.x <= max(1, curve.pool // 4))[-1])
         values = np.sort(curve.values[..., k].mean(axis=0))
-        shown = style(found, curve.rm)
-        name = curve.rm if crowded(found) else f"{curve.rm}: {np.mean(values < 0):.0%}"
+        shown = style(results, curve.rm)
+        name = curve.rm if crowded(results) else f"{curve.rm}: {np.mean(values < 0):.0%}"
         # Shares of prompts, not bars: steps of several conditions on one another cannot be told apart.
         axis.plot(values, (np.arange(len(values)) + 0.5) / len(values), label=name, **shown)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set(xlabel=f"gold gain of a prompt at best of {int(curve.x[k])}, SD within prompts",
              ylabel="share of prompts below")  # fmt: skip
-    legend(axis, found)
+    legend(axis, results)
     return figure

@@ -41,34 +41,34 @@ CAPTIONS = {
     "*: the interval excludes 0.",
     "disagreement": "Spread over the seeds of a condition at what their mean chooses; a rise leads to where they have "
     "nothing in common.",
-    "foretelling": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
+    "prediction": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
     "best-of-n by it did.",
 }
 DATA = {
     "conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv", "scaling": "conditions.csv",
-    "heat_map": "conditions.csv", "sweep": "sweep.csv", "foretelling": "rms.csv",
+    "heat_map": "conditions.csv", "sweep": "sweep.csv", "prediction": "rms.csv",
 }  # fmt: skip
 """File of a figure's numbers, where that is not curves.csv."""
 
 
 def write(
-    out: Path, title: str, asked: str, found: Results, checks: Sequence[Check], *,
+    out: Path, title: str, asked: str, results: Results, checks: Sequence[Check], *,
     accuracy: Mapping[str, float] | None = None, seconds: Sequence[tuple[str, float]] = (), config: str = "",
 ) -> None:  # fmt: skip
     """Figures, page and Markdown."""
-    drawn = all_figures(found)
+    drawn = all_figures(results)
     widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
     svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
     page = {
         "widths": widths,
         "title": title, "asked": asked, "svg": svg, "captions": CAPTIONS, "data": DATA,
-        "conditions": tables.condition_table(found, accuracy or {}), "policies": tables.policy_table(found),
-        "rules": tables.rule_table(found), "fits": tables.fit_table(found), "models": tables.model_table(found),
-        "members": tables.member_table(found), "foretelling": tables.foretelling_table(found),
-        "golds": tables.gold_table(found), "checks": list(checks), "seconds": seconds,
-        "failed": [c for c in checks if not c.ok], "config": config, "summary": summary(found),
-        "reasons": [(n, f["verdict"].why) for n, f in {**found.found, **found.policies}.items()],
-        "samples": browser(found) if found.pools.responses else None,
+        "conditions": tables.condition_table(results, accuracy or {}), "policies": tables.policy_table(results),
+        "rules": tables.rule_table(results), "fits": tables.fit_table(results), "models": tables.model_table(results),
+        "members": tables.member_table(results), "prediction": tables.prediction_table(results),
+        "golds": tables.gold_table(results), "checks": list(checks), "seconds": seconds,
+        "failed": [c for c in checks if not c.ok], "config": config, "summary": summary(results),
+        "reasons": [(n, f["verdict"].why) for n, f in {**results.findings, **results.policies}.items()],
+        "samples": browser(results) if results.pools.responses else None,
     }  # fmt: skip
     (out / "study.html").write_text(render(page), encoding="utf-8")
     (out / "study.md").write_text(markdown(page), encoding="utf-8")
@@ -84,23 +84,23 @@ def render(page: dict) -> str:
     return environment.get_template("study.html.j2").render(page)
 
 
-def summary(found: Results) -> list[str]:
+def summary(results: Results) -> list[str]:
     """How many conditions have which verdict."""
     kinds: dict[str, list[str]] = {}
-    for name, facts in {**found.found, **found.policies}.items():
+    for name, facts in {**results.findings, **results.policies}.items():
         kinds.setdefault(facts["verdict"].kind, []).append(name)
     few = lambda names: ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
     total = sum(map(len, kinds.values()))
     return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
 
 
-def browser(found: Results) -> list[dict]:
+def browser(results: Results) -> list[dict]:
     """For each condition's first member and some n: where the choice among the first n samples gains most of the proxy
     beyond gold, beside the sample that gold would have chosen among them."""
-    pools, gold = found.pools, gains(found.pools.gold)
+    pools, gold = results.pools, gains(results.pools.gold)
     rows = []
-    for name in found.conditions:
-        proxy = found.proxies[name][0]
+    for name in results.conditions:
+        proxy = results.proxies[name][0]
         for n in (n for n in (2, 4, 16, 64, 256) if n <= pools.size):
             picked, best = proxy[:, :n].argmax(axis=1), gold[:, :n].argmax(axis=1)
             at = np.arange(len(gold))
@@ -134,7 +134,7 @@ def markdown(page: dict) -> str:
     titles = {
         "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
         "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
-        "foretelling": "What foretells the outcome",
+        "prediction": "What predicts the outcome",
     }  # fmt: skip
     for title, (head, *body) in ((title, page[t]) for t, title in titles.items()):
         if body:

@@ -1,5 +1,5 @@
 """What marks a condition in every figure of a study. Colours are safe for the colour-blind and mean one condition
-everywhere; with more conditions than colours they mean a method, and a marker the sizes and the noise."""
+everywhere; with more conditions than colours they mean a variant, and a marker the sizes and the noise."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from study.records import Results
 MARKERS = "osD^vPX<>*hpd8"
 
 
-def colour(found: Results, name: str, *, alone: bool = False) -> str:
-    """One a condition, or a method where there are more conditions than colours (`alone`: a condition even then); a
+def colour(results: Results, name: str, *, alone: bool = False) -> str:
+    """One a condition, or a variant where there are more conditions than colours (`alone`: a condition even then); a
     policy or ensemble has that of its condition."""
-    base = max((c for c in found.conditions if name.startswith(c)), key=len, default=None)
-    if base is None:
+    base = results.condition_of(name)
+    if base not in results.conditions:
         return "0.45"
-    if crowded(found) and not alone:
-        methods = list(dict.fromkeys(found.found[c]["method"] for c in found.conditions))
-        return COLOURS[methods.index(found.found[base]["method"]) % len(COLOURS)]
-    return COLOURS[list(found.conditions).index(base) % len(COLOURS)]
+    if crowded(results) and not alone:
+        variants = list(dict.fromkeys(results.designs[c].variant for c in results.conditions))
+        return COLOURS[variants.index(results.designs[base].variant) % len(COLOURS)]
+    return COLOURS[list(results.conditions).index(base) % len(COLOURS)]
 
 
-def crowded(found: Results) -> bool:
+def crowded(results: Results) -> bool:
     """Whether there are more conditions than colours."""
-    return len(found.conditions) > len(COLOURS)
+    return len(results.conditions) > len(COLOURS)
 
 
-def cells(found: Results) -> list[tuple]:
-    """The sizes and noises of the matrix: what conditions of one method differ in."""
-    return list(dict.fromkeys(cell(found, c) for c in found.conditions))
+def cells(results: Results) -> list[tuple]:
+    """The sizes and noises of the matrix: what conditions of one variant differ in."""
+    return list(dict.fromkeys(cell(results, c) for c in results.conditions))
 
 
-def cell(found: Results, condition: str) -> tuple:
-    return tuple(found.found[condition][k] for k in ("pairs", "layers", "label_noise"))
+def cell(results: Results, condition: str) -> tuple:
+    return results.designs[condition].cell
 
 
-def style(found: Results, name: str) -> dict:
-    """Colour, and a marker where colour does not tell conditions apart."""
-    marked = crowded(found) and name in found.conditions
-    marker = MARKERS[cells(found).index(cell(found, name)) % len(MARKERS)] if marked else None
-    return {"color": colour(found, name), "marker": marker, "markevery": 0.12, "markersize": 4}
+def style(results: Results, name: str) -> dict:
+    """Colour, and a marker where colour is not enough."""
+    marked = crowded(results) and name in results.conditions
+    marker = MARKERS[cells(results).index(cell(results, name)) % len(MARKERS)] if marked else None
+    return {"color": colour(results, name), "marker": marker, "markevery": 0.12, "markersize": 4}
 
 
-def legend(axis, found: Results) -> None:
+def legend(axis, results: Results) -> None:
     """Inside where it is short, else beside the axes, so that no entry lies on a line. With more conditions than
-    colours it tells methods by colour and what else they differ in by marker, each once."""
+    colours variants are told apart by colour and the rest by marker, each once."""
     drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    if crowded(found):
-        rest = {name: line for name, line in drawn.items() if name not in found.conditions}
-        methods = {found.found[c]["method"]: colour(found, c) for c in found.conditions}
-        drawn = {name: Line2D([], [], color=shade) for name, shade in methods.items()}
-        for number, one in enumerate(cells(found)):
+    if crowded(results):
+        rest = {name: line for name, line in drawn.items() if name not in results.conditions}
+        variants = {results.designs[c].variant: colour(results, c) for c in results.conditions}
+        drawn = {name: Line2D([], [], color=shade) for name, shade in variants.items()}
+        for number, one in enumerate(cells(results)):
             drawn[cell_name(one)] = Line2D([], [], color="0.4", marker=MARKERS[number % len(MARKERS)], linestyle="")
         drawn |= rest
     beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0} if len(drawn) > 5 else {}

@@ -10,13 +10,13 @@ from study.analysis.bootstrap import Interval
 from study.records import Results
 
 
-def condition_table(found: Results, accuracy: Mapping[str, float]) -> list[list[str]]:
-    n = next(iter(found.found.values()))["n_trusted"]
+def condition_table(results: Results, accuracy: Mapping[str, float]) -> list[list[str]]:
+    n = next(iter(results.findings.values()))["n_trusted"]
     head = ["condition", "verdict", f"gold, best of {n}", "drop from the peak", "peak at n", "against its baseline",
             "p (Holm)", "efficiency", "harmed", "seeds", "accuracy"]  # fmt: skip
     rows = []
-    for name, f in found.found.items():
-        members = [accuracy[m] for m in found.conditions.get(name, ()) if m in accuracy]
+    for name, f in results.findings.items():
+        members = [accuracy[m] for m in results.conditions.get(name, ()) if m in accuracy]
         peak = f"{f['peak_n'].mean:.0f} [{f['peak_n'].lo:.0f}, {f['peak_n'].hi:.0f}]"
         rows.append([
             name, f["verdict"].kind, str(f["gold"]), str(f["drop"]), peak,
@@ -27,29 +27,29 @@ def condition_table(found: Results, accuracy: Mapping[str, float]) -> list[list[
     return [head, *rows]
 
 
-def policy_table(found: Results) -> list[list[str]]:
+def policy_table(results: Results) -> list[list[str]]:
     head = ["policy", "step", "KL, nats", "proxy", "gold", "drop from the best step", "verdict"]
     rows = [
         [name, str(f["step"]), f"{f['kl']:.2f}", str(f["proxy"]), str(f["gold"]), str(f["drop"]), f["verdict"].kind]
-        for name, f in found.policies.items()
+        for name, f in results.policies.items()
     ]
     return [head, *rows]
 
 
-def rule_table(found: Results) -> list[list[str]]:
+def rule_table(results: Results) -> list[list[str]]:
     head = ["policy", "rule", "step", "KL, nats", "gold", "regret"]
     rows = [
         [name, r["rule"], str(r["step"]), f"{r['kl']:.2f}", str(r["gold"]), str(r["regret"] or "")]
-        for name, f in found.policies.items()
+        for name, f in results.policies.items()
         for r in f["rules"]
     ]
     return [head, *rows]
 
 
-def fit_table(found: Results) -> list[list[str]]:
+def fit_table(results: Results) -> list[list[str]]:
     head = ["curve", "form", "alpha", "beta", "d at the peak", "gold at the peak", "error of extrapolation"]
     rows = []
-    for name, facts in {**found.found, **found.policies}.items():
+    for name, facts in {**results.findings, **results.policies}.items():
         if fit := facts["fit"]:
             none = "no turn-over within range"
             rows.append([
@@ -59,7 +59,7 @@ def fit_table(found: Results) -> list[list[str]]:
     return [head, *rows]
 
 
-def model_table(found: Results) -> list[list[str]]:
+def model_table(results: Results) -> list[list[str]]:
     """Reward models one by one: what they are, agreement with gold within prompts of the pools, what came of them."""
     number = lambda x, form: "" if x is None else format(getattr(x, "mean", x), form)  # noqa: E731
     columns = {
@@ -69,33 +69,33 @@ def model_table(found: Results) -> list[list[str]]:
         "Spearman in the tail": ("tail_spearman", ".2f"), "ECE": ("ece", ".3f"),
         "SD within prompts": ("sd_within", ".2f"), "gold": ("gold", "+.2f"), "drop": ("drop", "+.2f"),
     }  # fmt: skip
-    known = {head: key for head, key in columns.items() if any(r.get(key[0]) is not None for r in found.rms)}
-    rows = [[r["rm"], *(number(r.get(key), form) for key, form in known.values())] for r in found.rms]
+    known = {head: key for head, key in columns.items() if any(r.get(key[0]) is not None for r in results.rms)}
+    rows = [[r["rm"], *(number(r.get(key), form) for key, form in known.values())] for r in results.rms]
     return [["reward model", *known], *rows]
 
 
-def member_table(found: Results) -> list[list[str]]:
+def member_table(results: Results) -> list[list[str]]:
     keys = ("correlation", "error_correlation", "tail_error_correlation")
     head = ["condition", "seeds", "correlation of rewards", "of errors", "of errors in the tail"]
-    return [head, *([r["rm"], str(r["members"]), *(f"{r[k]:+.2f}" for k in keys)] for r in found.members)]
+    return [head, *([r["rm"], str(r["members"]), *(f"{r[k]:+.2f}" for k in keys)] for r in results.members)]
 
 
-def foretelling_table(found: Results) -> list[list[str]]:
+def prediction_table(results: Results) -> list[list[str]]:
     head = ["number", "outcome", "rank correlation over reward models", "reward models", "conditions"]
     rows = []
-    for r in found.foretelling:
+    for r in results.prediction:
         bounds = f" [{r['lo']:+.2f}, {r['hi']:+.2f}]" if r["lo"] is not None else ""
         rows.append([r["metric"].replace("_", " "), r["outcome"].replace("_", " "), f"{r['spearman']:+.2f}{bounds}",
                      str(r["models"]), str(r["conditions"])])  # fmt: skip
     return [head, *rows]
 
 
-def gold_table(found: Results) -> list[list[str]]:
+def gold_table(results: Results) -> list[list[str]]:
     head = ["condition", "verdict", "by the second gold", "gold", "second gold"]
     rows = [
         [r["rm"], r["verdict"], r["second_verdict"],
          *(str(Interval(r[k], r[f"{k}_lo"], r[f"{k}_hi"])) for k in ("gold", "second"))]
-        for r in found.golds
+        for r in results.golds
     ]  # fmt: skip
     return [head, *rows]
 

@@ -11,7 +11,7 @@ from bon.pools import Pools
 from core.errors import ArtefactError, DataError
 from rm.evaluation.metrics import spearman
 from study.analysis.agreement import _spearman_draws as spearman_draws
-from study.analysis.agreement import agreement, foretelling, members
+from study.analysis.agreement import agreement, members, prediction
 from study.analysis.bootstrap import crossed_draws, holm, interval, p_value, student_quantile, student_tails
 from study.analysis.combiners import rule, sweep
 from study.analysis.conditions import Plan, baselines, bon_curves, findings, gains
@@ -67,17 +67,17 @@ def test_shared_errors_of_members_are_told_from_their_own():
     assert alike["correlation"] > 0.95 and apart["correlation"] == pytest.approx(0.5, abs=0.05)
 
 
-def test_what_foretells_the_outcome_and_what_does_not():
+def test_what_predicts_the_outcome_and_what_does_not():
     rng = np.random.default_rng(0)
     rows = [
         {"condition": f"c{i // 3}", "accuracy": i / 30 + 0.01 * rng.normal(), "ece": float(rng.normal()),
          "spearman": None, "gold": i / 10.0} for i in range(30)
     ]  # fmt: skip
-    found = {r["metric"]: r for r in foretelling(rows, ["gold"])}
+    found = {r["metric"]: r for r in prediction(rows, ["gold"])}
     assert found["accuracy"]["spearman"] > 0.95 and found["accuracy"]["lo"] > 0.8
     assert found["ece"]["lo"] < 0 < found["ece"]["hi"] and "spearman" not in found
     assert found["accuracy"]["models"] == 30 and found["accuracy"]["conditions"] == 10
-    assert foretelling(rows[:3], ["gold"]) == [] and foretelling(rows[:6], ["gold"])[0]["lo"] is None
+    assert prediction(rows[:3], ["gold"]) == [] and prediction(rows[:6], ["gold"])[0]["lo"] is None
 
 
 def test_rank_correlations_of_draws_are_those_of_the_repeated_rows():

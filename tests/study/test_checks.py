@@ -7,8 +7,10 @@ import pytest
 
 from bon.pools import Pools
 from study import checks as check
+from study.design import Condition
+from study.other_tools import by_seed
 from study.records import Series
-from study.results import by_seed, results
+from study.results import results
 from tests.study.test_conditions import series
 from tests.study.test_page import PLAN, pools
 
@@ -67,7 +69,7 @@ def test_policies_that_gold_scores_otherwise_than_pools():
     first = np.array([r["gold"] for r in rows if r["step"] == 0])
     rng = np.random.default_rng(0)
     table = Pools(ids, first[:, None] + 0.5 * rng.normal(size=(40, 32)), {"bt": rng.normal(size=(40, 32))})
-    of = lambda rows: results(table, {"bt": ["bt"]}, {"run": Series(rows, "bt")}, PLAN)  # noqa: E731
+    of = lambda rows: results(table, {Condition("bt"): ["bt"]}, {"run": Series(rows, "bt")}, PLAN)  # noqa: E731
     assert check.same_scoring(of(rows)).ok
     moved = [r | {"gold": r["gold"] - 1.0} for r in rows]  # as if gold saw another template
     assert not check.same_scoring(of(moved)).ok
@@ -91,7 +93,7 @@ def test_enough(sound):
     by_name = {c.name: c.ok for c in check.enough(sound, {"run": Series([])}, 1)}
     assert by_name == {"at least 3 reward models a condition": True, "at least 500 prompts": False,
                        "pools of at least 4 n": False, "at least 3 policies a condition": False}  # fmt: skip
-    few = results(sound.pools, {"bt": ["bt-seed0"]}, {}, PLAN)
+    few = results(sound.pools, {Condition("bt"): ["bt-seed0"]}, {}, PLAN)
     assert not check.enough(few, {}, 0)[0].ok
 
 

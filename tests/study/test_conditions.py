@@ -10,8 +10,10 @@ from study.analysis.agreement import within_prompt_correlation as correlation
 from study.analysis.conditions import Plan, baselines, bon_curves, condition_proxies, findings, gains, kl_table
 from study.analysis.policies import series_curves, series_findings
 from study.analysis.verdict import CANNOT_CONCLUDE, NO_TURN_OVER, OVER_OPTIMISED
+from study.design import Condition
 
 N = 256
+BT = Condition("bt")
 PLAN = Plan(np.unique(np.round(np.geomspace(1, 64, 25)).astype(int)), draws=400, ensembles=("mean", "min"))
 
 
@@ -26,15 +28,15 @@ def planted(P, bend, seeds=3, noise=0.3, start=0):
 
 
 def analysed(pools, plan=PLAN):
-    proxies = condition_proxies(pools, {"bt": sorted(pools.proxies)}, plan)
+    proxies = condition_proxies(pools, {BT: sorted(pools.proxies)}, plan)
     best = baselines(pools, plan)[0]
-    return {name: findings(bon_curves(pools, name, p, plan), best) for name, p in proxies.items()}
+    return {c.name: findings(bon_curves(pools, c.name, p, plan), best) for c, p in proxies.items()}
 
 
 def test_a_planted_peak_is_found_within_its_interval():
     found = analysed(planted(200, bend=1.2))
     large = planted(2000, bend=1.2, start=1)  # the truth, from ten times the prompts
-    curve = bon_curves(large, "bt", condition_proxies(large, {"bt": sorted(large.proxies)}, PLAN)["bt"], PLAN)["gold"]
+    curve = bon_curves(large, "bt", condition_proxies(large, {BT: sorted(large.proxies)}, PLAN)[BT], PLAN)["gold"]
     truth, peak = curve.x[curve.mean.argmax()], curve.mean.max()
     assert 4 < truth < 32
     for name, f in found.items():
@@ -81,8 +83,9 @@ def test_curves_do_not_depend_on_offsets_scales_or_order():
 def test_an_ensemble_of_one_model_is_that_model_and_gold_as_proxy_is_refused():
     pools = planted(20, bend=0.3, seeds=1)
     pools = Pools(pools.prompt_ids, pools.gold, {k: pools.proxies["bt-0"] for k in ("a", "b")})
-    proxies = condition_proxies(pools, {"c": ["a", "b"]}, PLAN)
-    np.testing.assert_allclose(proxies["c x 2, min"][0], gains(pools.proxies["a"]), atol=1e-12)
+    condition = Condition("c")
+    proxies = condition_proxies(pools, {condition: ["a", "b"]}, PLAN)
+    np.testing.assert_allclose(proxies[condition.ensemble("min", 2)][0], gains(pools.proxies["a"]), atol=1e-12)
     with pytest.raises(ArtefactError, match="a scores exactly as gold does"):
         Pools(pools.prompt_ids, pools.gold, {"a": pools.gold.copy()})
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bon.pools import Pools
 from core.config import RewardVariant
 from core.config.load import load
 from core.errors import ConfigError, DataError
@@ -15,12 +16,14 @@ from study import matrix
 from study import reward_models as study_models
 from study import run as study
 from study.analysis.bootstrap import crossed_draws, student_quantile
+from study.analysis.conditions import Plan
+from study.design import Arm, Condition
 from study.report.build import baselines
-from study.results import design
+from study.results import results
 
 ASKED = [
-    "study.methods=[bt, grm]", "study.seeds=3", "study.pairs=[100, 200]", "study.label_noise=[0, 0.25]",
-    "study.ppo_methods=[grm]", "study.kl_coefs=[0.0, 0.1]",
+    "study.variants=[bt, grm]", "study.seeds=3", "study.pairs=[100, 200]", "study.label_noise=[0, 0.25]",
+    "study.ppo_variants=[grm]", "study.kl_coefs=[0.0, 0.1]",
 ]  # fmt: skip
 
 
@@ -33,7 +36,7 @@ def planned(tmp_path, *more):
 def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
     cfg, arms, policies = planned(tmp_path)
     assert len(arms) == len(cfg.rm.variants) == 2 * 2 * 2 * 3
-    assert len(policies) == 2 * 2 * 1 * 2 and {p.arm.method for p in policies} == {"grm"}
+    assert len(policies) == 2 * 2 * 1 * 2 and {p.arm.condition.variant for p in policies} == {"grm"}
     group = [cfg.rm.variants[f"grm-200pairs-noise0.25-seed{s}"] for s in range(3)]
     assert [v.seed for v in group] == [0, 1, 2] and {v.pairs for v in group} == {200}
     assert len({v.model_copy(update={"seed": 0}).model_dump_json() for v in group}) == 1
@@ -82,25 +85,50 @@ def test_a_dry_run_counts(tmp_path, capsys):
 def test_sizes_are_an_axis_of_the_matrix(tmp_path):
     """Each size is a reward model of so many layers; policies can be trained against some of them alone."""
     cfg, arms, policies = planned(tmp_path, "study.layers=[6, 12]", "study.ppo_layers=[12]")
-    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.layers for p in policies} == {12}
+    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.condition.layers for p in policies} == {12}
     variants = cfg.rm.variants
     assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
     assert num_layers(cfg, variants["bt-100pairs-12layers-seed0"]) == 12
     assert {p.name for p in policies} >= {"grm-200pairs-12layers-noise0.25-seed0-kl0.1"}
-    for arm in arms:
-        found = design(arm.condition)
-        assert (found["method"], found["pairs"], found["layers"]) == (arm.method, arm.pairs, arm.layers)
-        assert found["label_noise"] == arm.label_noise
-    assert design("grm-all") == {"method": "grm-all", "pairs": None, "layers": None, "label_noise": 0.0}
     own, _, _ = planned(tmp_path, "rm.num_layers=9", "rm.variants={bt: {num_layers: 5}, grm: {}}")
     assert [num_layers(own, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
 
 
-def test_arms_are_compared_with_the_first_method_of_their_size(tmp_path):
+def test_arms_are_compared_with_the_first_variant_of_their_size(tmp_path):
     _, arms, _ = planned(tmp_path, "study.layers=[6, 12]")
-    found = baselines(arms)
-    assert found["grm-100pairs-6layers-noise0.25"] == "bt-100pairs-6layers-noise0.25"
-    assert found["bt-200pairs-12layers"] == "bt-200pairs-12layers"
+    base = baselines(arms)
+    assert base[Condition("grm", 100, 6, 0.25)] == Condition("bt", 100, 6, 0.25)
+    assert base[Condition("bt", 200, 12)] == Condition("bt", 200, 12)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        Condition("grm", 96, None, 1e-5),  # a noise that is written with an exponent
+        Condition("grm-5layers"),  # a variant whose name looks like a size
+        Condition("a-5layers x 2, mean-seed3", 96, 4, 0.25),
+    ],
+)
+def test_what_an_arm_is_never_comes_from_its_name(condition):
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(24, 16))
+    arms = [Arm(condition, seed) for seed in range(2)]
+    table = Pools(tuple(f"p{i}" for i in range(24)), gold, {a.name: gold + rng.normal(size=gold.shape) for a in arms})
+    plan = Plan(np.arange(1, 17), draws=100, ensembles=("mean",))
+    found = results(table, {condition: [a.name for a in arms]}, {}, plan)
+    assert set(found.findings) == {condition.name, condition.ensemble("mean", 2).name}
+    for name, facts in found.findings.items():
+        cell = (facts["variant"], facts["pairs"], facts["layers"], facts["label_noise"])
+        assert cell == (condition.variant, condition.pairs, condition.layers, condition.label_noise)
+        assert facts["rule"] == (None if name == condition.name else "mean")
+        assert found.condition_of(name) == condition.name
+
+
+def test_two_arms_of_one_name_are_refused(tmp_path):
+    variants = "rm.variants={a: {}, a-noise0.25: {}}"
+    with pytest.raises(ConfigError, match="have the name of another"):
+        planned(tmp_path, variants, "ppo.proxy=a", "study.variants=[a, a-noise0.25]", "study.ppo_variants=[]",
+                "study.pairs=[]")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -135,9 +163,9 @@ def test_more_layers_than_the_base_has_are_told_before_anything_runs(tmp_path):
 
 def test_methods_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no rm.variants other; there are grm, bt"):
-        planned(tmp_path, "study.methods=[bt, other]")
-    with pytest.raises(ConfigError, match="ppo_methods grm are none of study.methods bt"):
-        planned(tmp_path, "study.methods=[bt]")
+        planned(tmp_path, "study.variants=[bt, other]")
+    with pytest.raises(ConfigError, match="ppo_variants grm are none of study.variants bt"):
+        planned(tmp_path, "study.variants=[bt]")
 
 
 def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):

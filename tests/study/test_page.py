@@ -14,9 +14,11 @@ from bon.pools import Pools
 from study import checks as check
 from study import files
 from study.analysis.conditions import Plan
+from study.design import Arm, Condition
+from study.other_tools import by_seed
 from study.records import Series
 from study.report import page as study_page
-from study.results import by_seed, results
+from study.results import results
 from tests.study.test_conditions import series
 
 EVIL = "</script><script>document.title='hacked'</script>"
@@ -46,10 +48,11 @@ PLAN = Plan(np.arange(1, 33), draws=200, ensembles=("mean",), temperatures=(0.5,
 @pytest.fixture(scope="module")
 def study():
     table = pools()
-    runs = {"bt-seed0-kl0": Series(series(bend=0.45, P=40), "bt-seed0")}
+    runs = {"bt-seed0-kl0": Series(series(bend=0.45, P=40), "bt-seed0", Condition("bt"), 0.0)}
     conditions = by_seed(list(table.proxies))
-    assert list(conditions) == ["bt", "grm"] and conditions["bt"] == ["bt-seed0", "bt-seed1", "bt-seed2"]
-    return results(table, conditions, runs, PLAN, {"bt": "bt", "grm": "bt"}, rules=("mean", "min", "uwo:0.5"))
+    bt, grm = Condition("bt"), Condition("grm")
+    assert list(conditions) == [bt, grm] and conditions[bt] == ["bt-seed0", "bt-seed1", "bt-seed2"]
+    return results(table, conditions, runs, PLAN, {bt: bt, grm: bt}, rules=("mean", "min", "uwo:0.5"))
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +61,19 @@ def matrix(tmp_path_factory):
     rng, P, N = np.random.default_rng(0), 24, 32
     z = rng.normal(size=(P, N))
     gold = z - 0.5 * np.maximum(z - 1, 0) ** 2
+    cells = [Condition(v, p, n) for v in ("bt", "grm") for p in (100, 300) for n in (6, 12)]
+    conditions = {c: [Arm(c, seed).name for seed in range(2)] for c in cells}
     proxies = {
-        f"{m}-{p}pairs-{n}layers-seed{s}": z + (6 / n) * (300 / p) ** 0.5 * rng.normal(size=(P, N))
-        for m in ("bt", "grm") for p in (100, 300) for n in (6, 12) for s in range(2)
+        name: z + (6 / c.layers) * (300 / c.pairs) ** 0.5 * rng.normal(size=(P, N))
+        for c, names in conditions.items() for name in names
     }  # fmt: skip
     table = Pools(
         tuple(f"p{i:03d}" for i in range(P)), gold, proxies, length=rng.integers(5, 50, size=(P, N)).astype(float),
         second_gold=z - 0.6 * np.maximum(z - 1, 0) ** 2 + 0.2 * rng.normal(size=(P, N)),
     )  # fmt: skip
-    conditions, one = by_seed(list(proxies)), "bt-100pairs-6layers-seed0"
-    runs = {f"{one}-kl{k:g}": Series(series(bend=b, P=24), one) for k, b in ((0.0, 0.45), (0.1, 0.3))}
-    base = {c: c.replace("grm", "bt") for c in conditions}
+    one = conditions[cells[0]][0]
+    runs = {f"policy {k:g}": Series(series(bend=b, P=24), one, cells[0], k) for k, b in ((0.0, 0.45), (0.1, 0.3))}
+    base = {c: replace(c, variant="bt") for c in conditions}
     found = results(table, conditions, runs, PLAN, base, rules=("mean", "min"))
     out = tmp_path_factory.mktemp("matrix")
     files.write(out, found)
@@ -105,14 +110,14 @@ def test_the_tables_hold_the_results(study, folder):
 def test_the_page_needs_no_network_and_escapes(folder):
     html = (folder / "study.html").read_text()
     figures = {"overoptimisation", "conditions", "gold_against_proxy", "gold_by_proxy", "win_rate", "length", "harm",
-               "sweep", "disagreement", "foretelling"}  # fmt: skip
+               "sweep", "disagreement", "prediction"}  # fmt: skip
     assert html.count("<svg") == len(figures) and EVIL not in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html.replace("xmlns:xlink", ""))
     assert html.index("Checks that failed") < html.index("<h2>")  # on the first screen, before any section
     assert (folder / "study.md").read_text().count("| bt |") == 3
     for kind in ("png", "svg"):
         assert {p.stem for p in (folder / "figures").glob(f"*.{kind}")} == figures
-    for name in ("conditions", "rms", "members", "foretelling", "sweep", "tail", "per_prompt", "kl"):
+    for name in ("conditions", "rms", "members", "prediction", "sweep", "tail", "per_prompt", "kl"):
         assert len((folder / f"{name}.csv").read_text().splitlines()) > 1, name
 
 
@@ -126,11 +131,11 @@ def test_a_matrix_of_sizes_is_shown_by_size(matrix):
         assert said in scaling
     main = (out / "figures" / "overoptimisation.svg").read_text()
     assert all(f"{p} pairs, {n} layers" in main for p in (100, 300) for n in (6, 12))  # a panel a cell of the matrix
-    assert main.count(">grm<") == 1  # and a method once in its legend
+    assert main.count(">grm<") == 1  # and a variant once in its legend
     table = {r["rm"]: r for r in csv.DictReader((out / "conditions.csv").open())}
     cell = table["grm-300pairs-12layers"]
-    assert (cell["method"], cell["pairs"], cell["layers"]) == ("grm", "300", "12")
-    fit = found.found["grm-300pairs-12layers"]["fit"]
+    assert (cell["variant"], cell["pairs"], cell["layers"]) == ("grm", "300", "12")
+    fit = found.findings["grm-300pairs-12layers"]["fit"]
     assert float(cell["alpha_lo"]) == pytest.approx(fit.alpha.lo) and float(cell["beta"]) == pytest.approx(
         fit.beta.mean
     )
@@ -138,7 +143,7 @@ def test_a_matrix_of_sizes_is_shown_by_size(matrix):
 
 def test_differences_are_corrected_for_their_number(matrix):
     found, _ = matrix
-    compared = {n: f for n, f in found.found.items() if f["difference"]}
+    compared = {n: f for n, f in found.findings.items() if f["difference"]}
     assert len(compared) == 4 + 8  # grm against bt in each cell, and each ensemble against its members
     assert all(f["difference_p_holm"] >= f["difference_p"] for f in compared.values())
     least = min(compared.values(), key=lambda f: f["difference_p"])
@@ -151,11 +156,11 @@ def test_a_study_too_small_for_fits_and_ensembles_has_a_page(tmp_path):
     gold = rng.normal(size=(12, 8))
     table = Pools(tuple(f"p{i}" for i in range(12)), gold, {"bt": gold + rng.normal(size=gold.shape)})
     plan = Plan(np.arange(1, 9), draws=100, ensembles=("mean",))
-    found = results(table, {"bt": ["bt"]}, {}, plan, rules=("min", "length:0.1"))
+    found = results(table, {Condition("bt"): ["bt"]}, {}, plan, rules=("min", "length:0.1"))
     files.write(tmp_path, found)
     study_page.write(tmp_path, "tiny", "What was asked?", found, [check.aligned(found)])
     html = (tmp_path / "study.html").read_text()
-    assert found.found["bt"]["fit"] is None and "cannot conclude" in html and "None." in html.split("<h2>Fits")[1]
+    assert found.findings["bt"]["fit"] is None and "cannot conclude" in html and "None." in html.split("<h2>Fits")[1]
     assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} == {
         "overoptimisation", "conditions", "gold_against_proxy", "gold_by_proxy", "win_rate", "harm"
     }  # fmt: skip
@@ -164,7 +169,7 @@ def test_a_study_too_small_for_fits_and_ensembles_has_a_page(tmp_path):
 def test_a_second_gold_has_its_own_verdicts(matrix):
     found, out = matrix
     rows = {r["rm"]: r for r in csv.DictReader((out / "golds.csv").open())}
-    assert rows.keys() == found.found.keys()
+    assert rows.keys() == found.findings.keys()
     assert float(rows["bt-100pairs-6layers"]["agreement"]) > 0.9
     assert "A second gold" in (out / "study.html").read_text()
     [same] = check.golds_agree(found)

@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import ROOT
 
 TINY = [
-    "--config", "configs/smoke.yaml", "study.methods=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
-    "study.layers=[3]", "study.label_noise=[0.25]", "study.ppo_methods=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2",
+    "--config", "configs/smoke.yaml", "study.variants=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
+    "study.layers=[3]", "study.label_noise=[0.25]", "study.ppo_variants=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2",
     "ppo.minibatches=1", "ppo.ensemble=null", "bon.shard_prompts=4",
 ]  # fmt: skip
 
