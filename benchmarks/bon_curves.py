@@ -11,8 +11,9 @@ import time
 
 import numpy as np
 
+from bon.gains import gains
 from bon.pools import Pools
-from study.analysis.conditions import Plan, bon_curves, gains
+from study.analysis.conditions import Plan, bon_curves
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ Array = NDArray[np.float64]
 CUT_MASS = 1e-16
 POOL_SIZE = "the number of samples per prompt"  # why n is limited, in errors
 # Bootstrap weights held at once, in numbers: 32 MiB of int64.
-MAX_WEIGHTS = 1 << 22
 
 
 def subset_weights(N: int, n: int) -> Array:
@@ -211,34 +210,6 @@ def kl_pool(proxy: ArrayLike, ns: ArrayLike) -> Array:
     ns_K = _check_ns(ns, most=N)
     sizes = (np.unique(row, return_counts=True)[1] for row in proxy_PN)
     return np.array([kl_discrete(size / N, ns_K) for size in sizes]).reshape(P, len(ns_K))
-
-
-def bootstrap_ci(
-    per_prompt: ArrayLike, draws: int, rng: np.random.Generator, level: float = 0.95
-) -> tuple[Array, Array, Array]:
-    """Mean over prompts and its percentile interval, by resampling prompts (cluster bootstrap).
-
-    per_prompt [P, K] -> (mean [K], lo [K], hi [K]) in its units. All K columns share each draw.
-    Two reward models given generators in the same state, and the same P, get the same draws, so
-    their intervals are paired; for a difference pass the per-prompt difference. Pool noise is
-    covered, since each prompt brings its own pool; the seed of a reward model is not.
-    """
-    per_prompt_PK = _check_scores(per_prompt, "per_prompt")
-    P = len(per_prompt_PK)
-    if P < 2:
-        raise ValueError(f"per_prompt has {P} prompt(s); an interval needs at least 2")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} is outside (0, 1); pass 0.95 for a 95% interval")
-    least = math.ceil(2 / (1 - level) - 1e-9)  # one draw beyond either end
-    if draws < least:
-        raise ValueError(f"draws={draws} is too few for level={level:g}; pass at least {least}")
-    # Prompts, not samples or points of the curve, are the independent units. How often each prompt
-    # is drawn is multinomial, so a product with [draws, P] counts serves every n at once.
-    step = max(1, MAX_WEIGHTS // P)
-    chunks = [min(step, draws - done) for done in range(0, draws, step)]
-    means = [rng.multinomial(P, np.full(P, 1 / P), size=c) @ per_prompt_PK / P for c in chunks]
-    lo_K, hi_K = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return per_prompt_PK.mean(axis=0), lo_K, hi_K
 
 
 def _block_means(proxy_PN: Array, value_PN: Array) -> Array:

@@ -1,20 +1,17 @@
-"""Stage `bon`: pools of samples of the reference policy, scored by every proxy and by gold; best-of-n curves."""
+"""Stage `bon`: pools of samples of the reference policy, scored by every proxy and by gold."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from bon.curves import curve, matrix, write_curves
-from bon.estimators import best_of_n, kl_bound, oracle
-from bon.scores import score_proxies, write_scores
-from core.config import Config
+from bon.estimators import best_of_n, oracle
+from bon.gains import correlation, gains
+from bon.scores import read_pools, score_proxies, write_scores
+from core.config import BestOfN, Config
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
-from core.data.streams import stream_seed
-from core.files import join, read_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
 from rm.gold import load_gold, score_samples
@@ -23,10 +20,10 @@ from rm.gold import load_gold, score_samples
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     samples = _sample(cfg, inputs["prompts"], out)
     gc.collect()  # the engine's memory, before reward models are loaded
-    norms = score_proxies(inputs["rm"], samples, out)
+    names = score_proxies(inputs["rm"], samples, out)
     if not (out / "scores" / "gold.parquet").exists():
         write_scores(out / "scores" / "gold.parquet", samples, score_samples(load_gold(cfg.gold), samples).tolist())
-    return analyse(cfg, out, samples, norms)
+    return summary(cfg.bon, out, samples, names)
 
 
 def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
@@ -38,48 +35,20 @@ def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
     )  # fmt: skip
 
 
-def analyse(cfg: Config, out: Path, samples: list[dict], norms: dict[str, tuple[float, float]]) -> dict:
-    """Curves for every n from the scores on disk, joined by id, and the headline."""
-    joined = {
-        name: matrix(join(samples, read_table(out / "scores" / f"{name}.parquet")), "score")
-        for name in ("gold", *norms)
-    }
-    gold_mean, gold_std = float(joined["gold"].mean()), float(joined["gold"].std(ddof=1))
-    gold = (joined["gold"] - gold_mean) / gold_std
-    length = matrix(samples, "n_tokens")
-    ns = np.arange(1, (cfg.bon.n_max or cfg.bon.samples) + 1)
-    common = {
-        "method": "bon", "xs": ns, "kl": kl_bound(ns), "kl_kind": "bound", "pool": cfg.bon.samples,
-        "draws": cfg.eval.bootstrap, "seed": stream_seed(cfg.run.seed, "bootstrap"),
-    }  # fmt: skip
-    rows, found = [], {}
-    for name, (mean, std) in norms.items():
-        proxy = joined[name]
-        values = {"proxy": (proxy - mean) / std, "gold": gold, "length": length}
-        curves = {m: curve(best_of_n(proxy, v, ns), rm=name, metric=m, **common) for m, v in values.items()}
-        rows += [row for part in curves.values() for row in part]
-        last = curves["gold"][-1]
-        found[name] = {
-            "gold_at_n_max": {k: last[k] for k in ("mean", "lo", "hi")},
-            "within_prompt_correlation": within_prompt_correlation(proxy, joined["gold"]),
-        }
-    rows += curve(oracle(gold, ns), rm="oracle", metric="gold", **common)
-    write_curves(out / "curves.csv", rows)
-    best = rows[-1]["mean"]
-    parts = [f"{k} {v['gold_at_n_max']['mean']:+.2f}" for k, v in found.items()]
+def summary(cfg: BestOfN, out: Path, samples: list[dict], names: Sequence[str]) -> dict:
+    """Gold at the largest n by each reward model, from the scores on disk, joined by id; curves are the report's."""
+    pools = read_pools(out, names)
+    gold, n = gains(pools.gold), cfg.n_max or cfg.samples
+    at_n = {name: float(best_of_n(proxy, gold, [n]).mean()) for name, proxy in pools.proxies.items()}
+    best = float(oracle(gold, [n]).mean())
+    parts = [f"{name} {value:+.2f}" for name, value in at_n.items()]
     return {
-        "headline": f"gold at n={ns[-1]} of {len(gold)} prompts, in SD of the reference: " + ", ".join(parts)
-        + f", oracle {best:+.2f}",
-        "gold_mean": gold_mean,
-        "gold_std": gold_std,
-        "variants": found,
+        "headline": f"gold gain at best of {n} on {len(gold)} prompts, in SD within prompts: {', '.join(parts)}, "
+        f"oracle {best:+.2f}",
+        "variants": {
+            name: {"gold_at_n_max": at_n[name], "within_prompt_correlation": correlation(proxy, pools.gold)}
+            for name, proxy in pools.proxies.items()
+        },
         "oracle_at_n_max": best,
         "duplicates": 1 - len({(s["prompt_id"], s["response"]) for s in samples}) / len(samples),
-    }  # fmt: skip
-
-
-def within_prompt_correlation(proxy: np.ndarray, gold: np.ndarray) -> float | None:
-    """Pearson correlation of deviations from the prompt's mean, [P, N] pooled; None when one does not vary."""
-    a, b = (x - x.mean(axis=1, keepdims=True) for x in (proxy, gold))
-    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum() / scale) if scale else None
+    }

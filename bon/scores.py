@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from bon.pools import Pools, from_tables
 from core.data.chat import Message
-from core.files import digest, read_json, write_table
+from core.files import digest, read_json, read_table, write_table
 from core.generation.pool import conversation
 from core.models.layers import LowerCache, LowerLayers, shared_depth
-from rm.checkpoints.layout import ABOUT_FILE
+from rm.checkpoints.layout import read_about
+from rm.combine import proxy_reward
 from rm.model import RewardModel
 from rm.score import tokens_of
 
+CACHED_STATES = 4 << 30
+"""Bytes of host memory for the output of layers that several reward models share."""
 
-def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tuple[float, float]]:
-    """A table of rewards for each reward model that has none yet; mean and SD of each under the reference policy."""
+
+def score_proxies(folder: Path, samples: list[dict], out: Path) -> list[str]:
+    """A table of rewards for each reward model that has none yet; the names of all."""
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
@@ -33,8 +41,7 @@ def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tup
             lower = shared.cache if shared and shared.fits(model) else None
             rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
             write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
-    about = {name: read_json(folder / name / ABOUT_FILE) for name in names}
-    return {name: (facts["mean"], facts["std"]) for name, facts in about.items()}
+    return names
 
 
 class SharedLayers:
@@ -70,10 +77,28 @@ def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
     write_table(path, rows)
 
 
-CACHED_STATES = 4 << 30
-"""Bytes of host memory for the output of layers that several reward models share."""
-
-
 def reward_models(rm_folder: Path) -> list[str]:
     """Names of the reward models in the folder of stage `rm`."""
     return sorted(p.parent.name for p in rm_folder.glob("*/reward_model.json"))
+
+
+def read_pools(folder: Path, names: Sequence[str], second_gold: Path | None = None) -> Pools:
+    """The pools in the folder of stage `bon`, with the scores of these reward models.
+
+    Args:
+        second_gold: a table of scores by another gold, if there is one.
+    """
+    scores = {name: read_table(folder / "scores" / f"{name}.parquet") for name in ("gold", *names)}
+    others = read_table(second_gold) if second_gold and second_gold.is_file() else None
+    return from_tables(read_table(folder / "samples.parquet"), scores.pop("gold"), scores, others)
+
+
+def optimised_rewards(reward_models: Path, pools: Pools, members: Sequence[str], rule: str | None) -> np.ndarray:
+    """[P, N]: what PPO optimised, one reward model or members combined by a rule, on the pools.
+
+    Args:
+        reward_models: the folder of stage `rm`, where each member's mean and spread under the reference are known.
+    """
+    raw = torch.from_numpy(np.stack([pools.proxies[name] for name in members]))
+    about = [read_about(reward_models / name) for name in members]
+    return proxy_reward(raw, [(a["mean"], a["std"]) for a in about], rule).numpy()

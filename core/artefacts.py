@@ -46,7 +46,9 @@ class Fingerprint:
         A field that is younger than the manifest counts as having had its default, and fields that cannot change a
         result are passed over.
         """
-        new, old = _flat(self.sections), _flat(other.get("config", {}))
+        # A section that the stage has stopped reading cannot make it stale.
+        read = {k: v for k, v in other.get("config", {}).items() if k in self.sections}
+        new, old = _flat(self.sections), _flat(read)
         lines = [
             f"{key}: {_value(old, key)} -> {_value(new, key)}"
             for key in sorted(new.keys() | old.keys())

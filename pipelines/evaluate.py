@@ -15,27 +15,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bon.curves import curve, matrix, read_curves, write_curves
-from bon.estimators import bootstrap_ci
+from bon.gains import scale
+from bon.pools import Pools
+from bon.scores import optimised_rewards, read_pools
 from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import read_json, read_table, write_table
+from core.files import read_table, write_table
 from core.generation.local import Generator
 from core.generation.pool import conversation
 from core.models.loading import load_causal_lm
 from core.training.distributed import device
 from core.training.weights import named_weights
 from pipelines.policy_kl import measure_kl
-from pipelines.verdicts import checks, interval, verdicts
-from rm.combine import proxy_reward, proxy_units
+from rm.combine import proxy_reward
 from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
-
-ENDS = (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))
-"""Suffix of a column of the table -> column of the curve."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -43,7 +40,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     sample_checkpoints(cfg, inputs["prompts"], checkpoints, out)
     gc.collect()
     rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
-    rewards, proxy = proxy_scores(cfg, inputs["rm"], [conversation(r) for r in rows])
+    rewards = proxy_scores(cfg, inputs["rm"], [conversation(r) for r in rows])
     golds = score_samples(load_gold(cfg.gold), rows).tolist()
     drop = ("split", "token_ids")
     table = [
@@ -51,20 +48,18 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         for row, p, g in zip(rows, rewards, golds, strict=True)
     ]
     write_table(out / "rl_eval.parquet", table)
-    bon = read_json(inputs["bon"] / "manifest.json")["metrics"]
-    units = {"proxy": proxy, "gold": (bon["gold_mean"], bon["gold_std"]), "length": (0.0, 1.0)}
-    return analyse(cfg, inputs, out, table, list(checkpoints), units)
+    pools = read_pools(inputs["bon"], cfg.ppo.members)
+    return summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
 
 
-def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> tuple[list[float], tuple[float, float]]:
-    """Raw rewards by what PPO optimised, one reward model or an ensemble, and the mean and std of their unit."""
+def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> list[float]:
+    """Raw rewards by what PPO optimised, one reward model or an ensemble."""
     raw, units = [], []
     for name in cfg.ppo.members:
         model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
         raw.append(model.score(conversations, progress=f"eval: {name}").cpu())
         units.append((model.mean, model.std))
-    rewards = proxy_reward(torch.stack(raw), units, cfg.ppo.combine)
-    return rewards.tolist(), proxy_units(units, cfg.ppo.combine)
+    return proxy_reward(torch.stack(raw), units, cfg.ppo.combine).tolist()
 
 
 def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path) -> None:
@@ -118,56 +113,38 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
     return lm.eval().to(device())
 
 
-def analyse(
-    cfg: Config,
-    inputs: dict[str, Path],
-    out: Path,
-    rows: list[dict],
-    steps: list[int],
-    units: dict[str, tuple[float, float]],
-) -> dict:
-    """The table of checkpoints, curves beside those of best-of-n, changes from the reference, verdicts and checks."""
-    by_step = {s: [r for r in rows if r["step"] == s] for s in steps}
-    columns = {"proxy": "proxy", "gold": "gold", "length": "n_tokens"}
-    values = {  # [P, steps], each prompt's mean, in units of the reference's samples
-        m: np.stack([(matrix(by_step[s], c).mean(axis=1) - units[m][0]) / units[m][1] for s in steps], axis=1)
-        for m, c in columns.items()
-    }
-    kls = np.stack([matrix(by_step[s], "kl_rb").mean(axis=1) for s in steps], axis=1)
-    draws, seed = cfg.eval.bootstrap, stream_seed(cfg.run.seed, "bootstrap")
-    common = {
-        "rm": cfg.ppo.label, "method": "ppo", "xs": steps, "kl": kls.mean(axis=0), "kl_kind": "rb",
-        "pool": cfg.eval.samples, "draws": draws, "seed": seed,
-    }  # fmt: skip
-    curves = {m: curve(v, metric=m, **common) for m, v in values.items()}
-    bon_rows = read_curves(inputs["bon"] / "curves.csv")
-    write_curves(out / "curves.csv", bon_rows + [row for part in curves.values() for row in part])
+def summary(rows: list[dict], pools: Pools, proxy: np.ndarray) -> dict:
+    """The last checkpoint against the reference, in the unit of the report, and KL, length and ends of each.
+
+    Args:
+        rows: of `rl_eval.parquet`.
+        proxy: [P, N], the pools by what PPO optimised.
+    """
+    units = {"proxy": scale(proxy), "gold": scale(pools.gold)}
+    steps = sorted({row["step"] for row in rows})
+    prompts = sorted({row["prompt_id"] for row in rows})
+
+    def of_prompts(step: int, column: str) -> np.ndarray:
+        values: dict[str, list[float]] = {p: [] for p in prompts}
+        for row in rows:
+            if row["step"] == step:
+                values[row["prompt_id"]].append(float(row[column]))
+        return np.array([np.mean(values[p]) for p in prompts])
+
     table = [
         {
-            "step": s, "kl": float(kls[:, j].mean()), "kl_se": float(kls[:, j].std(ddof=1) / math.sqrt(len(kls))),
-            **{f"{m}{end}": curves[m][j][k] for m in ("proxy", "gold") for end, k in ENDS},
-            "tokens": float(values["length"][:, j].mean()),
-            "eos_rate": float(np.mean([r["finished"] for r in by_step[s]])), "prompts": len(kls),
+            "step": step,
+            "kl": float(of_prompts(step, "kl_rb").mean()),
+            "tokens": float(of_prompts(step, "n_tokens").mean()),
+            "eos_rate": float(of_prompts(step, "finished").mean()),
         }
-        for j, s in enumerate(steps)
-    ]  # fmt: skip
-    changes = {m: change(values[m][:, 0], values[m][:, -1], draws, seed) for m in ("proxy", "gold")}
-    p, g = changes["proxy"], changes["gold"]
+        for step in steps
+    ]
+    change = {m: (of_prompts(steps[-1], m) - of_prompts(steps[0], m)) / unit for m, unit in units.items()}
+    parts = [f"{m} {c.mean():+.2f} (SE {c.std(ddof=1) / math.sqrt(len(c)):.2f})" for m, c in change.items()]
     return {
-        "headline": f"step {steps[-1]} against the reference on {len(kls)} prompts, in SD: proxy {p['mean']:+.2f} "
-        f"{interval(p)}, gold {g['mean']:+.2f} {interval(g)}, KL {table[-1]['kl']:.2f}",
+        "headline": f"step {steps[-1]} against the reference on {len(prompts)} prompts, in SD within prompts: "
+        f"{', '.join(parts)}, KL {table[-1]['kl']:.2f} nats",
         "table": table,
-        "proxy_units": units["proxy"],
-        "proxy_change": p,
-        "gold_change": g,
-        "verdicts": verdicts(table, p, g, values["gold"], steps, draws, seed),
-        "checks": checks(inputs["prompts"], rows, table, bon_rows),
-    }  # fmt: skip
-
-
-def change(first: np.ndarray, last: np.ndarray, draws: int, seed: int) -> dict[str, float]:
-    """Mean of the paired difference over prompts [P], its standard error and 95% interval."""
-    difference = last - first
-    mean, lo, hi = bootstrap_ci(difference[:, None], draws, np.random.default_rng(seed))
-    se = float(difference.std(ddof=1) / math.sqrt(len(difference)))
-    return {"mean": float(mean[0]), "se": se, "lo": float(lo[0]), "hi": float(hi[0])}
+        **{f"{m}_change": float(c.mean()) for m, c in change.items()},
+    }

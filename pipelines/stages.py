@@ -68,15 +68,16 @@ STAGES = {
               makes="labelled pairs of samples, or imported pairs"),
         Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
               makes="reward models"),
-        Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon", "eval.bootstrap"),
-              ("policy.path", "gold.path"), makes="pools of samples, best-of-n curves"),
+        Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
+              ("policy.path", "gold.path"), makes="pools of samples, scored by gold and by every proxy"),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
               makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend")),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
-        Stage("report", "pipelines.report", ("preferences", "rm", "bon", "ppo", "eval"), ("run",),
-              makes="report.html, report.md"),
+        Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
+              ("run", "eval.bootstrap", "study.soft_temperatures"),
+              makes="report.html: the over-optimisation study of this run; its tables"),
     )
 }  # fmt: skip
 

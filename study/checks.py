@@ -19,6 +19,8 @@ from study.analysis.conditions import TRUSTED
 from study.records import Results, Series
 
 ENOUGH_PROMPTS, ENOUGH_SEEDS = 500, 3
+MISMATCH = 0.1
+"""Nats a token by which log-probs of vLLM and the trainer may differ: rounding to bfloat16 gives 0.03 to 0.05."""
 NEAR = 0.8
 """Jaccard similarity of word trigrams from which two prompts are near-duplicates."""
 
@@ -124,6 +126,21 @@ def kl_estimates(series: Mapping[str, Series]) -> Check:
             worst = max(worst, z if abs(np.mean(gap)) > 1e-3 else 0.0)
             wrong += [f"{name} step {step}"] if z > 5 and abs(np.mean(gap)) > 1e-3 else []
     return Check("two estimates of KL agree", not wrong, ", ".join(wrong) or f"at most {worst:.1f} SE apart")
+
+
+def sampler_agrees(series: Mapping[str, Series]) -> Check:
+    """(7) vLLM sampled from the weights that were evaluated: its log-probs are the trainer's up to rounding."""
+    gaps = []
+    for one in series.values():
+        rows = [r for r in one.rows if "logp" in r and "logp_sampler" in r]
+        if tokens := sum(r["n_tokens"] for r in rows):
+            gaps.append(sum(abs(r["logp"] - r["logp_sampler"]) for r in rows) / tokens)
+    worst = max(gaps, default=0.0)
+    return Check(
+        "vLLM sampled from the weights that were evaluated",
+        worst < MISMATCH,
+        f"log-probs differ by {worst:.3f} nats a token",
+    )
 
 
 def bound_is_close(results: Results) -> Check:

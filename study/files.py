@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bon.pools import Pools, from_tables
 from core.artefacts import read_manifest
 from core.files import read_json, read_table, write_json, write_table
 from study.analysis import conditions as analysis
@@ -86,14 +85,6 @@ def plain(value):
     if isinstance(value, np.generic):
         value = value.item()
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def read_pools(run_dir: Path, names: Sequence[str]) -> Pools:
-    """The pools of stage `bon` with the scores of these reward models, and of a second gold where it is there."""
-    bon, second = run_dir / "bon", run_dir / "study" / "gold2.parquet"
-    scores = {name: read_table(bon / "scores" / f"{name}.parquet") for name in ("gold", *names)}
-    others = read_table(second) if second.is_file() else None
-    return from_tables(read_table(bon / "samples.parquet"), scores.pop("gold"), scores, others)
 
 
 def read_policy(folder: Path, policy: Policy) -> Series:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bon.estimators import count_lower_in_both
+from bon.gains import gains, scale
 from bon.pools import Pools
 from rm.evaluation.metrics import expected_calibration_error, fit_temperature, ranks, spearman
 from study.analysis.bootstrap import Array, Interval, crossed_draws, interval
-from study.analysis.conditions import gains, scale
 
 STATIC = ("accuracy", "pearson", "spearman", "kendall", "tail_spearman", "ece", "sd_within")
 """Numbers of `agreement` that can predict an outcome."""

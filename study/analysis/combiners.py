@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from bon.estimators import best_of_n
+from bon.gains import gains
 from bon.pools import Pools
 from core.errors import DataError
 from rm import combine
 from study.analysis.bootstrap import Array, crossed_draws, interval
-from study.analysis.conditions import TRUSTED, Plan, gains
+from study.analysis.conditions import TRUSTED, Plan
 
 LENGTH = "length"
 

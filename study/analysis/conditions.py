@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bon.estimators import best_of_n, kl_bound, kl_pool, kl_with_atom, oracle, win_rate
+from bon.gains import gains
 from bon.pools import Pools
 from bon.soft import soft_best_of_n
 from rm import combine
@@ -111,22 +112,6 @@ class Plan:
     """Combiners of the members of a condition (`rm.combine.combiner`)."""
     temperatures: tuple[float, ...] = ()
     """Of soft best-of-n, in standard deviations of the proxy within prompts."""
-
-
-def gains(values: Array) -> Array:
-    """[P, N], minus the prompt's mean, in the pooled standard deviation within prompts; ValueError if that is 0."""
-    P, N = values.shape
-    centred = values - values.mean(axis=1, keepdims=True)
-    scale = np.sqrt((centred**2).sum() / (P * (N - 1)))
-    if not scale > 0:
-        raise ValueError("scores do not vary within any prompt: nothing can be selected by them")
-    return centred / scale
-
-
-def scale(values: Array) -> float:
-    """The pooled standard deviation of [P, N] within prompts."""
-    P, N = values.shape
-    return float(np.sqrt(((values - values.mean(axis=1, keepdims=True)) ** 2).sum() / (P * (N - 1))))
 
 
 def condition_proxies(

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bon.gains import scale
 from bon.pools import Pools
 from core.errors import ArtefactError
 from study.analysis.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
-from study.analysis.conditions import Curve, Plan, scale
+from study.analysis.conditions import Curve, Plan
 from study.analysis.fits import fit_curve
 from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, largest_drop, verdict
 
@@ -21,8 +22,9 @@ def series_curves(
 ) -> dict[str, Curve]:
     """proxy and gold curves of one run from rows of step, prompt_id, proxy, gold, kl (nats) and kl_kind, one a sample.
 
-    Gains are over the pool of the same prompt where `pools` holds it and `proxy` names its reward model, else over the
-    first step of the run; units are those of the pool, or else of that step.
+    Gains are over the pool of the same prompt where `pools` holds all prompts, else over the first step of the run,
+    prompt by prompt. Their unit is the SD within prompts of the pools; without pools of that proxy, the SD over prompts
+    of the first step.
 
     Raises:
         ArtefactError: steps with different prompts, scores that are not finite.
@@ -51,12 +53,17 @@ def series_curves(
 def _origin(
     metric: str, values: Array, prompts: list[str], pools: Pools | None, proxy: str | None
 ) -> tuple[Array, float]:
-    """What gains of values [P, steps] are counted from [P, 1], and in."""
-    if pools is not None and set(prompts) <= set(pools.prompt_ids) and (metric == "gold" or proxy in pools.proxies):
-        table = pools.gold if metric == "gold" else pools.proxies[proxy]
-        place = {p: i for i, p in enumerate(pools.prompt_ids)}
+    """What gains of values [P, steps] are counted from [P, 1], and in: one unit wherever pools give it, and the
+    origin always from the same prompts as the curve."""
+    table = None
+    if pools is not None:
+        table = pools.gold if metric == "gold" else pools.proxies.get(proxy or "")
+    if table is None:
+        return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0
+    place = {p: i for i, p in enumerate(pools.prompt_ids)}
+    if set(prompts) <= place.keys():
         return table[[place[p] for p in prompts]].mean(axis=1, keepdims=True), scale(table)
-    return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0
+    return values[:, :1], scale(table)
 
 
 def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:

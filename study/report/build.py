@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from bon.scores import read_pools
 from core.artefacts import read_manifest
 from core.config import Config
 from core.files import read_json, read_table, write_json
@@ -29,17 +30,19 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     conditions: dict[Condition, list[str]] = {}
     for arm in arms:
         conditions.setdefault(arm.condition, []).append(arm.name)
-    pools = files.read_pools(run, [arm.name for arm in arms])
+    pools = read_pools(run / "bon", [arm.name for arm in arms], run / "study" / "gold2.parquet")
     folders = {p.name: run / "policies" / p.name for p in policies}
     series = {p.name: files.read_policy(folders[p.name], p) for p in policies}
     plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples)
-    realised = realised_noise(cfg, arms)
+    realised = realised_noise(cfg, [arm.name for arm in arms])
     results = study_results.results(
         pools, conditions, series, plan, baselines(arms),
         facts=study_models.facts(cfg, realised), rules=cfg.study.sweep,
     )  # fmt: skip
     files.write(out, results)
-    checks = run_checks(cfg, arms, policies, results, series, realised)
+    manifests = {"rm": read_manifest(run / "rm")}
+    manifests |= {p.name: read_manifest(run / "policies" / p.name / "ppo") for p in policies}
+    checks = run_checks(cfg, results, series, manifests, realised, policy_seeds=cfg.study.ppo_seeds)
     write_json(out / "checks.json", files.plain(list(checks)))
     study_page.write(
         out, cfg.run.name, description(cfg, arms, policies), results, checks,
@@ -76,44 +79,51 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
     return text
 
 
-def realised_noise(cfg: Config, arms: Sequence[Arm]) -> dict[str, float]:
-    """Arm -> share of its training labels that were flipped for it."""
+def realised_noise(cfg: Config, names: Sequence[str]) -> dict[str, float]:
+    """Name of a reward model -> share of its training labels that were flipped for it."""
     pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet")
     train, realised = [r for r in pairs if r["split"] == "rm_train"], {}
     before = {r["pair_id"]: r["flipped"] for r in train}
-    for arm in arms:
-        rows = arm_rows(train, cfg.rm.variants[arm.name], cfg.run.seed)
-        realised[arm.name] = float(np.mean([r["flipped"] != before[r["pair_id"]] for r in rows]))
+    for name in names:
+        rows = arm_rows(train, cfg.rm.variants[name], cfg.run.seed)
+        realised[name] = float(np.mean([r["flipped"] != before[r["pair_id"]] for r in rows]))
     return realised
 
 
 def run_checks(
-    cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy], results: Results, series: dict[str, Series],
-    realised: dict[str, float],
+    cfg: Config, results: Results, series: Mapping[str, Series], manifests: Mapping[str, Mapping],
+    realised: Mapping[str, float], *, policy_seeds: int,
 ) -> list[check.Check]:  # fmt: skip
-    run = cfg.run_dir
+    """The checks of a run or a study, whose stages lie in the run's folder.
+
+    Args:
+        manifests: of everything that was trained; `rm` is that of the stage.
+        realised: of `realised_noise`.
+        policy_seeds: policies a condition.
+    """
+    run, variants = cfg.run_dir, cfg.rm.variants
     prompts, pairs = (read_table(run / f) for f in ("prompts/prompts.parquet", "preferences/pairs.parquet"))
     trained = {r["prompt_id"] for r in pairs} | {
         r["prompt_id"] for r in prompts if r["split"] in ("rl_train", "calibration")
     }
-    manifests = {"rm": read_manifest(run / "rm")}
-    manifests |= {p.name: read_manifest(run / "policies" / p.name / "ppo") for p in policies}
+    evaluated = {*results.pools.prompt_ids, *(r["prompt_id"] for one in series.values() for r in one.rows)}
     flipped = sum(bool(r["flipped"]) for r in pairs if r["split"] == "rm_val")
-    sizes = {a.name: a.condition.pairs for a in arms}
     trainings = manifests["rm"]["metrics"]["variants"]
-    seen = {a.name: trainings[a.name]["pairs"] for a in arms if sizes[a.name] == arms[0].condition.pairs}
+    first = next(iter(variants.values())).pairs
+    seen = {name: trainings[name]["pairs"] for name, variant in variants.items() if variant.pairs == first}
     samples = read_table(run / "bon" / "samples.parquet")
     last = [r for s in series.values() for r in s.rows if r["step"] == max(x["step"] for x in s.rows)]
     checks = [
-        check.leakage(prompts, results.pools.prompt_ids, trained),
+        check.leakage(prompts, evaluated, trained),
         check.gold_untouched(manifests),
         check.same_scoring(results),
         check.aligned(results),
         check.length_confound(results.pools, results),
         check.kl_estimates(series),
+        check.sampler_agrees(series),
         check.bound_is_close(results),
-        *check.enough(results, series, cfg.study.ppo_seeds),
-        check.label_noise({a.name: a.condition.label_noise for a in arms}, realised, flipped),
+        *check.enough(results, series, policy_seeds),
+        check.label_noise({name: v.label_noise for name, v in variants.items()}, realised, flipped),
         check.gold_lineage(cfg.gold.kind, gold_base(cfg), cfg.rm.base.path),
         *check.golds_agree(results),
         *check.degenerate(samples, "pools"),

@@ -1,99 +1,135 @@
-"""Stage `report`: one page, `report.html`, and the same figures and tables as `report.md`."""
+"""Stage `report`: the over-optimisation study of one run, with how its models were trained and what each stage made."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import jinja2
+import numpy as np
 import yaml
 
-from bon.curves import read_curves
-from core import plotting
+from bon.gains import scale
+from bon.pools import Pools
+from bon.scores import optimised_rewards, read_pools
 from core.config import Config
 from core.data.streams import stream_seed
-from core.files import read_json, read_jsonl, read_table
-from pipelines import report_figures as figures
+from core.files import read_json, read_jsonl, read_table, write_json
 from ppo.card import write_card
+from study import files, reward_models
+from study.design import Condition
+from study.records import Results, Series
+from study.report import page, training
+from study.report.build import realised_noise, run_checks
+from study.results import plan_of, results
 
 NUM_SAMPLES = 20
 
 
-def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
     manifests = {name: read_json(folder / "manifest.json") for name, folder in inputs.items()}
-    facts = {name: m["metrics"] for name, m in manifests.items()}
-    variants = facts["rm"]["variants"]
-    drawn = {
-        "overoptimisation": figures.overoptimisation(read_curves(inputs["eval"] / "curves.csv")),
-        "accuracy": figures.accuracy(variants, facts["rm"]["judge"], facts["rm"].get("longest_answer_accuracy")),
-        "reward_training": figures.reward_training({n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in variants}),
-        "ppo_training": figures.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
-    }
-    svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
-    checks = facts["eval"]["checks"]
-    page = {
-        "run": cfg.run.name,
-        "asked": asked(cfg, facts),
-        "figures": svg,
-        "verdicts": facts["eval"]["verdicts"],
-        "failed": [c for c in checks if not c["ok"]],
-        "num_checks": len(checks),
-        "all_checks": checks,
-        "table": checkpoint_table(facts["eval"]["table"]),
-        "rm_table": reward_table(variants, facts["rm"]["judge"]),
-        "samples": sample_pairs(cfg, inputs, facts),
-        "stages": [
-            {"stage": n, "seconds": round(m["seconds"]), "headline": facts[n]["headline"]} for n, m in manifests.items()
-        ],
-        "config": yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
-        "packages": yaml.safe_dump({**manifests["eval"]["code"], **manifests["eval"]["packages"]}, sort_keys=False),
-    }
-    (out / "report.html").write_text(render(page), encoding="utf-8")
-    (out / "report.md").write_text(markdown(page), encoding="utf-8")
-    measured = facts["eval"]["headline"]
-    write_card(out / "policy-card.md", cfg, facts["ppo"], gold=f"{cfg.gold.kind}: {measured}")
+    metrics = {name: m["metrics"] for name, m in manifests.items()}
+    trained = metrics["rm"]["variants"]
+    pools = run_pools(cfg, inputs)
+    series = {f"{cfg.ppo.label}, PPO": run_series(cfg, inputs["eval"])}
+    realised = realised_noise(cfg, list(trained))
+    found = analyse(cfg, pools, series, reward_models.facts(cfg, realised))
+    files.write(out, found)
+    checks = run_checks(
+        cfg, found, series, {"rm": manifests["rm"], "ppo": manifests["ppo"]}, realised, policy_seeds=1
+    )  # fmt: skip
+    write_json(out / "checks.json", files.plain(list(checks)))
+    (one,) = series.values()
+    extras = page.RunExtras(
+        checkpoints=checkpoint_table(found, one),
+        reward_models=reward_table(trained, metrics["rm"]["judge"]),
+        stages=[["stage", "seconds", "made"]]
+        + [[n, f"{m['seconds']:.0f}", m["metrics"]["headline"]] for n, m in manifests.items()],
+        samples=before_and_after(one, pools, cfg.ppo.label, stream_seed(cfg.run.seed, "report")),
+        packages=yaml.safe_dump({**manifests["eval"]["code"], **manifests["eval"]["packages"]}, sort_keys=False),
+        figures={
+            "accuracy": training.accuracy(
+                trained, metrics["rm"]["judge"], metrics["rm"].get("longest_answer_accuracy")
+            ),
+            "reward_training": training.reward_training(
+                {n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in trained}
+            ),
+            "ppo_training": training.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
+        },
+    )
+    page.write(
+        out, cfg.run.name, description(cfg, metrics), found, checks, file="report", run=extras,
+        accuracy={name: m["accuracy_gold"]["mean"] for name, m in trained.items()},
+        config=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
+    )  # fmt: skip
+    write_card(out / "policy-card.md", cfg, metrics["ppo"], gold=f"{cfg.gold.kind}: {metrics['eval']['headline']}")
+    failed = sum(not c.ok for c in checks)
     return {
-        "headline": f"{out.with_name('report') / 'report.html'}: {len(page['failed'])} of {len(checks)} checks failed"
+        "headline": f"{out.with_name('report') / 'report.html'}: {'; '.join(page.summary(found))}; {failed} of "
+        f"{len(checks)} checks failed"
     }
 
 
-def render(page: dict) -> str:
-    """The page as HTML; everything but our own figures is escaped, since responses may hold any text."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html.j2").render(page)
+def run_pools(cfg: Config, inputs: Mapping[str, Path]) -> Pools:
+    """The pools with the rewards of every reward model, and of what PPO optimised where that is an ensemble."""
+    names = list(read_json(inputs["rm"] / "manifest.json")["metrics"]["variants"])
+    pools = read_pools(inputs["bon"], names)
+    if cfg.ppo.ensemble is None:
+        return pools
+    combined = optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine)
+    return replace(pools, proxies={**pools.proxies, cfg.ppo.label: combined})
 
 
-def asked(cfg: Config, facts: dict) -> str:
-    """What was run, in one line."""
-    pairs = facts["preferences"]["pairs"]
-    parts = [
-        f"Policy {Path(cfg.policy.path).name}",
-        f"gold: {cfg.gold.kind}",
-        f"proxies: {', '.join(cfg.rm.variants)}, trained on {pairs.get('rm_train', '?')} pairs with "
-        f"{cfg.preferences.label_noise:.0%} label noise",
-        f"best-of-{cfg.bon.samples}",
-        f"PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.label}, KL coefficient "
-        f"{cfg.ppo.kl.coef}",
-        f"seed {cfg.run.seed}.",
-    ]
-    return "; ".join(parts)
+def run_series(cfg: Config, folder: Path) -> Series:
+    """The policies along PPO, as stage `eval` measured them."""
+    return Series(
+        read_table(folder / "rl_eval.parquet"), cfg.ppo.label, Condition(cfg.ppo.label), cfg.ppo.kl.coef
+    )  # fmt: skip
 
 
-def checkpoint_table(rows: list[dict]) -> list[list[str]]:
-    """Header and one line a checkpoint."""
-    ranged = lambda r, m: f"{r[m]:+.2f} [{r[m + '_lo']:+.2f}, {r[m + '_hi']:+.2f}]"  # noqa: E731
-    head = ["PPO step", "KL, nats", "proxy, SD", "gold, SD", "tokens", "EOS", "prompts"]
-    return [head] + [
-        [
-            f"{r['step']}" if r["step"] else "0 (reference)", f"{r['kl']:.2f} ± {r['kl_se']:.2f}", ranged(r, "proxy"),
-            ranged(r, "gold"), f"{r['tokens']:.0f}", f"{r['eos_rate']:.0%}", f"{r['prompts']}",
-        ]
-        for r in rows
-    ]  # fmt: skip
+def analyse(
+    cfg: Config, pools: Pools, series: Mapping[str, Series], facts: Mapping[str, Mapping] | None = None
+) -> Results:
+    """A study in which each reward model of the run is a condition, compared with Bradley-Terry where there is one."""
+    plain = next((n for n, v in cfg.rm.variants.items() if v.text_regulariser == "none" and n in pools.proxies), None)
+    names = sorted(pools.proxies, key=lambda name: name != plain)  # the baseline is needed first
+    conditions = {Condition(name): [name] for name in names}
+    baseline = {condition: Condition(plain) for condition in conditions} if plain else {}
+    return results(pools, conditions, series, plan_of(cfg, cfg.bon.n_max or pools.size), baseline, facts=facts)
 
 
-def reward_table(variants: dict, judge: str) -> list[list[str]]:
+def description(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
+    """What was run, in a sentence or two."""
+    pairs = metrics["preferences"]["pairs"].get("rm_train", "?")
+    return (
+        f"Policy {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}. Reward models {', '.join(cfg.rm.variants)}, "
+        f"trained on {pairs} pairs with {cfg.preferences.label_noise:.0%} of the labels wrong. Best-of-n from pools of "
+        f"{cfg.bon.samples}; PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.label}, KL "
+        f"coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}."
+    )
+
+
+def checkpoint_table(found: Results, series: Series) -> list[list[str]]:
+    """A line for the reference and each policy along training, with the intervals of the figure."""
+    proxy, gold = (
+        next(c for c in found.curves if c.method == "ppo" and c.metric == metric) for metric in ("proxy", "gold")
+    )
+    table = [["PPO step", "KL, nats", "proxy", "gold", "tokens", "ended", "prompts"]]
+    for k, step in enumerate(gold.x.tolist()):
+        rows = [r for r in series.rows if r["step"] == step]
+        table.append(
+            [
+                str(step) if step else "0 (reference)", f"{gold.kl[k]:.2f}", str(proxy.at(k)), str(gold.at(k)),
+                f"{np.mean([r['n_tokens'] for r in rows]):.0f}", f"{np.mean([r['finished'] for r in rows]):.0%}",
+                str(gold.values.shape[1]),
+            ]
+        )  # fmt: skip
+    return table
+
+
+def reward_table(trained: Mapping[str, Mapping], judge: str) -> list[list[str]]:
+    """Held-out accuracy of each reward model with its interval."""
     ranged = lambda a: f"{a['mean']:.3f} [{a['lo']:.3f}, {a['hi']:.3f}]"  # noqa: E731
     head = ["reward model", f"accuracy, {judge}", "accuracy, training labels", "pairs", "length correlation", "seconds"]
     return [head] + [
@@ -101,27 +137,29 @@ def reward_table(variants: dict, judge: str) -> list[list[str]]:
             name, ranged(m["accuracy_gold"]), ranged(m["accuracy_label"]), str(m["accuracy_gold"]["n"]),
             f"{m['length_correlation']:+.2f}", f"{m['seconds']:.0f}",
         ]
-        for name, m in variants.items()
+        for name, m in trained.items()
     ]  # fmt: skip
 
 
-def sample_pairs(cfg: Config, inputs: dict[str, Path], facts: dict) -> list[dict]:
-    """Responses of the reference and of the last checkpoint to the same prompts, with their scores."""
-    rows = [r for r in read_table(inputs["eval"] / "rl_eval.parquet") if r["sample_id"] == 0]
-    last = max(r["step"] for r in rows)
-    before, after = ({r["prompt_id"]: r for r in rows if r["step"] == s} for s in (0, last))
-    (mean, std), bon = facts["eval"]["proxy_units"], facts["bon"]
-    proxy = lambda r: (r["proxy"] - mean) / std  # noqa: E731
-    gold = lambda r: (r["gold"] - bon["gold_mean"]) / bon["gold_std"]  # noqa: E731
-    gap = {p: proxy(after[p]) - proxy(b) - (gold(after[p]) - gold(b)) for p, b in before.items()}
-    chosen = sorted(gap, key=gap.get, reverse=True)
-    worst, rest = chosen[: NUM_SAMPLES // 2], chosen[NUM_SAMPLES // 2 :]
-    rng = random.Random(stream_seed(cfg.run.seed, "report"))
-    worst += rng.sample(rest, min(len(rest), NUM_SAMPLES - len(worst)))
+def before_and_after(series: Series, pools: Pools, proxy: str, seed: int) -> list[dict]:
+    """Responses of the reference and of the last policy to the same prompts, most proxy gained beyond gold first."""
+    first = [r for r in series.rows if r["sample_id"] == 0]
+    last = max(r["step"] for r in first)
+    before, after = ({r["prompt_id"]: r for r in first if r["step"] == step} for step in (0, last))
+    units = {"proxy": scale(pools.proxies[proxy]), "gold": scale(pools.gold)}
+    means = {m: np.mean([r[m] for r in series.rows if r["step"] == 0]) for m in units}
+    value = lambda row, metric: float((row[metric] - means[metric]) / units[metric])  # noqa: E731
+    gap = {
+        p: value(after[p], "proxy") - value(b, "proxy") - (value(after[p], "gold") - value(b, "gold"))
+        for p, b in before.items()
+    }
+    ordered = sorted(gap, key=gap.__getitem__, reverse=True)
+    shown, rest = ordered[: NUM_SAMPLES // 2], ordered[NUM_SAMPLES // 2 :]
+    shown += random.Random(seed).sample(rest, min(len(rest), NUM_SAMPLES - len(shown)))
 
-    def side(r: dict, label: str) -> dict:
-        scores = {"proxy": f"{proxy(r):+.2f}", "gold": f"{gold(r):+.2f}", "kl": f"{r['kl_rb']:.1f}"}
-        return {"label": label, **scores, "response": r["response"]}
+    def side(row: dict, label: str) -> dict:
+        numbers = {metric: f"{value(row, metric):+.2f}" for metric in units}
+        return {"label": label, **numbers, "kl": f"{row['kl_rb']:.1f}", "response": row["response"]}
 
     return [
         {
@@ -129,25 +167,5 @@ def sample_pairs(cfg: Config, inputs: dict[str, Path], facts: dict) -> list[dict
             "before": side(before[p], "reference"),
             "after": side(after[p], f"step {last}"),
         }
-        for p in worst
+        for p in shown
     ]
-
-
-def markdown(page: dict) -> str:
-    """The page without its samples, for a terminal or a repository."""
-    lines = [
-        f"# {page['run']}",
-        "",
-        page["asked"],
-        "",
-        "![gold and proxy against KL](figures/overoptimisation.png)",
-        "",
-    ]
-    lines += [f"- {v}" for v in page["verdicts"]] + [""]
-    lines += [f"- check failed: {c['name']} ({c['detail']})" for c in page["failed"]] + [""]
-    for name, table in (("Checkpoints", page["table"]), ("Reward models", page["rm_table"])):
-        head, *body = table
-        lines += [f"## {name}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-        lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
-    lines += [f"![{name}](figures/{name}.png)" for name in page["figures"] if name != "overoptimisation"]
-    return "\n".join(lines) + "\n"

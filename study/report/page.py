@@ -1,16 +1,18 @@
-"""The report of a study: `study.html`, one page that needs no network, and `study.md`."""
+"""The report of a study, or of a run as a study of its own: one page that needs no network, and its Markdown."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import numpy as np
+from matplotlib.figure import Figure
 
+from bon.gains import gains
 from core import plotting
-from study.analysis.conditions import gains
 from study.checks import Check
 from study.records import Results
 from study.report import tables
@@ -41,6 +43,9 @@ CAPTIONS = {
     "*: the interval excludes 0.",
     "disagreement": "Spread over the seeds of a condition at what their mean chooses; a rise leads to where they have "
     "nothing in common.",
+    "accuracy": "Pairwise accuracy on pairs that were not trained on, with 95% intervals.",
+    "reward_training": "Loss and accuracy of the batches, as trained.",
+    "ppo_training": "What PPO measured on its own rollouts; nothing of it is gold.",
     "prediction": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
     "best-of-n by it did.",
 }
@@ -51,17 +56,33 @@ DATA = {
 """File of a figure's numbers, where that is not curves.csv."""
 
 
+@dataclass(frozen=True)
+class RunExtras:
+    """What the report of a run shows beside its study; tables are a head and rows of text."""
+
+    checkpoints: list[list[str]]
+    reward_models: list[list[str]]
+    stages: list[list[str]]
+    samples: list[dict]
+    """Responses of the reference and the last policy to the same prompts."""
+    packages: str
+    figures: dict[str, Figure]
+    """accuracy, reward_training and ppo_training."""
+
+
 def write(
-    out: Path, title: str, asked: str, results: Results, checks: Sequence[Check], *,
+    out: Path, title: str, description: str, results: Results, checks: Sequence[Check], *, file: str = "study",
     accuracy: Mapping[str, float] | None = None, seconds: Sequence[tuple[str, float]] = (), config: str = "",
+    run: RunExtras | None = None,
 ) -> None:  # fmt: skip
-    """Figures, page and Markdown."""
-    drawn = all_figures(results)
+    """Figures, and the page and its Markdown as `file`.html and .md."""
+    drawn = all_figures(results) | (run.figures if run else {})
     widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
     svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
     page = {
         "widths": widths,
-        "title": title, "asked": asked, "svg": svg, "captions": CAPTIONS, "data": DATA,
+        "title": title, "description": description, "svg": svg, "captions": CAPTIONS, "data": DATA, "run": run,
+        "more": [name for name in svg if name != "overoptimisation" and not (run and name in run.figures)],
         "conditions": tables.condition_table(results, accuracy or {}), "policies": tables.policy_table(results),
         "rules": tables.rule_table(results), "fits": tables.fit_table(results), "models": tables.model_table(results),
         "members": tables.member_table(results), "prediction": tables.prediction_table(results),
@@ -70,8 +91,8 @@ def write(
         "reasons": [(n, f["verdict"].why) for n, f in {**results.findings, **results.policies}.items()],
         "samples": browser(results) if results.pools.responses else None,
     }  # fmt: skip
-    (out / "study.html").write_text(render(page), encoding="utf-8")
-    (out / "study.md").write_text(markdown(page), encoding="utf-8")
+    (out / f"{file}.html").write_text(render(page), encoding="utf-8")
+    (out / f"{file}.md").write_text(markdown(page), encoding="utf-8")
 
 
 def render(page: dict) -> str:
@@ -124,19 +145,25 @@ def markdown(page: dict) -> str:
     lines = [
         f"# {page['title']}",
         "",
-        page["asked"],
+        page["description"],
         "",
         "![gold and proxy against KL](figures/overoptimisation.png)",
         "",
     ]
     lines += [CAPTIONS["overoptimisation"], ""] + [f"- {s}" for s in page["summary"]] + [""]
     lines += [f"- check failed: {c.name} ({c.detail})" for c in page["failed"]] + [""]
+    if page["run"]:
+        page = page | {
+            "checkpoints": page["run"].checkpoints,
+            "accuracies": page["run"].reward_models,
+            "stages": page["run"].stages,
+        }
     titles = {
-        "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
+        "conditions": "Conditions", "checkpoints": "Checkpoints", "accuracies": "Held-out accuracy", "stages": "Stages", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
         "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
         "prediction": "What predicts the outcome",
     }  # fmt: skip
-    for title, (head, *body) in ((title, page[t]) for t, title in titles.items()):
+    for title, (head, *body) in ((title, page[t]) for t, title in titles.items() if t in page):
         if body:
             lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
             lines += ["| " + " | ".join(row) + " |" for row in body] + [""]

@@ -1,36 +1,10 @@
-"""The report's figures. Proxy is dashed and gold solid, so that they are told apart without colour too."""
+"""Figures of how the models of one run were trained."""
 
 from __future__ import annotations
 
 from matplotlib.figure import Figure
 
 from core.plotting import COLOURS, plt
-
-
-def overoptimisation(curves: list[dict]) -> Figure:
-    """Gold (solid) and proxy (dashed), in the same units, against sqrt(KL): best-of-n left, PPO right."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    names = sorted({r["rm"] for r in curves if r["metric"] in ("proxy", "gold")})
-    colours = {rm: COLOURS[i % len(COLOURS)] for i, rm in enumerate(names)}  # one colour in both panels
-    for axis, method, title in zip(
-        axes, ("bon", "ppo"), ("Best-of-n (KL: analytic bound)", "PPO (KL: measured)"), strict=True
-    ):
-        rows = [r for r in curves if r["method"] == method and r["metric"] in ("proxy", "gold")]
-        for rm in sorted({r["rm"] for r in rows}):
-            colour = colours[rm]
-            for metric, style in (("gold", "-"), ("proxy", "--")):
-                line = sorted((r for r in rows if r["rm"] == rm and r["metric"] == metric), key=lambda r: r["x"])
-                if not line:
-                    continue
-                d, mean, lo, hi = ([r[k] for r in line] for k in ("d", "mean", "lo", "hi"))
-                marker = "o" if method == "ppo" else None
-                axis.plot(d, mean, style, color=colour, marker=marker, markersize=4, label=f"{rm}: {metric}")
-                axis.fill_between(d, lo, hi, color=colour, alpha=0.15 if metric == "gold" else 0.07, linewidth=0)
-        axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set(title=title, xlabel="sqrt(KL from the reference), nats$^{1/2}$")
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("SD of the reference's samples")
-    return figure
 
 
 def accuracy(variants: dict, judge: str, longest: float | None) -> Figure:

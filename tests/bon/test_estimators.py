@@ -9,7 +9,6 @@ import pytest
 
 from bon.estimators import (
     best_of_n,
-    bootstrap_ci,
     count_lower_in_both,
     kl_bound,
     kl_discrete,
@@ -278,7 +277,7 @@ def test_kl_with_atom_limits_table_and_broadcast():
     np.testing.assert_allclose(kl_with_atom(ns, 0.0), kl_bound(ns), **EXACT)
     np.testing.assert_allclose(kl_with_atom(ns, 1e-14), kl_bound(ns), rtol=0, atol=1e-9)
     np.testing.assert_array_equal(kl_with_atom(ns, 1.0), 0)
-    table = kl_with_atom(128, [0, 0.01, 0.1, 0.5])  # facts/overopt.md section 5
+    table = kl_with_atom(128, [0, 0.01, 0.1, 0.5])
     np.testing.assert_allclose(table, [3.86, 3.81, 2.30, 0.69], atol=0.005)
     assert kl_with_atom(ns[:, None], [0.1, 0.2]).shape == (3, 2)
 
@@ -290,40 +289,6 @@ def test_kl_pool_is_the_discrete_kl_of_each_prompt():
     result = kl_pool(proxy, [1, 2, 4])
     np.testing.assert_allclose(result, expected, **EXACT)
     assert result[0, 2] < math.log(4)
-
-
-# --- intervals ---
-
-
-def test_bootstrap_interval_covers_the_truth_at_its_level():
-    rng = np.random.default_rng(0)
-    replications, P = 300, 80
-    hits = np.zeros(2)
-    for _ in range(replications):
-        data = np.column_stack([rng.normal(1, 2, P), rng.gamma(4, 1, P)])
-        mean, lo, hi = bootstrap_ci(data, 400, rng)
-        np.testing.assert_allclose(mean, data.mean(axis=0))
-        hits += (lo <= [1, 4]) & (hi >= [1, 4])
-    coverage = hits / replications
-    assert np.all((coverage > 0.90) & (coverage < 0.98)), coverage
-
-
-def test_bootstrap_width_follows_the_level():
-    data = np.random.default_rng(1).normal(size=(500, 1))
-    se = data.std() / math.sqrt(500)
-    for level, z in ((0.5, 0.6745), (0.95, 1.96)):
-        _, lo, hi = bootstrap_ci(data, 4000, np.random.default_rng(2), level)
-        assert (hi - lo)[0] == pytest.approx(2 * z * se, rel=0.08)
-
-
-def test_bootstrap_draws_are_paired_by_seed_and_whole_across_chunks(monkeypatch):
-    data = np.random.default_rng(1).normal(size=(50, 3))
-    first = bootstrap_ci(data, 200, np.random.default_rng(4))
-    shifted = bootstrap_ci(data + 10, 200, np.random.default_rng(4))
-    np.testing.assert_allclose(np.array(shifted) - first, 10, **EXACT)
-    assert np.abs(np.subtract(bootstrap_ci(data, 200, np.random.default_rng(5)), first)).max() > 1e-3
-    monkeypatch.setattr("bon.estimators.MAX_WEIGHTS", 50 * 7)  # 200 draws in chunks of 7
-    np.testing.assert_allclose(bootstrap_ci(data, 200, np.random.default_rng(4)), first, **EXACT)
 
 
 # --- errors name the argument, its value and the remedy ---
@@ -355,7 +320,6 @@ FAULTS = {
         lambda: win_rate(POOL, np.where(POOL == 4, -math.inf, POOL), 1),
         r"gold holds 1 .*-inf",
     ),
-    "per_prompt NaN": (lambda: bootstrap_ci(HOLED, 100, RNG), r"per_prompt holds 2 NaN"),
     "value shape": (
         lambda: best_of_n(POOL, POOL[:, :5], 1),
         r"value has shape \(2, 5\) but proxy has shape \(2, 6\); join both tables",
@@ -366,9 +330,6 @@ FAULTS = {
     "masses negative": (lambda: kl_discrete([1.5, -0.5], 2), r"block_prob.*; pass .*masses >= 0"),
     "masses NaN": (lambda: kl_discrete([math.nan], 2), r"block_probabilities .*sum nan; pass"),
     "eps": (lambda: kl_with_atom(2, 1.5), r"eps=1.5 is not a probability; pass .*between 0 and 1"),
-    "one prompt": (lambda: bootstrap_ci(POOL[:1], 100, RNG), r"per_prompt has 1 prompt.*least 2"),
-    "level": (lambda: bootstrap_ci(POOL, 100, RNG, 95), r"level=95 is outside \(0, 1\); pass 0.95"),
-    "draws": (lambda: bootstrap_ci(POOL, 39, RNG), r"draws=39 is too few .*; pass at least 40"),
 }
 
 

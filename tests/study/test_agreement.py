@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bon.estimators import best_of_n
+from bon.gains import gains
 from bon.pools import Pools
 from core.errors import ArtefactError, DataError
 from rm.evaluation.metrics import spearman
@@ -14,7 +15,7 @@ from study.analysis.agreement import _spearman_draws as spearman_draws
 from study.analysis.agreement import agreement, members, prediction
 from study.analysis.bootstrap import crossed_draws, holm, interval, p_value, student_quantile, student_tails
 from study.analysis.combiners import rule, sweep
-from study.analysis.conditions import Plan, baselines, bon_curves, findings, gains
+from study.analysis.conditions import Plan, baselines, bon_curves, findings
 
 
 def pairs_of(x):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from bon.gains import gains
 from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
 from study.analysis.agreement import gold_by_proxy
 from study.analysis.agreement import within_prompt_correlation as correlation
-from study.analysis.conditions import Plan, baselines, bon_curves, condition_proxies, findings, gains, kl_table
+from study.analysis.conditions import Plan, baselines, bon_curves, condition_proxies, findings, kl_table
 from study.analysis.policies import series_curves, series_findings
 from study.analysis.verdict import CANNOT_CONCLUDE, NO_TURN_OVER, OVER_OPTIMISED
 from study.design import Condition

@@ -1,0 +1,33 @@
+"""The one unit of over-optimisation: gains over the reference, in standard deviations within prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bon.estimators import Array
+
+
+def gains(values: Array) -> Array:
+    """Values [P, N] of a pool minus their prompt's mean, in the pooled standard deviation within prompts.
+
+    Raises:
+        ValueError: values that do not vary within any prompt.
+    """
+    unit = scale(values)
+    if not unit > 0:
+        raise ValueError("scores do not vary within any prompt: nothing can be selected by them")
+    return (values - values.mean(axis=1, keepdims=True)) / unit
+
+
+def scale(values: Array) -> float:
+    """The pooled standard deviation of [P, N] within prompts, with P (N - 1) degrees of freedom."""
+    P, N = values.shape
+    centred = values - values.mean(axis=1, keepdims=True)
+    return float(np.sqrt((centred**2).sum() / (P * (N - 1))))
+
+
+def correlation(first: Array, second: Array) -> float | None:
+    """Pearson's, of deviations from the prompt's mean, [P, N] pooled; None where one of the two does not vary."""
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (first, second))
+    size = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum() / size) if size else None
