@@ -99,6 +99,6 @@ def optimised_rewards(reward_models: Path, pools: Pools, members: Sequence[str],
     Args:
         reward_models: the folder of stage `rm`, where each member's mean and spread under the reference are known.
     """
-    raw = torch.from_numpy(np.stack([pools.proxies[name] for name in members]))
+    raw = torch.from_numpy(np.stack([pools.proxies[name].ravel() for name in members]))
     about = [read_about(reward_models / name) for name in members]
-    return proxy_reward(raw, [(a["mean"], a["std"]) for a in about], rule).numpy()
+    return proxy_reward(raw, [(a["mean"], a["std"]) for a in about], rule).numpy().reshape(pools.gold.shape)

@@ -32,7 +32,7 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
     metrics = {name: m["metrics"] for name, m in manifests.items()}
     trained = metrics["rm"]["variants"]
     pools = run_pools(cfg, inputs)
-    series = {f"{cfg.ppo.label}, PPO": run_series(cfg, inputs["eval"])}
+    series = {f"PPO against {cfg.ppo.label}": run_series(cfg, inputs["eval"])}
     realised = realised_noise(cfg, list(trained))
     found = analyse(cfg, pools, series, reward_models.facts(cfg, realised))
     files.write(out, found)
@@ -41,19 +41,18 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
     )  # fmt: skip
     write_json(out / "checks.json", files.plain(list(checks)))
     (one,) = series.values()
+    shown = {name: trained[name] for name in found.conditions if name in trained}  # the order that decides colours
     extras = page.RunExtras(
         checkpoints=checkpoint_table(found, one),
-        reward_models=reward_table(trained, metrics["rm"]["judge"]),
+        reward_models=reward_table(shown, metrics["rm"]["judge"]),
         stages=[["stage", "seconds", "made"]]
         + [[n, f"{m['seconds']:.0f}", m["metrics"]["headline"]] for n, m in manifests.items()],
         samples=before_and_after(one, pools, cfg.ppo.label, stream_seed(cfg.run.seed, "report")),
         packages=yaml.safe_dump({**manifests["eval"]["code"], **manifests["eval"]["packages"]}, sort_keys=False),
         figures={
-            "accuracy": training.accuracy(
-                trained, metrics["rm"]["judge"], metrics["rm"].get("longest_answer_accuracy")
-            ),
+            "accuracy": training.accuracy(shown, metrics["rm"]["judge"], metrics["rm"].get("longest_answer_accuracy")),
             "reward_training": training.reward_training(
-                {n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in trained}
+                {n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in shown}
             ),
             "ppo_training": training.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
         },

@@ -110,7 +110,7 @@ def summary(results: Results) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, facts in {**results.findings, **results.policies}.items():
         kinds.setdefault(facts["verdict"].kind, []).append(name)
-    few = lambda names: ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
+    few = lambda names: "; ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
     total = sum(map(len, kinds.values()))
     return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
 
@@ -152,18 +152,15 @@ def markdown(page: dict) -> str:
     ]
     lines += [CAPTIONS["overoptimisation"], ""] + [f"- {s}" for s in page["summary"]] + [""]
     lines += [f"- check failed: {c.name} ({c.detail})" for c in page["failed"]] + [""]
-    if page["run"]:
-        page = page | {
-            "checkpoints": page["run"].checkpoints,
-            "accuracies": page["run"].reward_models,
-            "stages": page["run"].stages,
-        }
     titles = {
-        "conditions": "Conditions", "checkpoints": "Checkpoints", "accuracies": "Held-out accuracy", "stages": "Stages", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
+        "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
         "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
         "prediction": "What predicts the outcome",
     }  # fmt: skip
-    for title, (head, *body) in ((title, page[t]) for t, title in titles.items() if t in page):
+    if run := page["run"]:
+        page = page | {"checkpoints": run.checkpoints, "accuracies": run.reward_models, "stages": run.stages}
+        titles = titles | {"checkpoints": "Checkpoints", "accuracies": "Held-out accuracy", "stages": "Stages"}
+    for title, (head, *body) in ((title, page[t]) for t, title in titles.items()):
         if body:
             lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
             lines += ["| " + " | ".join(row) + " |" for row in body] + [""]

@@ -30,8 +30,8 @@ def test_shared_layers_change_no_reward(policy_path, tmp_path):
         models[name] = RewardModel.from_pretrained(tmp_path / "rm" / name)
     shared = SharedLayers.of(models["a"], models["b"], conversations)
     assert shared.cache.layers.depth == 3 and shared.fits(models["b"]) and not shared.fits(models["other"])
-    norms = score_proxies(tmp_path / "rm", samples, tmp_path)
+    names = score_proxies(tmp_path / "rm", samples, tmp_path)
     for name, model in models.items():
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
         assert torch.equal(torch.tensor(found), model.score(conversations))
-        assert norms[name] == (0.0, 2.0) and len(set(found)) == len(samples)
+        assert name in names and len(set(found)) == len(samples)

@@ -167,14 +167,18 @@ def test_the_model_card_says_what_was_measured(run_dir):
     card = (run_dir / "ppo" / "policy" / "README.md").read_text()
     assert "Reward model (proxy)" in card and "GRM (sft)" in card and "not measured yet" in card
     full = (run_dir / "report" / "policy-card.md").read_text()
-    assert "KL from the base policy" in full and "not measured yet" not in full and "in SD: proxy" in full
+    assert (
+        "KL from the base policy" in full and "not measured yet" not in full and "in SD within prompts: proxy" in full
+    )
 
 
 @pytest.mark.e2e
 def test_report_is_one_page(run_dir):
     page = (run_dir / "report" / "report.html").read_text()
-    assert "<svg" in page and 'src="http' not in page and "grm" in page
-    assert (run_dir / "report" / "report.md").is_file()
+    assert "<svg" in page and 'src="http' not in page and "grm" in page and "Checkpoints" in page
+    assert {"report.md", "curves.csv", "conditions.json", "policies.json", "checks.json", "policy-card.md"} <= {
+        p.name for p in (run_dir / "report").iterdir()
+    }
 
 
 def test_import_is_light():

@@ -1,88 +1,125 @@
-"""The report's page on made-up results: self-contained, escaped, with the numbers in it."""
+"""The report of a run is a study of that run: the same numbers, one page, everything escaped."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 
-from core import plotting
-from pipelines import report_figures as figures
-from pipelines.report import checkpoint_table, markdown, render, reward_table
-from pipelines.verdicts import cross_fitted_drop, verdicts
+from bon.gains import scale
+from bon.pools import Pools
+from core.config.load import load
+from study import checks as check
+from study import files
+from study.design import Condition
+from study.records import Series
+from study.report import page, training
+from study.report.of_run import analyse, before_and_after, checkpoint_table, reward_table
+from study.results import plan_of, results
 
 EVIL = "<script>alert(1)</script>"
+P, N = 24, 16
+CFG = load([], ["eval.bootstrap=200", f"bon.samples={N}", "ppo.proxy=grm"])
 
 
-def curves():
+def planted() -> Pools:
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(P, N))
+    proxies = {name: gold + size * rng.normal(size=(P, N)) for name, size in (("grm", 0.8), ("bt", 1.2))}
+    return Pools(
+        tuple(f"p{i:02d}" for i in range(P)), gold, proxies, length=rng.integers(5, 50, size=(P, N)).astype(float),
+        logp=-rng.uniform(5, 40, size=(P, N)), prompts=tuple(f"question {i}" for i in range(P)),
+        responses=tuple(tuple(f"answer {i} {k}" for k in range(N)) for i in range(P)),
+    )  # fmt: skip
+
+
+def trained(prompts: str = "p") -> list[dict]:
+    """Rows of `rl_eval.parquet`: the proxy rises by 2 and gold by 1 over 8 steps."""
+    rng = np.random.default_rng(1)
     return [
-        {"rm": rm, "method": method, "metric": metric, "x": x, "d": x / 4, "mean": x / 5, "lo": x / 5 - 0.1,
-         "hi": x / 5 + 0.1}
-        for rm, method in (("grm", "bon"), ("bt", "bon"), ("grm", "ppo"))
-        for metric in ("proxy", "gold")
-        for x in range(4)
+        {"step": step, "prompt_id": f"{prompts}{i:02d}", "sample_id": 0, "proxy": float(step / 4 + noise[0]),
+         "gold": float(step / 8 + noise[1]), "kl_rb": step / 2, "kl_k1": step / 2, "n_tokens": 20, "finished": True,
+         "prompt": [{"role": "user", "content": EVIL}], "response": EVIL, "logp": -20.0, "logp_sampler": -20.1}
+        for step in (0, 4, 8) for i in range(P) if (noise := 0.3 * rng.normal(size=2)) is not None
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    out = tmp_path_factory.mktemp("figures")
+def found():
+    return analyse(CFG, planted(), {"policy": Series(trained(), "grm", Condition("grm"), 0.05)})
+
+
+@pytest.fixture(scope="module")
+def folder(found, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    files.write(out, found)
     interval = {"mean": 0.71, "lo": 0.62, "hi": 0.79, "n": 180}
-    variants = {
-        "grm": {"accuracy_gold": interval, "accuracy_label": interval, "length_correlation": 0.2, "seconds": 61.0}
-    }
+    models = {"grm": {"accuracy_gold": interval, "accuracy_label": interval, "length_correlation": 0.2, "seconds": 61}}
     steps = [{"step": s, "proxy_mean": 0.1, "proxy_se": 0.1, "kl_nats_per_response": 0.5 * s} for s in (1, 2)]
-    drawn = {
-        "overoptimisation": figures.overoptimisation(curves()),
-        "accuracy": figures.accuracy(variants, "gold", 0.55),
-        "reward_training": figures.reward_training({"grm": [{"step": 1, "reward_loss": 0.7, "accuracy": 0.5}]}),
-        "ppo_training": figures.ppo_training(steps),
-    }
-    rows = [
-        {"step": s, "kl": 0.3 * s, "kl_se": 0.01, "tokens": 40.0, "eos_rate": 0.25, "prompts": 128,
-         **{f"{m}{e}": 0.123 * s for m in ("proxy", "gold") for e in ("", "_lo", "_hi")}}
-        for s in (0, 4)
-    ]  # fmt: skip
-    side = {"label": "step 4", "proxy": "+1.00", "gold": "-1.00", "kl": "3.1", "response": EVIL}
-    check = {"name": "at least 3 seeds", "ok": False, "detail": "one"}
-    return {
-        "run": "unit", "asked": "A policy.", "verdicts": [EVIL],
-        "failed": [check], "num_checks": 1, "all_checks": [check],
-        "figures": {name: plotting.save(figure, out, name) for name, figure in drawn.items()},
-        "table": checkpoint_table(rows), "rm_table": reward_table(variants, "gold"),
-        "samples": [{"prompt": EVIL, "before": side, "after": side}],
-        "stages": [{"stage": "rm", "seconds": 9, "headline": "x"}], "config": "a: 1", "packages": "torch: 2",
-    }  # fmt: skip
+    series = Series(trained(), "grm")
+    extras = page.RunExtras(
+        checkpoints=checkpoint_table(found, series), reward_models=reward_table(models, "gold"),
+        stages=[["stage", "seconds", "made"], ["rm", "9", EVIL]],
+        samples=before_and_after(series, planted(), "grm", seed=0), packages="torch: 2",
+        figures={
+            "accuracy": training.accuracy(models, "gold", 0.55),
+            "reward_training": training.reward_training({"grm": [{"step": 1, "reward_loss": 0.7, "accuracy": 0.5}]}),
+            "ppo_training": training.ppo_training(steps),
+        },
+    )  # fmt: skip
+    checks = [check.aligned(found), *check.enough(found, {"policy": series}, 1)]
+    page.write(out, "unit", "A policy.", found, checks, file="report", run=extras, config="a: 1")
+    return out
 
 
-def test_page_is_self_contained_and_escaped(page):
-    html = render(page)
-    assert EVIL not in html and html.count("&lt;script&gt;alert(1)") == 4
-    assert html.count("<svg") == 4
+def test_a_run_and_a_study_of_it_say_the_same(found, tmp_path):
+    """`grm study` of the same pools and series, with its own conditions, gives the tables of the report."""
+    conditions = {Condition("bt"): ["bt"], Condition("grm"): ["grm"]}
+    series = {"policy": Series(trained(), "grm", Condition("grm"), 0.05)}
+    study = results(planted(), conditions, series, plan_of(CFG, N), {c: Condition("bt") for c in conditions})
+    for name, one in (("run", found), ("study", study)):
+        files.write(tmp_path / name, one)
+    for file in ("conditions.json", "policies.json", "curves.csv", "kl.csv"):
+        assert (tmp_path / "run" / file).read_text() == (tmp_path / "study" / file).read_text(), file
+
+
+def test_reward_models_are_compared_with_bradley_terry(found):
+    assert found.findings["grm"]["difference"] is not None and found.findings["bt"]["difference"] is None
+
+
+def test_policies_have_the_unit_of_best_of_n_and_an_origin_on_their_own_prompts(found):
+    gold = next(c for c in found.curves if c.method == "ppo" and c.metric == "gold")
+    assert gold.mean[2] - gold.mean[0] == pytest.approx(1 / scale(planted().gold), abs=0.2)
+    other = analyse(CFG, planted(), {"policy": Series(trained("other"), "grm", Condition("grm"), 0.05)})
+    curve = next(c for c in other.curves if c.method == "ppo" and c.metric == "gold")
+    assert curve.mean[0] == 0 and curve.mean[2] == pytest.approx(gold.mean[2] - gold.mean[0])
+
+
+def test_the_page_has_every_section_and_escapes(folder):
+    html = (folder / "report.html").read_text()
+    assert EVIL not in html and "&lt;script&gt;alert(1)" in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html.replace("xmlns:xlink", ""))
-    for number in ("0.71", "[0.620, 0.790]", "+0.49 [+0.49, +0.49]", "1.20 ± 0.01", "Checks that failed: 1 of 1"):
-        assert number in html
+    for heading in ("Policies", "Checkpoints", "Reward models on held-out pairs", "PPO", "Before and after", "Stages",
+                    "Fits", "Checks"):  # fmt: skip
+        assert f"<h2>{heading}" in html
+    for text in ("0.710 [0.620, 0.790]", "0 (reference)", "Checks that failed: 4 of 5", "step 8", "torch: 2"):
+        assert text in html, text
+    drawn = {p.stem for p in (folder / "figures").glob("*.svg")}
+    assert {"overoptimisation", "accuracy", "reward_training", "ppo_training"} <= drawn and html.count("<svg") == len(
+        drawn
+    )
 
 
-def test_markdown_has_the_same_tables(page):
-    text = markdown(page)
-    assert "| 4 | 1.20 ± 0.01 | +0.49 [+0.49, +0.49] |" in text and "check failed: at least 3 seeds (one)" in text
+def test_markdown_has_the_same_tables(folder):
+    text = (folder / "report.md").read_text()
+    assert "## Checkpoints" in text and "| 0 (reference) |" in text and "check failed: at least 500 prompts" in text
+    facts = json.loads((folder / "conditions.json").read_text())
+    assert f"{facts['grm']['gold']['mean']:+.2f}" in text
 
 
-def test_figures_are_the_same_twice(tmp_path):
-    first, second = (plotting.save(figures.overoptimisation(curves()), tmp_path, "f") for _ in range(2))
+def test_figures_are_the_same_twice(found, tmp_path):
+    from core import plotting
+    from study.report.figures import overoptimisation
+
+    first, second = (plotting.save(overoptimisation(found), tmp_path, "f") for _ in range(2))
     assert first == second and (tmp_path / "f.png").stat().st_size > 10_000
-
-
-def test_verdicts_say_what_the_intervals_allow():
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(400, 4))
-    table = [{"step": 3, "kl": 2.0, "prompts": 400}]
-    up, none = ({"mean": m, "lo": m - 0.1, "hi": m + 0.1} for m in (0.5, 0.05))
-    said = verdicts(table, up, none, noise, [0, 1, 2, 3], 200, 1)
-    assert "Proxy reward rose by 0.50" in said[0] and said[1].startswith("Gold: cannot tell")
-    assert "cannot tell" in verdicts(table, none, up, noise, [0, 1, 2, 3], 200, 1)[0]
-    assert said[2].startswith("No over-optimisation shown")
-    falls = noise + np.array([0.0, 1.0, 0.5, 0.0])
-    assert verdicts(table, up, up, falls, [0, 1, 2, 3], 200, 1)[2].startswith("Over-optimised")
-    assert cross_fitted_drop(falls, 200, 1)["mean"] == pytest.approx(1.0, abs=0.2)
