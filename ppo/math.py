@@ -139,7 +139,7 @@ def policy_loss(
 
     Args:
         dual_clip: lower bound c * A for negative advantages (1912.09729).
-        is_weight: truncated weights trainer / sampler, on the loss.
+        is_weight: truncated importance weights actor / sampler, on the loss.
         denominator: tokens of the global optimiser batch; micro-batch losses then add up to its mean.
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -175,7 +175,7 @@ def value_loss(
 
 
 def importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap), without gradient: corrects for the sampler's rounding."""
+    """min(pi_actor / pi_sampler, cap), without gradient: corrects for the sampler's rounding."""
     return (logp - sampler_logp).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
 
 

@@ -11,10 +11,11 @@ from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.models.layers import LowerLayers, shared_depth, train_top_layers
+from core.models.layers import FrozenLayers, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.proxy import LocalProxy, RemoteProxy
 from rm.ensemble import AdapterEnsemble, one_base
@@ -24,14 +25,14 @@ from rm.model import RewardModel
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    actor: engine.Engine
-    critic: engine.Engine | None
+    actor: Engine
+    critic: Engine | None
     """None for estimators that have none."""
-    reference: engine.Engine
+    reference: Engine
     """With adapters, the actor."""
     proxy: LocalProxy | RemoteProxy
-    lower: engine.Engine | None
-    """The lowest layers, frozen and equal in actor, reference and critic, to be run once for all."""
+    frozen_layers: Engine | None
+    """The lowest layers, frozen and equal in actor, reference and critic: run once for all three. None for none."""
 
 
 def make_engines(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer, seed: int) -> Engines:
@@ -49,13 +50,13 @@ def make_engines(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer, see
     lm = add_lora(base(), ppo.lora) if ppo.lora else base()
     critic = _critic(cfg, reward_models / ppo.proxy, tokenizer) if ppo.estimator == "gae" else None
     # Weights are compared, so before they are sharded.
-    lower = _lower_layers(cfg, lm, *([critic.lm] if critic else []))
+    frozen_layers = _frozen_layers(cfg, lm, *([critic.lm] if critic else []))
     steps = ppo.steps - ppo.critic_warmup_steps
-    actor = engine.Engine(module(lm), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
+    actor = Engine(module(lm), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
     if critic:
-        critic = engine.Engine(critic, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
-    reference = actor if ppo.lora else engine.Engine(module(base()), settings, micro_batch=micro)
-    return Engines(actor, critic, reference, _proxy(cfg, reward_models, tokenizer), lower)
+        critic = Engine(critic, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
+    reference = actor if ppo.lora else Engine(module(base()), settings, micro_batch=micro)
+    return Engines(actor, critic, reference, _proxy(cfg, reward_models, tokenizer), frozen_layers)
 
 
 def _proxy(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer) -> LocalProxy | RemoteProxy:
@@ -67,10 +68,10 @@ def _proxy(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer) -> LocalP
         ensemble = AdapterEnsemble.from_pretrained(paths, dtype=settings.dtype, attention=cfg.policy.attention)
         for path, member in zip(paths, ensemble.members, strict=True):
             _check_tokenizer(cfg, path, member, tokenizer)
-        engines = ensemble.through(engine.Engine(ensemble, settings, micro_batch=ppo.micro_batch))
+        engines = ensemble.through(Engine(ensemble, settings, micro_batch=ppo.micro_batch))
     else:
         members = [_reward_model(cfg, path, tokenizer) for path in paths]
-        engines = [engine.Engine(member, settings, micro_batch=ppo.micro_batch) for member in members]
+        engines = [Engine(member, settings, micro_batch=ppo.micro_batch) for member in members]
     return LocalProxy(engines, ppo.combine)
 
 
@@ -88,15 +89,15 @@ def _critic(cfg: Config, proxy_path: Path, tokenizer: ChatTokenizer) -> RewardMo
     return critic
 
 
-def _lower_layers(cfg: Config, *lms: torch.nn.Module) -> engine.Engine | None:
+def _frozen_layers(cfg: Config, *lms: torch.nn.Module) -> Engine | None:
     depth = shared_depth(*lms) if cfg.ppo.reuse_frozen_layers else 0
     if not depth:
         return None
     base = load_causal_lm(cfg.policy, dtype=cfg.engine.dtype)
-    layers = LowerLayers(base.to(distributed.device()), depth)
+    layers = FrozenLayers(base.to(distributed.device()), depth)
     for lm in lms:
         layers.check(lm.to(distributed.device()))
-    return engine.Engine(layers, cfg.engine, micro_batch=cfg.ppo.micro_batch)
+    return Engine(layers, cfg.engine, micro_batch=cfg.ppo.micro_batch)
 
 
 def _reward_model(cfg: Config, path: Path, tokenizer: ChatTokenizer) -> RewardModel:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from core.models.layers import Lower, hidden_states
+from core.models.layers import FrozenStates, hidden_states
 from core.models.logprobs import token_logprobs
 
 
@@ -27,16 +27,16 @@ class PolicyModule(nn.Module):
         reference: bool = False,
         temperature: float | None = None,
         with_entropy: bool = False,
-        lower: Lower | None = None,
+        frozen: FrozenStates | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [B, L-1] of token t+1 at column t, 0 outside responses, float32; entropy alike or None.
 
         is_response: [B, L-1], True where the predicted token belongs to a response.
         temperature: in place of the module's own.
-        lower: output of the layers that the reference shares, if they have been run.
+        frozen: states of the frozen layers that policy and reference share, if they have been computed.
         """
         with self.lm.disable_adapter() if reference and hasattr(self.lm, "peft_config") else nullcontext():
-            hidden = hidden_states(self.lm, input_ids, attention_mask, lower=lower)
+            hidden = hidden_states(self.lm, input_ids, attention_mask, frozen=frozen)
             logps, entropy = token_logprobs(
                 self.lm.get_output_embeddings(),
                 hidden[:, :-1][is_response],

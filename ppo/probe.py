@@ -9,9 +9,10 @@ from torch import Tensor
 
 from core.errors import DataError
 from core.generation.local import Completion, Generator
-from core.models.layers import Lower
+from core.models.layers import FrozenStates
 from core.models.lora import lora_product, merged_lora
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.rollout import make_micros
 
 STALE = 0.25
@@ -38,21 +39,21 @@ class SyncProbe:
     Args:
         rows: responses of each rank that are looked at.
         dtype: of the sampler's weights.
-        lower: gives the states of the actor's frozen layers from ids and mask, to be computed once.
+        frozen_layers: (ids, mask) -> the states of the actor's frozen layers; computed once for both readings.
     """
 
     def __init__(
         self,
-        actor: engine.Engine,
+        actor: Engine,
         generator: Generator,
         *,
         rows: int,
         pad_id: int,
         dtype: torch.dtype,
-        lower: Callable[[Tensor, Tensor], Lower] | None = None,
+        frozen_layers: Callable[[Tensor, Tensor], FrozenStates] | None = None,
     ):
         self._actor, self._generator, self._size, self._pad_id = actor, generator, rows, pad_id
-        self._dtype, self._lower = dtype, lower
+        self._dtype, self._frozen_layers = dtype, frozen_layers
         self._of_actor = next(actor.module.parameters()).dtype
         self._same_type = self._of_actor == dtype
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -82,7 +83,7 @@ class SyncProbe:
     def before(self) -> None:
         """Note the actor's log-probs, before it is updated."""
         m, self._exact, self._kept = self._micro, 0.0, 0.0
-        m.lower = self._lower(m.input_ids, m.attention_mask) if self._lower else None
+        m.frozen = self._frozen_layers(m.input_ids, m.attention_mask) if self._frozen_layers else None
         self._old = self._actor_logprobs()
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class SyncProbe:
 
     def _actor_logprobs(self) -> Tensor:
         m = self._micro
-        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, lower=m.lower)[0]
+        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, frozen=m.frozen)[0]
 
     def _sampler_logprobs(self) -> Tensor:
         m = self._micro

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from core.data.chat import Message
 from core.errors import ArtefactError
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
 from rm.score import score
@@ -26,7 +27,7 @@ class LocalProxy:
         rule: how their rewards are combined (`rm.combine.combiner`), None for a single one.
     """
 
-    def __init__(self, members: Sequence[engine.Engine], rule: str | None):
+    def __init__(self, members: Sequence[Engine], rule: str | None):
         self._members, self._rule = members, rule
         self._units = [(m.module.mean, m.module.std) for m in members]
         self.mean, self.std = proxy_units(self._units, rule)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.generation.local import Completion
-from core.models.layers import Lower
+from core.models.layers import FrozenStates
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Micro:
     advantages: Tensor = None
     returns: Tensor = None
     is_weight: Tensor = None
-    lower: Lower | None = None
+    frozen: FrozenStates | None = None
 
     @property
     def reads(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collecting experience: sample with vLLM, score with the proxy, log-probs and values by the trainer."""
+"""Collecting experience: sample with vLLM, score with the proxy, log-probs and values by the models that train."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def make_micros(
 
 @torch.no_grad()
 def evaluate(trainer, micro: Micro) -> None:
-    """Fill in the trainer's log-probs, the reference's and the critic's values."""
+    """Fill in the actor's log-probs, the reference's and the critic's values."""
     inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
-    micro.lower = trainer.lower(*inputs[:2]) if trainer.lower else None
-    micro.logprobs = trainer.actor(*inputs, lower=micro.lower)[0]
-    micro.ref_logprobs = trainer.reference(*inputs, reference=True, lower=micro.lower)[0]
+    micro.frozen = trainer.frozen_layers(*inputs[:2]) if trainer.frozen_layers else None
+    micro.logprobs = trainer.actor(*inputs, frozen=micro.frozen)[0]
+    micro.ref_logprobs = trainer.reference(*inputs, reference=True, frozen=micro.frozen)[0]
     if trainer.critic:
         micro.values = trainer.learner.values(micro)
     cap = trainer.cfg.ppo.clip.importance_weight
@@ -96,7 +96,7 @@ def statistics(rollout: Rollout) -> dict[str, float]:
         mask = m.is_response
         rows += len(mask)
         tokens += int(mask.sum())
-        # The trainer's log-probs are the finer ones, but of another policy where it is ahead.
+        # The actor's log-probs are the finer ones, but of another policy where it is ahead.
         logps = m.sampler_logprobs if rollout.behind else m.logprobs
         kl += float(kl_k1(logps, m.ref_logprobs)[mask].sum())
         k3 += float(kl_k3(logps, m.ref_logprobs)[mask].sum())

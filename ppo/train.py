@@ -1,7 +1,7 @@
 """Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL-shaped reward.
 
 Actor and critic are two DeepSpeed engines, reference and proxy run without gradients, every rank samples its
-own prompts with its own vLLM engine. Gold is not among this stage's inputs. What an update does is in `ppo.update`.
+own prompts with its own vLLM. Gold is not among this stage's inputs. What an update does is in `ppo.update`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ppo.sampling import sample
 from ppo.update import Learner
 
 MAX_MISMATCH = 0.2
-"""Mean |log-prob difference| of vLLM and trainer, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
+"""Mean |log-prob difference| between vLLM and the actor, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -75,14 +75,14 @@ class Trainer:
         self.generator.sleep()
         models = make_engines(cfg, inputs["rm"], self.tokenizer, self.seed)
         self.actor, self.critic, self.reference = models.actor, models.critic, models.reference
-        self.proxy, self.lower = models.proxy, models.lower
+        self.proxy, self.frozen_layers = models.proxy, models.frozen_layers
         self.scale = RewardScale(cfg.ppo.reward, self.proxy.mean, self.proxy.std)
         self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, self.seed)
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
         self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.probe = SyncProbe(
             self.actor, self.generator, rows=cfg.ppo.micro_batch, pad_id=self.tokenizer.pad_id,
-            dtype=getattr(torch, cfg.generation.vllm.dtype), lower=self.lower,
+            dtype=getattr(torch, cfg.generation.vllm.dtype), frozen_layers=self.frozen_layers,
         )  # fmt: skip
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
         self.log: RunLog | None = None
@@ -165,7 +165,7 @@ class Trainer:
         """A bound on what `probe` tells by direction: all samples of the step, and whatever happened since the sync."""
         if stats["mismatch_mean_abs"] > MAX_MISMATCH:
             raise DataError(
-                f"ppo step {step}: log-probs of vLLM and trainer differ by {stats['mismatch_mean_abs']:.3f} nats"
+                f"ppo step {step}: log-probs of vLLM and the actor differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
             )
 

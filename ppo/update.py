@@ -10,7 +10,8 @@ import torch
 from core.config import Ppo
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.math import (
     explained_variance,
     gae,
@@ -40,12 +41,12 @@ class Learner:
         seed: of the order of minibatches.
     """
 
-    def __init__(self, ppo: Ppo, actor: engine.Engine, critic: engine.Engine | None, scale: RewardScale, seed: int):
+    def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
 
     def values(self, micro: Micro) -> torch.Tensor:
         """Critic values [B, L-1] in units of the normalised reward, 0 outside responses."""
-        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, lower=micro.lower)[0]
+        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
         if self.ppo.critic_head == "reward":  # in the proxy's units, which the scale takes to those of the rewards
             values = self.scale.normalise(values)
         return scatter(values, micro.is_response)
@@ -118,7 +119,7 @@ class Learner:
         """Forward, backward and one count towards the optimiser step of the actor."""
         ppo = self.ppo
         logps, entropy = self.actor(
-            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, lower=m.lower
+            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, frozen=m.frozen
         )  # fmt: skip
         loss, stats = policy_loss(
             logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high,
@@ -142,9 +143,9 @@ class Learner:
         return {"value_loss": loss, "value_clipfrac": clipfrac}
 
     @staticmethod
-    def _scale(trained: engine.Engine) -> int:
+    def _scale(engine: Engine) -> int:
         # DeepSpeed averages over ranks and accumulation; the losses are means over all tokens of the optimiser batch.
-        return distributed.world_size() * trained.accumulation
+        return distributed.world_size() * engine.accumulation
 
     def _check_first(self, found: _Meter, step: int) -> None:
         limit = FIRST_RATIO[next(self.actor.module.parameters()).dtype]

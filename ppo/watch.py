@@ -76,7 +76,7 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
         lambda rows: len(rows) > WINDOW
         # The first step of a run with ppo.overlap is not behind yet.
         and _last("mismatch_mean_abs")(rows) > 2 * max(r.get("mismatch_mean_abs", 1.0) for r in rows[:2]) + 0.01,
-        "vLLM's and the trainer's log-probs differ twice as much as at first: set generation.vllm.dtype=float32 to see "
+        "vLLM's and the actor's log-probs differ twice as much as at first: set generation.vllm.dtype=float32 to see "
         "whether it is rounding",
     ),
     "merging": (

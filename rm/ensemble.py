@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE
 from core.errors import ArtefactError
-from core.models.layers import LowerCache, LowerLayers
+from core.models.layers import FrozenLayers, FrozenStateCache
 from core.training import distributed
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate
@@ -19,7 +19,7 @@ from rm.model import RewardModel
 from rm.score import Tokens
 
 CACHED_STATES = 1 << 30
-"""Bytes of lower layers' states that members share in one call of `AdapterEnsemble.lower_cache`."""
+"""Bytes of frozen states that the members may share, for the rows of one `AdapterEnsemble.frozen_state_cache`."""
 
 
 def one_base(paths: Sequence[str | Path]) -> bool:
@@ -104,29 +104,31 @@ class AdapterEnsemble(nn.Module):
         """The members as `ppo.proxy.LocalProxy` takes them, where `forward` is an engine that holds this ensemble."""
         return [EngineMember(self, forward, i) for i in range(len(self.members))]
 
-    def lower_cache(self, rows: Sequence[Tokens]) -> LowerCache | None:
-        """For `rm.score`'s `lower`: the layers below all adapters, run once for all members; None where there are none,
-        or where their states of these rows would take more than CACHED_STATES."""
-        if self._lower is None:
+    def frozen_state_cache(self, rows: Sequence[Tokens]) -> FrozenStateCache | None:
+        """The `frozen` of `rm.score.score_tokens` that all members share: the layers below all adapters run only once.
+
+        None where no layer is below all adapters, or where the states of `rows` would take more than CACHED_STATES.
+        """
+        if self._frozen_layers is None:
             return None
         tokens = sum(len(prompt) + len(response) for prompt, response in set(rows))
         size = tokens * self.lm.config.hidden_size * next(self.parameters()).element_size()
-        return LowerCache(self._lower) if size <= CACHED_STATES else None
+        return FrozenStateCache(self._frozen_layers) if size <= CACHED_STATES else None
 
     @cached_property  # which stores it where torch does not look: its parameters are those of `lm`
-    def _lower(self) -> LowerLayers | None:
+    def _frozen_layers(self) -> FrozenLayers | None:
         """The layers below the lowest adapter of any member; None where there are none, or they cannot be cut off."""
         layers = self.lm.get_base_model().base_model.layers
         adapted = (any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers)
         depth = next((i for i, found in enumerate(adapted) if found), len(layers))
         if not depth or not self.members[0].shares_prompts:
             return None
-        lower = LowerLayers(self.lm, depth)
+        frozen_layers = FrozenLayers(self.lm, depth)
         try:
-            lower.check(self.lm)
+            frozen_layers.check(self.lm)
         except ArtefactError:
             return None
-        return lower
+        return frozen_layers
 
 
 class EngineMember:

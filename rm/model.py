@@ -15,7 +15,7 @@ from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer, Message
 from core.errors import ArtefactError
-from core.models.layers import Lower, hidden_states
+from core.models.layers import FrozenStates, hidden_states
 from core.models.loading import load_causal_lm
 from core.models.logprobs import token_logprobs
 from core.training.distributed import device
@@ -49,7 +49,7 @@ class RewardModel(nn.Module):
         positions: Tensor | None = None,
         read: Tensor | None = None,
         targets: Targets | None = None,
-        lower: Lower | None = None,
+        frozen: FrozenStates | None = None,
         head_terms: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rewards, and log-probs where asked; inputs as in `core.models.layers.hidden_states`.
@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
         Returns:
             float32 rewards [R] ([B] by default), summed log-probs [R] or None, the head's terms [R, .] or None.
         """
-        hidden = hidden_states(self.lm, input_ids, attention_mask, positions=positions, lower=lower)
+        hidden = hidden_states(self.lm, input_ids, attention_mask, positions=positions, frozen=frozen)
         if read is None:
             read = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1] + last_real_token(attention_mask)
         flat = hidden.flatten(0, 1)
@@ -86,13 +86,13 @@ class RewardModel(nn.Module):
         conversations: Sequence[Sequence[Message]],
         *,
         batch_tokens: int = 8192,
-        lower: Callable[[Batch], Lower] | None = None,
+        frozen: Callable[[Batch], FrozenStates] | None = None,
         progress: str = "",
     ) -> Tensor:
-        """Float32 rewards [n] of conversations, in their order; `lower` as in `rm.score.score_tokens`."""
+        """Float32 rewards [n] of conversations, in their order; `frozen` as in `rm.score.score_tokens`."""
         where = next(self.parameters()).device
         return score(
-            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, lower=lower,
+            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, frozen=frozen,
             device=where, progress=progress,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.batching import Batch, pack
 from core.config import RewardVariant
-from core.models.layers import LowerCache
+from core.models.layers import FrozenStateCache
 from core.training import distributed
 from rm.losses import (
     bradley_terry,
@@ -32,7 +32,7 @@ def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], lis
 
 
 def pair_losses(
-    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], lower: LowerCache | None = None
+    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], frozen: FrozenStateCache | None = None
 ) -> dict[str, Tensor]:
     """Loss and its parts on one micro-batch.
 
@@ -47,7 +47,7 @@ def pair_losses(
         targets = batch.targets(wanted, [p.turns for p in pairs] * (len(wanted) // len(pairs)))
     rewards, logps, terms = forward(
         batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets, lower=lower(batch) if lower else None, head_terms=True,
+        targets=targets, frozen=frozen(batch) if frozen else None, head_terms=True,
     )  # fmt: skip
     chosen, rejected = rewards[first], rewards[second]
     reward_loss = _reward_loss(variant, chosen, rejected, pairs)
@@ -89,13 +89,13 @@ def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_logprobs(
-    forward, model: RewardModel, pairs: list[Pair], lower: LowerCache | None = None
+    forward, model: RewardModel, pairs: list[Pair], frozen: FrozenStateCache | None = None
 ) -> list[tuple[float, float]]:
     """Summed log-probs of chosen and rejected by the weights as they are, nats."""
     batch, first, second = packed(model, pairs)
     targets = batch.targets([*first, *second], [p.turns for p in pairs] * 2)
     logps = forward(
         batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets, lower=lower(batch) if lower else None,
+        targets=targets, frozen=frozen(batch) if frozen else None,
     )[1].tolist()  # fmt: skip
     return [(logps[i], logps[j]) for i, j in zip(first, second, strict=True)]

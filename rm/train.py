@@ -1,6 +1,6 @@
 """Stage `rm`: train every variant of the reward model on the same pairs, in the same order, and measure it.
 
-The trainer is our own loop on the DeepSpeed engine that PPO uses, not trl.RewardTrainer: the regulariser needs
+The loop is our own, on the DeepSpeed engine that PPO uses, not trl.RewardTrainer: the regulariser needs
 log-probs of chosen responses only, two models of one comparison must see identical batches, and
 accelerate with DeepSpeed reports one process on every CPU rank.
 """
@@ -23,10 +23,11 @@ from core.data.labels import flip_labels, repeated
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.files import read_json, read_table, write_json, write_table
-from core.models.layers import LowerCache, LowerLayers, train_top_layers
+from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from core.training.weights import gathered
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
@@ -45,14 +46,14 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     val = [row for row in rows if row["split"] == "rm_val"]
     if cfg.rm.save == "adapter":
         describe_base(cfg.rm.base)  # what it refuses is told before anything is trained
-    metrics, lower = {}, {}
+    metrics, caches = {}, {}
     for name, variant in cfg.rm.variants.items():
         done = out / name / "metrics.json"
         if not done.is_file():  # a killed stage goes on with the first unfinished variant
             depth = num_layers(cfg, variant)
-            if depth not in lower:
-                lower[depth] = lower_cache(cfg, variant)
-            train_variant(cfg, name, variant, train, val, calibration, out / name, lower[depth])
+            if depth not in caches:
+                caches[depth] = frozen_state_cache(cfg, variant)
+            train_variant(cfg, name, variant, train, val, calibration, out / name, caches[depth])
         torch.distributed.barrier()
         metrics[name] = read_json(done)
     longest = [len(r["chosen"].split()) - len(r["rejected"].split()) for r in val if not r["flipped"]]
@@ -77,32 +78,32 @@ def train_variant(
     val: list[dict],
     calibration: list[dict],
     out: Path,
-    lower: LowerCache | None = None,
+    cache: FrozenStateCache | None = None,
 ) -> None:
     """Train one reward model and write its folder, `metrics.json` last."""
     started = time.time()
-    if lower and not _lower_fits(cfg, variant):
-        lower = None
-    trainer, model, found = fit(cfg, name, variant, train, out, lower)
-    found |= measure(trainer, model, val, calibration, out, lower)
-    save(cfg, trainer, model, variant, out)
+    if cache and not _fits_cache(cfg, variant):
+        cache = None
+    engine, model, found = fit(cfg, name, variant, train, out, cache)
+    found |= measure(engine, model, val, calibration, out, cache)
+    save(cfg, engine, model, variant, out)
     if distributed.rank() == 0:
         write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
 
 
 def fit(
-    cfg: Config, name: str, variant: RewardVariant, train: list[dict], out: Path, lower: LowerCache | None = None
-) -> tuple[engine.Engine, RewardModel, dict]:
+    cfg: Config, name: str, variant: RewardVariant, train: list[dict], out: Path, cache: FrozenStateCache | None = None
+) -> tuple[Engine, RewardModel, dict]:
     """The trained model in its engine, and how much it was trained on; `train.jsonl` is written into `out`."""
     model, tokenizer = build(cfg, variant)
     pairs, counts = tokenise(arm_rows(train, variant, cfg.run.seed), tokenizer, cfg, variant)
     batches = batch_plan(pairs, cfg, variant)
-    trainer = engine.Engine(
+    engine = Engine(
         model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
         accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:
-        pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch, lower)
+        pairs = with_reference(engine, model, pairs, cfg.rm.micro_batch, cache)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
     for step, batch in enumerate(
@@ -110,12 +111,12 @@ def fit(
     ):
         # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
         torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
-        row = {"step": step, **train_step(trainer, model, variant, [pairs[i] for i in batch], lower), "lr": trainer.lr}
+        row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()
     model.eval()
-    return trainer, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
+    return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
 
 
 def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokenizer]:
@@ -150,13 +151,13 @@ def _trainable(cfg: Config, variant: RewardVariant) -> int | None:
     return cfg.rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
 
 
-def _lower_fits(cfg: Config, variant: RewardVariant) -> bool:
+def _fits_cache(cfg: Config, variant: RewardVariant) -> bool:
     """Whether the layers that are cached are frozen in this variant too; the cache is one of its `num_layers`."""
     return _trainable(cfg, variant) <= cfg.rm.trainable_layers
 
 
 def with_reference(
-    trainer: engine.Engine, model: RewardModel, pairs: list[Pair], micro: int, lower: LowerCache | None = None
+    engine: Engine, model: RewardModel, pairs: list[Pair], micro: int, cache: FrozenStateCache | None = None
 ) -> list[Pair]:
     """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
     model.eval()
@@ -164,35 +165,35 @@ def with_reference(
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
     mine = []
     for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
-        mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part], lower), strict=True)
+        mine += zip(part, pair_logprobs(engine, model, [pairs[i] for i in part], cache), strict=True)
     model.train()
     found = dict(distributed.gather_rows(mine))
     return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]
 
 
 def train_step(
-    trainer: engine.Engine,
+    engine: Engine,
     model: RewardModel,
     variant: RewardVariant,
     batch: list[Pair],
-    lower: LowerCache | None,
+    cache: FrozenStateCache | None,
 ) -> dict:
     """One optimiser step on a global batch; metrics are means over its pairs on all ranks."""
-    parts = balanced([pair.row for pair in batch], distributed.world_size() * trainer.accumulation)
+    parts = balanced([pair.row for pair in batch], distributed.world_size() * engine.accumulation)
     mine = parts[distributed.rank() :: distributed.world_size()]
     sums = dict.fromkeys(("loss", "reward_loss", "regulariser", "accuracy"), 0.0)
     for part in mine:
-        losses = pair_losses(trainer, model, variant, [batch[i] for i in part], lower)
+        losses = pair_losses(engine, model, variant, [batch[i] for i in part], cache)
         # DeepSpeed averages over passes and ranks, which hold unequally many pairs.
-        trainer.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
-        trainer.step()
+        engine.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
+        engine.step()
         for key in sums:
             sums[key] += float(losses[key].detach()) * len(part)
     totals = distributed.global_sum(*sums.values())
-    return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": trainer.grad_norm}
+    return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
 
 
-def lower_cache(cfg: Config, variant: RewardVariant | None = None) -> LowerCache | None:
+def frozen_state_cache(cfg: Config, variant: RewardVariant | None = None) -> FrozenStateCache | None:
     """The cache that the configuration asks for, of the layers that are frozen in a backbone as deep as the variant's
     (default: as rm.num_layers); None where there are none. Every rank holds the layers whole, so that it needs no
     other."""
@@ -204,25 +205,25 @@ def lower_cache(cfg: Config, variant: RewardVariant | None = None) -> LowerCache
     base.to(distributed.device())
     if base.config._attn_implementation.startswith("flash"):
         raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
-    layers = LowerLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
+    layers = FrozenLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
     layers.check(base)
-    return LowerCache(layers)
+    return FrozenStateCache(layers)
 
 
 def measure(
-    trainer: engine.Engine,
+    engine: Engine,
     model: RewardModel,
     val: list[dict],
     calibration: list[dict],
     out: Path,
-    lower: LowerCache | None = None,
+    cache: FrozenStateCache | None = None,
 ) -> dict:
     """Held-out accuracy, and mean and SD of the reward on samples of the reference policy (set on the model)."""
     answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
     texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
     texts += [answered(r, r["response"]) for r in calibration]
     rewards = score(
-        trainer, model.tokenizer, texts, share=model.shares_prompts, together=True, lower=lower,
+        engine, model.tokenizer, texts, share=model.shares_prompts, together=True, frozen=cache,
         device=distributed.device(), progress="rm: validation",
     ).tolist()  # fmt: skip
     n = len(val)
@@ -251,9 +252,9 @@ def measure(
     }
 
 
-def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
+def save(cfg: Config, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
     """Gather from all ranks, write from the first."""
-    trainer.settle()
+    engine.settle()
     head = {}
     for name, weight in model.head.named_parameters():
         with gathered([weight]):
@@ -262,6 +263,6 @@ def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: Rewar
     if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
         save_adapter_model(out, model, head, base=cfg.rm.base, **about)
         return
-    weights = list(trainer.named_weights(model.lm))
+    weights = list(engine.named_weights(model.lm))
     if distributed.rank() == 0:
         save_reward_model(out, model, weights, head, base=cfg.rm.base.path, **about)

@@ -1,8 +1,8 @@
 """Sampling with vLLM: the only file that imports it.
 
-The engine lives in the trainer's process (one engine a rank), on CPU and GPU alike, so new weights pass
-as tensors. A run is reproducible because the process's generator, from which vLLM samples, is seeded
-before each call: seeds in `SamplingParams` crash the CPU engine.
+vLLM runs in the process of the stage (one vLLM per rank), on CPU and GPU alike, so new weights are handed over as
+tensors. A run is reproducible because torch's global generator, from which vLLM samples, is seeded before each call:
+seeds in `SamplingParams` crash vLLM on CPU.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Generator:
         self.seconds = {"generate": 0.0, "sync": 0.0}
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = torch.cuda.is_available()
-        engine = cfg.vllm
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(engine.cpu_kvcache_gib))
-        self._sleeps = cuda and engine.sleep
-        options = {"block_size": engine.block_size} if engine.block_size and not cuda else {}
+        vllm = cfg.vllm
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(vllm.cpu_kvcache_gib))
+        self._sleeps = cuda and vllm.sleep
+        options = {"block_size": vllm.block_size} if vllm.block_size and not cuda else {}
         if adapter:
             # vLLM knows these ranks only; a smaller adapter fits a larger slot.
             slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)
@@ -61,15 +61,15 @@ class Generator:
             # Left to itself it wraps the LM head too, and then cannot give log-probs of prompts.
             options |= {"lora_target_modules": list(adapter.targets)}
         if cuda:
-            options |= {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+            options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
         self._llm = LLM(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=engine.dtype,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            enforce_eager=engine.enforce_eager,
+            dtype=vllm.dtype,
+            max_model_len=vllm.max_model_len,
+            max_num_seqs=vllm.max_num_seqs,
+            enforce_eager=vllm.enforce_eager,
             # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
             distributed_executor_backend="external_launcher" if ranks > 1 else None,
             # Log-probs of the distribution that is sampled from, temperature included.
@@ -117,11 +117,11 @@ class Generator:
         ]
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the engine's weights; names and shapes are those of the Hugging Face model.
+        """Replace vLLM's weights; names and shapes are those of the Hugging Face model.
 
         Tied LM heads are skipped by name and repacked on CPU, where vLLM keeps a packed copy that its reload
-        forgets; the prefix cache is dropped, since it holds keys and values of the old weights. Whether the
-        engine now computes the trainer's numbers is proved by the log-probs of the next samples.
+        forgets; the prefix cache is dropped, since it holds keys and values of the old weights. That vLLM now computes
+        with these weights is proved by the log-probs of the next samples.
         """
         started = time.perf_counter()
         tied = self._llm.llm_engine.model_config.hf_config.tie_word_embeddings
@@ -149,7 +149,7 @@ class Generator:
         self.seconds["sync"] += time.perf_counter() - started
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache to the trainer; nothing on CPU."""
+        """Give the GPU memory of weights and KV cache to the models that train; does nothing on CPU."""
         if self._sleeps:
             self._llm.sleep(level=1)
 

@@ -35,14 +35,14 @@ def main(argv: list[str]) -> int:
 
 
 def server_command(cfg: Config, host: str, port: int) -> list[str]:
-    engine_options, model = cfg.generation.vllm, cfg.policy
+    vllm, model = cfg.generation.vllm, cfg.policy
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
-        "--port", str(port), "--dtype", engine_options.dtype, "--max-model-len", str(engine_options.max_model_len),
-        "--max-num-seqs", str(engine_options.max_num_seqs), "--logprobs-mode", "processed_logprobs",
+        "--port", str(port), "--dtype", vllm.dtype, "--max-model-len", str(vllm.max_model_len),
+        "--max-num-seqs", str(vllm.max_num_seqs), "--logprobs-mode", "processed_logprobs",
         "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
     ]  # fmt: skip
-    command += ["--enforce-eager"] if engine_options.enforce_eager else []
+    command += ["--enforce-eager"] if vllm.enforce_eager else []
     command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
     command += ["--revision", model.revision] if model.revision else []
     return command + (["--trust-remote-code"] if model.trust_remote_code else [])

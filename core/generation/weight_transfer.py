@@ -1,6 +1,6 @@
 """New weights to vLLM servers over NCCL, by vLLM's own weight transfer. Needs GPUs on both sides; not run so far.
 
-Rank 0 of the trainer and the workers of all servers are one NCCL group. ZeRO-3 shards are gathered one parameter at a
+Rank 0 of the PPO run and the workers of all servers are one NCCL group. ZeRO-3 shards are gathered one parameter at a
 time and broadcast as they come, so no rank ever holds the whole model.
 """
 
@@ -79,7 +79,7 @@ class NcclTransfer:
 
     def __init__(self, urls: Sequence[str], ask: Ask, *, skipped: Sequence[str], timeout: float):
         if not torch.cuda.is_available():
-            raise DataError("ppo.weight_transfer nccl needs a GPU in the trainer too: set it to file")
+            raise DataError("ppo.weight_transfer nccl needs a GPU on the side that trains too: set it to file")
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         self._source, self._timeout, self._urls = Source(skipped), timeout, urls

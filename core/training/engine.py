@@ -46,7 +46,7 @@ class Engine:
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
         if optim is None:
             module.requires_grad_(False).eval()
-            self._engine, *_ = deepspeed.initialize(model=module, config=settings)
+            self._deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
             return
         module.train()  # gradient checkpointing works in this mode only; dropout is 0 but in adapters
         if cfg.gradient_checkpointing:
@@ -56,35 +56,35 @@ class Engine:
             trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(optim, step, total_steps))
-        self._engine, *_ = deepspeed.initialize(
+        self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )
 
     def __call__(self, *args, **kwargs):
-        return self._engine(*args, **kwargs)
+        return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        self._deepspeed.backward(loss)
 
     def step(self) -> None:
         """Count one backward pass; at the end of the accumulation, clip, update and advance the schedule."""
-        self._engine.step()
+        self._deepspeed.step()
 
     @property
     def grad_norm(self) -> float:
         """Of the last update, before clipping, over all ranks. NaN at stage 0 in float32: DeepSpeed clips there but
         does not tell."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     @property
     def lr(self) -> float:
-        return self._engine.get_lr()[0]
+        return self._deepspeed.get_lr()[0]
 
     def settle(self) -> None:
         """End ZeRO-3's prefetches before weights are read: a pass over a part of the model leaves some under way."""
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
-            self._engine.empty_partition_cache()
+            self._deepspeed.empty_partition_cache()
 
     def named_weights(self, lm: nn.Module, **options) -> NamedWeights:
         """Those of `lm`, a part of this engine's module."""
@@ -93,10 +93,10 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Weights, optimiser and schedule of every rank, to resume from."""
         self.settle()
-        self._engine.save_checkpoint(str(folder), tag="state")
+        self._deepspeed.save_checkpoint(str(folder), tag="state")
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        path, _ = self._deepspeed.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"no engine state in {folder}; delete it and start the stage anew")
 

@@ -1,4 +1,4 @@
-"""The probe tells a sync that was skipped, from a sampler whose weights are coarser than the trainer's too."""
+"""The probe tells a sync that was skipped, from a sampler whose weights are coarser than the actor's too."""
 
 import json
 
