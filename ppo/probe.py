@@ -13,7 +13,7 @@ from core.models.layers import FrozenStates
 from core.models.lora import lora_product, merged_lora
 from core.training import distributed
 from core.training.engine import Engine
-from ppo.rollout import make_micros
+from ppo.records import make_micros
 
 STALE = 0.25
 """A slope below this share of what it should be is that of weights that did not arrive."""

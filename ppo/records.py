@@ -1,4 +1,4 @@
-"""What passes between the phases of a PPO step."""
+"""What passes between the phases of a PPO step: sampled responses, micro-batches, the rollout."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from core.batching import balanced, pad_right
+from core.errors import DataError
 from core.generation.local import Completion
 from core.models.layers import FrozenStates
+from core.training import distributed
 
 
 @dataclass(slots=True)
@@ -39,6 +42,43 @@ class Micro:
     def reads(self) -> Tensor:
         """[R] into the flattened [B * L], where the critic is read: at the state before each response token."""
         return torch.nn.functional.pad(self.is_response, (0, 1)).flatten().nonzero().squeeze(-1)
+
+
+def make_micros(
+    prompts: list[list[int]],
+    completions: list[Completion],
+    rewards: Tensor,
+    groups: list[int],
+    pad_id: int,
+    count: int,
+) -> list[Micro]:
+    """`count` micro-batches of rows of similar length, whose padded sizes are as equal as can be.
+
+    The number of micro-batches is fixed, not a budget of tokens, since all ranks must make equally many passes.
+
+    Args:
+        prompts: token ids of the prompt of each response.
+        rewards: [n] raw rewards of the proxy.
+        groups: [n], equal for responses to one prompt.
+
+    Raises:
+        DataError: a response of no token at all.
+    """
+    if empty := sum(not c.token_ids for c in completions):
+        raise DataError(f"vLLM returned no token at all for {empty} prompts; is max_new_tokens at least 1?")
+    micros = []
+    for rows in balanced([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], count):
+        ids, mask = pad_right([prompts[i] + completions[i].token_ids for i in rows], pad_id, distributed.device())
+        is_response = torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
+        sampler = torch.zeros(is_response.shape, device=ids.device)
+        for b, i in enumerate(rows):
+            span = slice(len(prompts[i]) - 1, len(prompts[i]) - 1 + len(completions[i].token_ids))
+            is_response[b, span] = True
+            sampler[b, span] = torch.tensor(completions[i].logprobs)
+        finished = torch.tensor([completions[i].finished for i in rows], device=ids.device)
+        group = torch.tensor([groups[i] for i in rows], device=ids.device)
+        micros.append(Micro(ids, mask, is_response, sampler, rewards[rows].to(ids.device), finished, group))
+    return micros
 
 
 @dataclass
