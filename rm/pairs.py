@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from core.config import Config, RewardVariant
+from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import ArtefactError, DataError
@@ -36,12 +36,13 @@ class Pair:
 
 
 def tokenise(
-    rows: list[dict], tokenizer: ChatTokenizer, cfg: Config, variant: RewardVariant
+    rows: list[dict], tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs within `rm.max_tokens`, and how many were dropped or truncated.
+    """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped and truncated.
 
     Raises:
-        DataError: a margin is asked of rows that have none, or spans of a template that has none.
+        DataError: the variant has a margin and a row has no rating gap; it regularises every turn and the chat template
+            does not write earlier turns as they were generated.
     """
     pairs, counts = [], {"dropped": 0, "truncated": 0}
     for row in rows:
@@ -53,8 +54,8 @@ def tokenise(
             tuple(spans),
             variant.margin * _gap(row) if variant.margin else 0.0,
         )
-        over = pair.length - cfg.rm.max_tokens
-        if over > 0 and (cfg.rm.overlong == "drop" or over >= len(pair.prompt)):
+        over = pair.length - rm.max_tokens
+        if over > 0 and (rm.overlong == "drop" or over >= len(pair.prompt)):
             counts["dropped"] += 1
             continue
         if over > 0:
@@ -65,15 +66,24 @@ def tokenise(
     return pairs, counts
 
 
-def batch_plan(pairs: list[Pair], cfg: Config, variant: RewardVariant) -> list[list[int]]:
-    """Numbers of the pairs of every global batch, each epoch in an order of its own; an incomplete last one is left
-    out. Variants of one seed see the same batches."""
-    size = cfg.rm.global_batch
+def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, seed: int) -> list[list[int]]:
+    """Indices into `pairs` of every global batch of every epoch.
+
+    Each epoch has an order of its own, and leaves out the incomplete batch at its end. Variants with the same
+    `variant.seed` see the same batches.
+
+    Args:
+        seed: `run.seed`.
+
+    Raises:
+        ArtefactError: fewer pairs than one global batch.
+    """
+    size = rm.global_batch
     if len(pairs) < size:
         raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
     batches = []
-    for epoch in range(cfg.rm.epochs):
-        rng = random.Random(stream_seed(cfg.run.seed, "rm", "order", epoch, *seed_name(variant)))
+    for epoch in range(rm.epochs):
+        rng = random.Random(stream_seed(seed, "rm", "order", epoch, *seed_name(variant)))
         order = rng.sample(range(len(pairs)), len(pairs))
         batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     return batches

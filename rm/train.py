@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core import config
 from core.batching import balanced
-from core.config import Config, RewardVariant
+from core.config import Config, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels, repeated
 from core.data.streams import stream_seed
@@ -50,9 +51,9 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     for name, variant in cfg.rm.variants.items():
         done = out / name / "metrics.json"
         if not done.is_file():  # a killed stage goes on with the first unfinished variant
-            depth = num_layers(cfg, variant)
+            depth = num_layers(cfg.rm, variant)
             if depth not in caches:
-                caches[depth] = frozen_state_cache(cfg, variant)
+                caches[depth] = frozen_state_cache(cfg.rm, cfg.engine, variant)
             train_variant(cfg, name, variant, train, val, calibration, out / name, caches[depth])
         torch.distributed.barrier()
         metrics[name] = read_json(done)
@@ -82,35 +83,53 @@ def train_variant(
 ) -> None:
     """Train one reward model and write its folder, `metrics.json` last."""
     started = time.time()
-    if cache and not _fits_cache(cfg, variant):
+    if cache and not _fits_cache(cfg.rm, variant):
         cache = None
-    engine, model, found = fit(cfg, name, variant, train, out, cache)
-    found |= measure(engine, model, val, calibration, out, cache)
-    save(cfg, engine, model, variant, out)
+    engine, model, metrics = fit(cfg.rm, cfg.engine, variant, train, out, name=name, seed=cfg.run.seed, cache=cache)
+    metrics |= measure(engine, model, val, calibration, out, cache)
+    save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
-        write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
+        write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
 
 
 def fit(
-    cfg: Config, name: str, variant: RewardVariant, train: list[dict], out: Path, cache: FrozenStateCache | None = None
+    rm: RewardTraining,
+    settings: config.Engine,
+    variant: RewardVariant,
+    train: list[dict],
+    out: Path,
+    *,
+    name: str,
+    seed: int,
+    cache: FrozenStateCache | None = None,
 ) -> tuple[Engine, RewardModel, dict]:
-    """The trained model in its engine, and how much it was trained on; `train.jsonl` is written into `out`."""
-    model, tokenizer = build(cfg, variant)
-    pairs, counts = tokenise(arm_rows(train, variant, cfg.run.seed), tokenizer, cfg, variant)
-    batches = batch_plan(pairs, cfg, variant)
+    """Train one reward model. Every rank must call it; `train.jsonl` is written into `out`.
+
+    Args:
+        train: rows of pairs.parquet to train on (`arm_rows` takes the variant's share of them).
+        name: of the variant, for the progress bar.
+        seed: `run.seed`.
+        cache: of the layers that the variant keeps frozen.
+
+    Returns:
+        The engine, the model in it (in eval mode), and the numbers of pairs (used, dropped, truncated) and steps.
+    """
+    model, tokenizer = build(rm, settings, variant, seed)
+    pairs, counts = tokenise(arm_rows(train, variant, seed), tokenizer, rm, variant)
+    batches = batch_plan(pairs, rm, variant, seed)
     engine = Engine(
-        model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
-        accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * distributed.world_size()),
+        model, settings, micro_batch=rm.micro_batch, optim=rm.optim, total_steps=len(batches),
+        accumulation=rm.global_batch // (rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:
-        pairs = with_reference(engine, model, pairs, cfg.rm.micro_batch, cache)
+        pairs = with_reference(engine, model, pairs, rm.micro_batch, cache)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
     for step, batch in enumerate(
         tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
     ):
         # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
-        torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
+        torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
         row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
         if log:
             log.write(json.dumps(row) + "\n")
@@ -119,15 +138,21 @@ def fit(
     return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
 
 
-def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokenizer]:
-    """The untrained model; heads of all variants of one seed start from the same numbers."""
-    tokenizer = ChatTokenizer(cfg.rm.base)
-    lm = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant))
-    torch.manual_seed(stream_seed(cfg.run.seed, "rm", "head", *seed_name(variant)))
-    if cfg.rm.lora and variant.trainable_layers is None:
-        lm = add_lora(lm, cfg.rm.lora)
+def build(
+    rm: RewardTraining, settings: config.Engine, variant: RewardVariant, seed: int
+) -> tuple[RewardModel, ChatTokenizer]:
+    """The untrained model and its tokenizer; variants with the same `variant.seed` start from the same head.
+
+    Args:
+        seed: `run.seed`.
+    """
+    tokenizer = ChatTokenizer(rm.base)
+    lm = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant))
+    torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
+    if rm.lora and variant.trainable_layers is None:
+        lm = add_lora(lm, rm.lora)
     else:
-        train_top_layers(lm, _trainable(cfg, variant))
+        train_top_layers(lm, _trainable(rm, variant))
     return RewardModel(lm, variant.head, tokenizer), tokenizer
 
 
@@ -142,18 +167,18 @@ def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]
     )
 
 
-def num_layers(cfg: Config, variant: RewardVariant) -> int | None:
-    """Layers of the backbone that the variant keeps; None for all."""
-    return cfg.rm.num_layers if variant.num_layers is None else variant.num_layers
+def num_layers(rm: RewardTraining, variant: RewardVariant) -> int | None:
+    """How many layers of the backbone the variant keeps, from the lowest on; None for all."""
+    return rm.num_layers if variant.num_layers is None else variant.num_layers
 
 
-def _trainable(cfg: Config, variant: RewardVariant) -> int | None:
-    return cfg.rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
+def _trainable(rm: RewardTraining, variant: RewardVariant) -> int | None:
+    return rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
 
 
-def _fits_cache(cfg: Config, variant: RewardVariant) -> bool:
-    """Whether the layers that are cached are frozen in this variant too; the cache is one of its `num_layers`."""
-    return _trainable(cfg, variant) <= cfg.rm.trainable_layers
+def _fits_cache(rm: RewardTraining, variant: RewardVariant) -> bool:
+    """Whether this variant keeps all cached layers frozen; the cache is of a backbone of its `num_layers`."""
+    return _trainable(rm, variant) <= rm.trainable_layers
 
 
 def with_reference(
@@ -193,19 +218,31 @@ def train_step(
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
 
 
-def frozen_state_cache(cfg: Config, variant: RewardVariant | None = None) -> FrozenStateCache | None:
-    """The cache that the configuration asks for, of the layers that are frozen in a backbone as deep as the variant's
-    (default: as rm.num_layers); None where there are none. Every rank holds the layers whole, so that it needs no
-    other."""
-    if not cfg.rm.cache_frozen_layers:
+def frozen_state_cache(
+    rm: RewardTraining, settings: config.Engine, variant: RewardVariant | None = None
+) -> FrozenStateCache | None:
+    """An empty cache for the layers below the top `rm.trainable_layers` of a backbone as deep as the variant's.
+
+    Every rank holds these layers whole, so that computing their states needs no other rank.
+
+    Args:
+        variant: None for a backbone of `rm.num_layers` layers.
+
+    Returns:
+        None without `rm.cache_frozen_layers`, or where no layer is frozen.
+
+    Raises:
+        ArtefactError: `rm.base.attention` is a flash kernel, or the architecture cannot be cut there.
+    """
+    if not rm.cache_frozen_layers:
         return None
-    base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant or RewardVariant()))
-    if base.config.num_hidden_layers <= cfg.rm.trainable_layers:
+    base = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant or RewardVariant()))
+    if base.config.num_hidden_layers <= rm.trainable_layers:
         return None
     base.to(distributed.device())
     if base.config._attn_implementation.startswith("flash"):
         raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
-    layers = FrozenLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
+    layers = FrozenLayers(base, base.config.num_hidden_layers - rm.trainable_layers)
     layers.check(base)
     return FrozenStateCache(layers)
 
@@ -252,17 +289,19 @@ def measure(
     }
 
 
-def save(cfg: Config, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
-    """Gather from all ranks, write from the first."""
+def save(
+    rm: RewardTraining, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path, *, seed: int
+) -> None:
+    """Write the model's folder, whole or as an adapter (`rm.save`). Every rank must call it; the first one writes."""
     engine.settle()
     head = {}
     for name, weight in model.head.named_parameters():
         with gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
-    about = {"variant": variant.model_dump(), "run_seed": cfg.run.seed}
-    if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
-        save_adapter_model(out, model, head, base=cfg.rm.base, **about)
+    about = {"variant": variant.model_dump(), "run_seed": seed}
+    if rm.save == "adapter" and hasattr(model.lm, "peft_config"):
+        save_adapter_model(out, model, head, base=rm.base, **about)
         return
     weights = list(engine.named_weights(model.lm))
     if distributed.rank() == 0:
-        save_reward_model(out, model, weights, head, base=cfg.rm.base.path, **about)
+        save_reward_model(out, model, weights, head, base=rm.base.path, **about)

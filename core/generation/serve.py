@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from core import environment
-from core.config import Config
+from core.config import Model, Vllm
 from core.config.load import load
 
 
@@ -25,17 +25,18 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_intermixed_args(argv[:cut])
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
-    command = [*server_command(cfg, options.host, options.port), *argv[cut + 1 :]]
+    nccl = cfg.ppo.weight_transfer == "nccl"
+    command = server_command(cfg.policy, cfg.generation.vllm, host=options.host, port=options.port, nccl=nccl)
     settings = {**os.environ, **environment.variables(1), "VLLM_SERVER_DEV_MODE": "1"}
     settings["VLLM_CPU_KVCACHE_SPACE"] = str(cfg.generation.vllm.cpu_kvcache_gib)
     root = str(Path(__file__).parents[2])  # vLLM's worker imports `core.generation.worker`
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, [root, settings.get("PYTHONPATH")]))
     sys.stdout.flush()
-    os.execve(command[0], command, settings)
+    os.execve(command[0], [*command, *argv[cut + 1 :]], settings)
 
 
-def server_command(cfg: Config, host: str, port: int) -> list[str]:
-    vllm, model = cfg.generation.vllm, cfg.policy
+def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool) -> list[str]:
+    """The command that serves `model`; with `nccl` new weights come over NCCL, otherwise from a file."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
         "--port", str(port), "--dtype", vllm.dtype, "--max-model-len", str(vllm.max_model_len),
@@ -43,6 +44,6 @@ def server_command(cfg: Config, host: str, port: int) -> list[str]:
         "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
     ]  # fmt: skip
     command += ["--enforce-eager"] if vllm.enforce_eager else []
-    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
+    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if nccl else []
     command += ["--revision", model.revision] if model.revision else []
     return command + (["--trust-remote-code"] if model.trust_remote_code else [])

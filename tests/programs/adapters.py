@@ -53,10 +53,12 @@ def main(base: str, out: str) -> None:
     cfg = config(base, "merged")
     for name in ("a", "b"):
         variant = cfg.rm.variants[name]
-        engine, model, _ = train.fit(cfg, name, variant, rows(), folder / "log" / name)
+        engine, model, _ = train.fit(
+            cfg.rm, cfg.engine, variant, rows(), folder / "log" / name, name=name, seed=cfg.run.seed
+        )
         train.measure(engine, model, rows(), rows(), folder / "log" / name)
         for save in ("merged", "adapter"):
-            train.save(config(base, save), engine, model, variant, folder / save / name)
+            train.save(config(base, save).rm, engine, model, variant, folder / save / name, seed=cfg.run.seed)
     torch.distributed.barrier()
     whole = [RewardModel.from_pretrained(folder / "merged" / n, dtype="float32") for n in ("a", "b")]
     whole = [Engine(model, cfg.engine, micro_batch=2) for model in whole]

@@ -34,15 +34,15 @@ def cfg(policy_path):
 def test_each_size_has_a_cache_of_its_own_layers(cfg):
     for layers in SIZES:
         variant = RewardVariant(num_layers=layers, text_regulariser="dpo_noref", alpha=0.2)
-        model, tokenizer = build(cfg, variant)
+        model, tokenizer = build(cfg.rm, cfg.engine, variant, cfg.run.seed)
         assert len(model.lm.model.layers) == layers
         pairs = [Pair(*(tokenizer.prompt_ids([{"role": "user", "content": "Hi"}]), *map(tokenizer.response_ids, "ab")))]
-        cache = frozen_state_cache(cfg, variant)
+        cache = frozen_state_cache(cfg.rm, cfg.engine, variant)
         assert cache.layers.depth == layers - 2
         plain = float(pair_losses(model, model, variant, pairs)["loss"])
         assert float(pair_losses(model, model, variant, pairs, cache)["loss"]) == pytest.approx(plain, rel=1e-5)
-    assert frozen_state_cache(cfg).layers.depth == 4  # rm.num_layers
-    assert frozen_state_cache(cfg, RewardVariant(num_layers=2)) is None  # all of its layers are trained
+    assert frozen_state_cache(cfg.rm, cfg.engine).layers.depth == 4  # rm.num_layers
+    assert frozen_state_cache(cfg.rm, cfg.engine, RewardVariant(num_layers=2)) is None  # all of its layers are trained
 
 
 @torch.no_grad()

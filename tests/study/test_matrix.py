@@ -85,7 +85,7 @@ def test_sizes_are_an_axis_of_the_matrix(tmp_path):
     assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.layers for p in policies} == {12}
     variants = cfg.rm.variants
     assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
-    assert num_layers(cfg, variants["bt-100pairs-12layers-seed0"]) == 12
+    assert num_layers(cfg.rm, variants["bt-100pairs-12layers-seed0"]) == 12
     assert {p.name for p in policies} >= {"grm-200pairs-12layers-noise0.25-seed0-kl0.1"}
     for arm in arms:
         found = design(arm.condition)
@@ -93,7 +93,7 @@ def test_sizes_are_an_axis_of_the_matrix(tmp_path):
         assert found["label_noise"] == arm.label_noise
     assert design("grm-all") == {"method": "grm-all", "pairs": None, "layers": None, "label_noise": 0.0}
     own, _, _ = planned(tmp_path, "rm.num_layers=9", "rm.variants={bt: {num_layers: 5}, grm: {}}")
-    assert [num_layers(own, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
+    assert [num_layers(own.rm, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
 
 
 def test_arms_are_compared_with_the_first_method_of_their_size(tmp_path):
