@@ -20,7 +20,6 @@ from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.proxy import LocalProxy, RemoteProxy
 from rm.ensemble import AdapterEnsemble, one_base
-from rm.heads import zero_output
 from rm.model import RewardModel
 
 
@@ -123,7 +122,7 @@ def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _Re
         critic = RewardModel(lm, "mlp", reward_models.tokenizer)
         critic.head.to(dtype=lm.dtype)
     if ppo.critic_head == "zero":
-        zero_output(critic)
+        critic.zero_head()
     train_top_layers(critic.lm, ppo.critic_trainable_layers)
     return critic
 

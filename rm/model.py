@@ -22,7 +22,7 @@ from core.training.distributed import device
 from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
-from rm.heads import make_head
+from rm.heads import Float32Linear, make_head
 from rm.score import score
 
 
@@ -76,6 +76,19 @@ class RewardModel(nn.Module):
             return rewards, None, terms
         logps, _ = token_logprobs(_lm_head(self.lm), flat[targets.source], targets.token)
         return rewards, logps.new_zeros(len(read)).index_add(0, targets.response, logps), terms
+
+    def zero_head(self) -> None:
+        """Make the head give 0 everywhere, keeping the layers before its last one: the start of a critic.
+
+        A head that is not a chain of layers (`inform`, `odin`) becomes a linear one.
+        """
+        if not isinstance(self.head, nn.Sequential | Float32Linear):
+            like = next(self.head.parameters())
+            self.head_kind = "linear"
+            self.head = make_head("linear", self.lm.config.hidden_size).to(dtype=like.dtype, device=like.device)
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        for weight in last.parameters():
+            nn.init.zeros_(weight)
 
     def normalise(self, rewards: Tensor) -> Tensor:
         """Rewards in standard deviations from the mean of the reference policy's samples."""
