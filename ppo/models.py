@@ -25,11 +25,13 @@ from rm.model import RewardModel
 
 @dataclass(frozen=True, slots=True)
 class Engines:
+    """The engines of one PPO run."""
+
     actor: Engine
     critic: Engine | None
     """None for estimators that have none."""
     reference: Engine
-    """With adapters, the actor."""
+    """With adapters it is the actor, run without them."""
     proxy: LocalProxy | RemoteProxy
     frozen_layers: Engine | None
     """The lowest layers, frozen and equal in actor, reference and critic: run once for all three. None for none."""
@@ -60,7 +62,7 @@ def make_engines(
         lm = add_lora(lm, ppo.lora)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
     critic = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
-    # Weights are compared, so before they are sharded.
+    # This compares weights, so it comes before they are sharded.
     frozen_layers = _frozen_layers(ppo, policy, settings, *([lm, critic.lm] if critic else [lm]))
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)

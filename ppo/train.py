@@ -1,7 +1,9 @@
-"""Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL-shaped reward.
+"""Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL penalty.
 
-Actor and critic are two DeepSpeed engines, reference and proxy run without gradients, every rank samples its
-own prompts with its own vLLM. Gold is not among this stage's inputs. What an update does is in `ppo.update`.
+Actor and critic are trained under a DeepSpeed engine each. Reference and proxy run without gradients. Every rank
+samples its own prompts with its own vLLM, or from a server. Gold is not among the inputs of this stage.
+
+`Trainer.step` is the loop. `ppo.rollout` collects a rollout and `ppo.update` trains on it.
 """
 
 from __future__ import annotations
@@ -39,10 +41,25 @@ from ppo.rollout import Collector, statistics
 from ppo.update import Learner
 
 MAX_MISMATCH = 0.2
-"""Mean |log-prob difference| between vLLM and the actor, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
+"""Mean |difference of log-probs| between vLLM and the actor, in nats, above which a run stops.
+
+Rounding to bfloat16 gives 0.03 to 0.05, a mixture of old and new weights 0.3.
+"""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Run the stage on this rank, or resume it.
+
+    Args:
+        inputs: folders of the stages `prompts` and `rm`.
+        out: folder of this stage.
+
+    Returns:
+        The metrics of the stage (`summary`) on the first rank, nothing on the others.
+
+    Raises:
+        Stopped: SIGTERM came; the state after the current step is saved.
+    """
     trainer = Trainer(cfg, inputs, out)
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
@@ -55,7 +72,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
             if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
             torch.distributed.barrier()
-            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command goes on from there")
+            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command resumes there")
     trainer.finish()
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
@@ -138,7 +155,7 @@ class Trainer:
             self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
 
     def _sync(self, step: int) -> None:
-        """Give vLLM the weights after this step."""
+        """Give vLLM the weights after `step`, as `ppo.sync` says: whole weights, or the adapter."""
         self.collector.wait()
         self.collector.policy = step
         lm = self.actor.module.lm
@@ -149,13 +166,15 @@ class Trainer:
         save_adapter(folder, lm)
         torch.distributed.barrier()
         self.generator.load_adapter(folder)
-        torch.distributed.barrier()  # the next step's adapter goes into the same files
+        torch.distributed.barrier()  # until then the files must not be overwritten
 
     def _check_mismatch(self, step: int, rollout: Rollout, stats: dict[str, float]) -> None:
-        """vLLM's log-probs of all samples against the actor's; `probe` compares how far both moved, on some of them."""
-        if rollout.behind:  # then vLLM and the actor differ by an update too
-            return
-        if stats["mismatch_mean_abs"] > MAX_MISMATCH:
+        """Compare vLLM's log-probs of all samples with the actor's.
+
+        `probe` compares how both changed in an update, on some of the samples.
+        """
+        # With ppo.overlap, vLLM and the actor differ by an update too.
+        if not rollout.behind and stats["mismatch_mean_abs"] > MAX_MISMATCH:
             raise DataError(
                 f"ppo step {step}: log-probs of vLLM and the actor differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
@@ -257,7 +276,8 @@ def _make_generator(
 
 
 def summary(metrics: Path) -> dict:
-    """Headline and first and last step."""
+    """The metrics of the stage from metrics.jsonl: a headline, the rows of the first and the last step, and by how many
+    standard errors the proxy reward changed between them (None where the standard error is 0)."""
     rows = read_rows(metrics)
     first, last = rows[0], rows[-1]
     change = last["proxy_mean"] - first["proxy_mean"]
@@ -265,7 +285,7 @@ def summary(metrics: Path) -> dict:
     return {
         "headline": (
             f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f})"
-            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats a response"
+            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats per response"
         ),
         "first": first,
         "last": last,

@@ -13,25 +13,26 @@ from core.errors import ArtefactError, DataError
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of a labelled pair; the prompt is common."""
+    """Token ids of a labelled pair: one prompt, two responses."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     turns: tuple[tuple[int, int], ...] = ()
-    """Spans of the prompt that the text regulariser reads too."""
+    """Spans [start, stop) of the prompt that the text regulariser reads too."""
     margin: float = 0.0
+    """By how much the chosen reward should exceed the other."""
     reference: tuple[float, float] = (0.0, 0.0)
-    """Log-probs of chosen and rejected by the untrained base, nats; `dpo` only."""
+    """Log-probs of chosen and rejected by the untrained base, in nats; for `dpo` only."""
 
     @property
     def length(self) -> int:
-        """Of the longer conversation."""
+        """Tokens of the longer conversation."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
     @property
     def row(self) -> int:
-        """Tokens of the row that both responses share."""
+        """Tokens of a row that holds the prompt once and both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
@@ -90,7 +91,7 @@ def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, se
 
 
 def seed_name(variant: RewardVariant) -> tuple[int, ...]:
-    """What the variant's seed adds to the names of its random streams."""
+    """What the variant's seed adds to the names of its random streams; nothing for seed 0."""
     return (variant.seed,) if variant.seed else ()
 
 

@@ -1,7 +1,7 @@
 """Stage `rm`: train every variant of the reward model on the same pairs, in the same order, and measure it.
 
-The loop is our own, on the DeepSpeed engine that PPO uses, not trl.RewardTrainer: the regulariser needs
-log-probs of chosen responses only, two models of one comparison must see identical batches, and
+The loop is our own, on the DeepSpeed engine that PPO uses too, and not trl.RewardTrainer, for three reasons: the
+regulariser needs log-probs of chosen responses only, two models that are compared must see identical batches, and
 accelerate with DeepSpeed reports one process on every CPU rank.
 """
 
@@ -40,17 +40,26 @@ from rm.score import score
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Run the stage on this rank, or resume it with the first unfinished variant.
+
+    Args:
+        inputs: folder of the stage `preferences`.
+        out: folder of this stage; each variant gets a folder in it.
+
+    Returns:
+        The metrics of the stage.
+    """
     distributed.init_distributed()
     rows = read_table(inputs["preferences"] / "pairs.parquet")
     calibration = read_table(inputs["preferences"] / "calibration.parquet")
     train = [row for row in rows if row["split"] == "rm_train"]
     val = [row for row in rows if row["split"] == "rm_val"]
     if cfg.rm.save == "adapter":
-        describe_base(cfg.rm.base)  # what it refuses is told before anything is trained
+        describe_base(cfg.rm.base)  # fails on a base that it refuses before anything is trained
     metrics, caches = {}, {}
     for name, variant in cfg.rm.variants.items():
         done = out / name / "metrics.json"
-        if not done.is_file():  # a killed stage goes on with the first unfinished variant
+        if not done.is_file():  # else a run that was killed has finished this variant
             depth = num_layers(cfg.rm, variant)
             if depth not in caches:
                 caches[depth] = frozen_state_cache(cfg.rm, cfg.engine, variant)
@@ -81,7 +90,13 @@ def train_variant(
     out: Path,
     cache: FrozenStateCache | None = None,
 ) -> None:
-    """Train one reward model and write its folder, `metrics.json` last."""
+    """Train one reward model and write its folder `out`, with `metrics.json` last: the mark of a finished variant.
+
+    Args:
+        train, val: rows of pairs.parquet.
+        calibration: rows of calibration.parquet.
+        cache: of frozen states; not used where the variant trains one of the cached layers.
+    """
     started = time.time()
     if cache and not _fits_cache(cfg.rm, variant):
         cache = None
@@ -128,7 +143,7 @@ def fit(
     for step, batch in enumerate(
         tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
     ):
-        # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
+        # For InfoRM's latents and dropout in adapters; the seed is named by step, so a resumed run draws the same.
         torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
         row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
         if log:
@@ -157,10 +172,18 @@ def build(
 
 
 def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
-    """The rows that the variant is trained on: the first `pairs`, with `label_noise` of the labels flipped."""
+    """The rows that a variant is trained on: its first `pairs`, with a share `label_noise` of the labels flipped.
+
+    Args:
+        train: rows of pairs.parquet, in their order.
+        seed: `run.seed`; which labels are flipped depends on it and on the number of rows only.
+
+    Raises:
+        ArtefactError: fewer rows than `variant.pairs`.
+    """
     rows = train[: variant.pairs]
     if variant.pairs and len(rows) < variant.pairs:
-        raise ArtefactError(f"rm.variants.*.pairs asks for {variant.pairs} training pairs; there are {len(train)}")
+        raise ArtefactError(f"rm.variants.*.pairs is {variant.pairs} and there are only {len(train)} training pairs")
     # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
     return repeated(
         flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
@@ -184,7 +207,11 @@ def _fits_cache(rm: RewardTraining, variant: RewardVariant) -> bool:
 def with_reference(
     engine: Engine, model: RewardModel, pairs: list[Pair], micro: int, cache: FrozenStateCache | None = None
 ) -> list[Pair]:
-    """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
+    """The pairs with the log-probs of the untrained model. Computed before training, so that one model is in memory.
+
+    Args:
+        micro: pairs per forward pass on one rank, on average.
+    """
     model.eval()
     world = distributed.world_size()
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
@@ -192,8 +219,8 @@ def with_reference(
     for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
         mine += zip(part, pair_logprobs(engine, model, [pairs[i] for i in part], cache), strict=True)
     model.train()
-    found = dict(distributed.gather_rows(mine))
-    return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]
+    references = dict(distributed.gather_rows(mine))
+    return [replace(pair, reference=references[i]) for i, pair in enumerate(pairs)]
 
 
 def train_step(
@@ -203,13 +230,17 @@ def train_step(
     batch: list[Pair],
     cache: FrozenStateCache | None,
 ) -> dict:
-    """One optimiser step on a global batch; metrics are means over its pairs on all ranks."""
+    """One optimiser step on a global batch; every rank gives the whole batch and trains on its part.
+
+    Returns:
+        `loss`, `reward_loss`, `regulariser` and `accuracy`, means over the pairs of all ranks, and `grad_norm`.
+    """
     parts = balanced([pair.row for pair in batch], distributed.world_size() * engine.accumulation)
     mine = parts[distributed.rank() :: distributed.world_size()]
     sums = dict.fromkeys(("loss", "reward_loss", "regulariser", "accuracy"), 0.0)
     for part in mine:
         losses = pair_losses(engine, model, variant, [batch[i] for i in part], cache)
-        # DeepSpeed averages over passes and ranks, which hold unequally many pairs.
+        # DeepSpeed averages over passes and ranks, which hold different numbers of pairs.
         engine.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
         engine.step()
         for key in sums:
@@ -255,7 +286,18 @@ def measure(
     out: Path,
     cache: FrozenStateCache | None = None,
 ) -> dict:
-    """Held-out accuracy, and mean and SD of the reward on samples of the reference policy (set on the model)."""
+    """Measure held-out accuracy, and the model's mean and SD on samples of the reference policy, which it sets.
+
+    Rewards of the validation pairs are written to `out/val.parquet`.
+
+    Args:
+        val: rows of pairs.parquet.
+        calibration: rows of calibration.parquet.
+
+    Returns:
+        Accuracies against gold and against the labels, with intervals; mean and SD of the reward; and its correlation
+        with the number of words.
+    """
     answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
     texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
     texts += [answered(r, r["response"]) for r in calibration]

@@ -13,10 +13,10 @@ from core.config.load import load
 
 
 def main(argv: list[str]) -> int:
-    """`grm vllm-serve`: replace this process by a vLLM server of `policy`."""
+    """`grm vllm-serve`: replace this process by a vLLM server of `policy`. Returns only on a faulty command line."""
     parser = argparse.ArgumentParser(
         prog="grm vllm-serve", description="Serve the policy with vLLM, for `ppo.vllm_servers`.",
-        epilog="What stands behind -- goes to vLLM, for example -- --tensor-parallel-size 2",
+        epilog="Options after -- are passed to vLLM, for example: -- --tensor-parallel-size 2",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")

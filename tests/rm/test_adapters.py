@@ -232,7 +232,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
         RewardModel.from_pretrained(copy, base=moved)
 
 
-def test_the_authors_lora_is_told_from_ours(policy_path, members, tmp_path):
+def test_the_authors_lora_is_not_taken_for_ours(policy_path, members, tmp_path):
     folder, _ = write_lora(AutoTokenizer.from_pretrained(policy_path), policy_path, tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):

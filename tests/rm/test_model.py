@@ -52,7 +52,7 @@ def test_left_and_right_padding_agree(model):
     left_mask = mask.flip(1)
     assert last_real_token(mask).tolist() == [len(r) - 1 for r in rows]
     torch.testing.assert_close(model(left, left_mask)[0], model(ids, mask)[0], atol=1e-5, rtol=1e-4)
-    # what stands in the padding is of no account
+    # what the padding holds does not matter
     poisoned = ids.masked_fill(mask == 0, model.tokenizer.eot_id)
     assert torch.equal(model(poisoned, mask)[0], model(ids, mask)[0])
 

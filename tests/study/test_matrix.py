@@ -198,7 +198,7 @@ def test_arms_of_one_size_share_their_wrong_labels():
     assert changed.sum() == 25
     assert all(a["flipped"] == (b["flipped"] != c) for a, b, c in zip(first, rows, changed, strict=False))
     assert arm_rows(rows, RewardVariant(), 1) == rows
-    with pytest.raises(Exception, match="asks for 300 training pairs; there are 200"):
+    with pytest.raises(Exception, match="is 300 and there are only 200 training pairs"):
         arm_rows(rows, RewardVariant(pairs=300), 1)
 
 
