@@ -72,7 +72,8 @@ def main() -> None:
 
 def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     from rm.score import score
-    from rm.train import fit, frozen_state_cache
+    from rm.train import fit
+    from rm.variants import frozen_state_cache
 
     distributed.init_distributed()
     tokenizer = ChatTokenizer(cfg.rm.base)

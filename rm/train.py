@@ -19,14 +19,9 @@ from tqdm import tqdm
 from core import config
 from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
-from core.data.chat import ChatTokenizer
-from core.data.labels import flip_labels, repeated
 from core.data.streams import stream_seed
-from core.errors import ArtefactError
 from core.files import read_json, read_table, write_json, write_table
-from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
-from core.models.loading import load_causal_lm
-from core.models.lora import add_lora
+from core.models.layers import FrozenStateCache
 from core.training import distributed
 from core.training.engine import Engine
 from core.training.weights import gathered
@@ -37,6 +32,7 @@ from rm.model import RewardModel
 from rm.objective import pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise
 from rm.score import score
+from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -98,7 +94,7 @@ def train_variant(
         cache: of frozen states; not used where the variant trains one of the cached layers.
     """
     started = time.time()
-    if cache and not _fits_cache(cfg.rm, variant):
+    if cache and not fits_cache(cfg.rm, variant):
         cache = None
     engine, model, metrics = fit(cfg.rm, cfg.engine, variant, train, out, name=name, seed=cfg.run.seed, cache=cache)
     metrics |= measure(engine, model, val, calibration, out, cache)
@@ -143,7 +139,7 @@ def fit(
     for step, batch in enumerate(
         tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
     ):
-        # For InfoRM's latents and dropout in adapters; the seed is named by step, so a resumed run draws the same.
+        # For InfoRM's latents and dropout in adapters; named by step, like every draw.
         torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
         row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
         if log:
@@ -151,57 +147,6 @@ def fit(
             log.flush()
     model.eval()
     return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
-
-
-def build(
-    rm: RewardTraining, settings: config.Engine, variant: RewardVariant, seed: int
-) -> tuple[RewardModel, ChatTokenizer]:
-    """The untrained model and its tokenizer; variants with the same `variant.seed` start from the same head.
-
-    Args:
-        seed: `run.seed`.
-    """
-    tokenizer = ChatTokenizer(rm.base)
-    lm = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant))
-    torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
-    if rm.lora and variant.trainable_layers is None:
-        lm = add_lora(lm, rm.lora)
-    else:
-        train_top_layers(lm, _trainable(rm, variant))
-    return RewardModel(lm, variant.head, tokenizer), tokenizer
-
-
-def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
-    """The rows that a variant is trained on: its first `pairs`, with a share `label_noise` of the labels flipped.
-
-    Args:
-        train: rows of pairs.parquet, in their order.
-        seed: `run.seed`; which labels are flipped depends on it and on the number of rows only.
-
-    Raises:
-        ArtefactError: fewer rows than `variant.pairs`.
-    """
-    rows = train[: variant.pairs]
-    if variant.pairs and len(rows) < variant.pairs:
-        raise ArtefactError(f"rm.variants.*.pairs is {variant.pairs} and there are only {len(train)} training pairs")
-    # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
-    return repeated(
-        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
-    )
-
-
-def num_layers(rm: RewardTraining, variant: RewardVariant) -> int | None:
-    """How many layers of the backbone the variant keeps, from the lowest on; None for all."""
-    return rm.num_layers if variant.num_layers is None else variant.num_layers
-
-
-def _trainable(rm: RewardTraining, variant: RewardVariant) -> int | None:
-    return rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
-
-
-def _fits_cache(rm: RewardTraining, variant: RewardVariant) -> bool:
-    """Whether this variant keeps all cached layers frozen; the cache is of a backbone of its `num_layers`."""
-    return _trainable(rm, variant) <= rm.trainable_layers
 
 
 def with_reference(
@@ -247,35 +192,6 @@ def train_step(
             sums[key] += float(losses[key].detach()) * len(part)
     totals = distributed.global_sum(*sums.values())
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
-
-
-def frozen_state_cache(
-    rm: RewardTraining, settings: config.Engine, variant: RewardVariant | None = None
-) -> FrozenStateCache | None:
-    """An empty cache for the layers below the top `rm.trainable_layers` of a backbone as deep as the variant's.
-
-    Every rank holds these layers whole, so that computing their states needs no other rank.
-
-    Args:
-        variant: None for a backbone of `rm.num_layers` layers.
-
-    Returns:
-        None without `rm.cache_frozen_layers`, or where no layer is frozen.
-
-    Raises:
-        ArtefactError: `rm.base.attention` is a flash kernel, or the architecture cannot be cut there.
-    """
-    if not rm.cache_frozen_layers:
-        return None
-    base = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant or RewardVariant()))
-    if base.config.num_hidden_layers <= rm.trainable_layers:
-        return None
-    base.to(distributed.device())
-    if base.config._attn_implementation.startswith("flash"):
-        raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
-    layers = FrozenLayers(base, base.config.num_hidden_layers - rm.trainable_layers)
-    layers.check(base)
-    return FrozenStateCache(layers)
 
 
 def measure(

@@ -16,7 +16,7 @@ from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.objective import pair_losses
 from rm.pairs import Pair
-from rm.train import build, frozen_state_cache
+from rm.variants import build, frozen_state_cache
 from study.reward_models import parameters
 
 SIZES = (4, 6)

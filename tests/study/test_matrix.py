@@ -10,7 +10,7 @@ from core.config import RewardVariant
 from core.config.load import load
 from core.errors import ConfigError, DataError
 from core.files import read_table, write_json, write_table
-from rm.train import arm_rows, num_layers
+from rm.variants import arm_rows, num_layers
 from study import matrix
 from study import reward_models as study_models
 from study import run as study
