@@ -11,7 +11,7 @@ rewards. They raise DataError on rewards that are not floats [k, n] with k >= 1,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ def standardise(rewards: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     return (rewards - next(columns)) / next(columns)
 
 
-def centre_by_prompt(rewards: Tensor, prompts: Sequence, std: Sequence[float]) -> Tensor:
+def centre_by_prompt(rewards: Tensor, prompts: Sequence[Hashable], std: Sequence[float]) -> Tensor:
     """(r_i - mean of r_i over the samples of the same prompt) / std_i [k, n].
 
     Args:
-        prompts: [n], the prompt of each sample, in any hashable form.
+        prompts: [n], the prompt of each sample, for example its id.
         std: [k] of `within_prompt_std`, on calibration prompts rather than on those that are evaluated.
 
     Raises:
@@ -52,7 +52,7 @@ def centre_by_prompt(rewards: Tensor, prompts: Sequence, std: Sequence[float]) -
     return standardise(rewards - _prompt_means(rewards, prompts), [0.0] * len(rewards), std)
 
 
-def within_prompt_std(rewards: Tensor, prompts: Sequence) -> list[float]:
+def within_prompt_std(rewards: Tensor, prompts: Sequence[Hashable]) -> list[float]:
     """Pooled standard deviation within prompts of each member [k].
 
     The square root of the squared deviations from the prompt's mean, summed, over n - (number of prompts).
@@ -172,7 +172,7 @@ def proxy_units(units: Sequence[tuple[float, float]], rule: str | None) -> tuple
     return units[0] if rule is None else (0.0, 1.0)
 
 
-def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
+def _prompt_means(rewards: Tensor, prompts: Sequence[Hashable]) -> Tensor:
     """[k, n]: for each sample, the mean over the samples of its prompt."""
     if len(prompts) != rewards.shape[1]:
         raise DataError(f"{rewards.shape[1]} samples need as many prompts, not {len(prompts)}")
