@@ -13,7 +13,7 @@ from bon.pools import Pools, from_tables
 from core.data.chat import Message
 from core.files import digest, read_json, read_table, write_table
 from core.generation.pool import conversation
-from core.models.layers import LowerCache, LowerLayers, shared_depth
+from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.model import RewardModel
@@ -38,8 +38,8 @@ def score_proxies(folder: Path, samples: list[dict], out: Path) -> list[str]:
             shared = SharedLayers.of(*models.values(), conversations)
         for name in alike:
             model = models.pop(name, None) or load(name)
-            lower = shared.cache if shared and shared.fits(model) else None
-            rewards = model.score(conversations, lower=lower, progress=f"bon: {name}")
+            cache = shared.cache if shared and shared.fits(model) else None
+            rewards = model.score(conversations, frozen=cache, progress=f"bon: {name}")
             write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
     return names
 
@@ -48,7 +48,7 @@ class SharedLayers:
     """The lowest layers that reward models of one base have in common, run once for all of them."""
 
     def __init__(self, model: RewardModel, depth: int):
-        self.model, self.cache = model, LowerCache(LowerLayers(model.lm, depth))
+        self.model, self.cache = model, FrozenStateCache(FrozenLayers(model.lm, depth))
 
     @classmethod
     def of(

@@ -72,7 +72,8 @@ def main() -> None:
 
 def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     from rm.score import score
-    from rm.train import fit, lower_cache
+    from rm.train import fit
+    from rm.variants import frozen_state_cache
 
     distributed.init_distributed()
     tokenizer = ChatTokenizer(cfg.rm.base)
@@ -81,7 +82,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     chats = [[*r["prompt"], {"role": "assistant", "content": r[k]}] for k in ("chosen", "rejected") for r in rows]
     # Methods innermost: a grid that is cut short compares all methods on what it has.
     grid = list(product(SEEDS, NOISES, SIZES, cfg.rm.variants))[part::parts]
-    lower = lower_cache(cfg)
+    cache = frozen_state_cache(cfg.rm, cfg.engine)
     for number, (seed, noise, size, method) in enumerate(grid, start=1):
         file = path(cfg, seed, noise, size, method)
         if file.is_file():
@@ -90,14 +91,16 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         variant = cfg.rm.variants[method].model_copy(update={"seed": seed})
         labelled = flip_labels(pairs[:size], noise, np.random.default_rng(stream_seed(cfg.run.seed, "noise", size)))
         file.with_suffix("").mkdir(parents=True, exist_ok=True)
-        trainer, model, _ = fit(cfg, file.stem, variant, labelled, file.with_suffix(""), lower)
+        engine, model, _ = fit(
+            cfg.rm, cfg.engine, variant, labelled, file.with_suffix(""), name=file.stem, seed=cfg.run.seed, cache=cache
+        )
         trained = time.time() - started
         rewards = score(
-            trainer,
+            engine,
             tokenizer,
             chats,
             share=model.shares_prompts,
-            lower=lower,
+            frozen=cache,
             device=distributed.device(),
             progress="rewards",
         ).tolist()
@@ -108,7 +111,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         ])  # fmt: skip
         print(f"{number}/{len(grid)} {file.stem}: trained in {trained:.0f} s, scored in "
               f"{time.time() - started - trained:.0f} s", flush=True)  # fmt: skip
-        del trainer, model
+        del engine, model
 
 
 def data(cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer) -> tuple[list[dict], dict[str, list[dict]]]:

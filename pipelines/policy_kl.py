@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from core.batching import pad_right
 from core.data.chat import ChatTokenizer
-from core.models.layers import LowerLayers, hidden_states, shared_depth
+from core.models.layers import FrozenLayers, hidden_states, shared_depth
 from ppo.math import exact_kl, kl_k1, kl_k3
 
 LOGIT_ROWS = 512
@@ -32,7 +32,7 @@ def measure_kl(
     sequences = [(tokenizer.prompt_ids(s["prompt"]), list(s["token_ids"])) for s in samples]
     # Below the adapters both are the same model: those layers are run once.
     depth = shared_depth(policy.requires_grad_(False), reference.requires_grad_(False))
-    lower = LowerLayers(reference, depth) if depth else None
+    frozen_layers = FrozenLayers(reference, depth) if depth else None
     order = sorted(range(len(samples)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     found: list[dict[str, float]] = [{}] * len(samples)
     for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False):
@@ -40,8 +40,8 @@ def measure_kl(
         ids, mask = pad_right(
             [p + r for p, r in (sequences[i] for i in batch)], tokenizer.pad_id, next(policy.parameters()).device
         )
-        below = lower(ids, mask) if lower else None
-        states = [hidden_states(lm, ids, mask, lower=below) for lm in (policy, reference)]
+        frozen = frozen_layers(ids, mask) if frozen_layers else None
+        states = [hidden_states(lm, ids, mask, frozen=frozen) for lm in (policy, reference)]
         for b, i in enumerate(batch):
             prompt, response = sequences[i]
             span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)

@@ -1,4 +1,4 @@
-"""A moving average of the trained weights: often a better policy than the last one, at no cost in training."""
+"""A moving average of the trained weights: often a better policy than the last one, at hardly any cost."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from core.training import distributed
 from core.training.weights import gathered
 
 FILE = "ema.safetensors"
+"""Name of the file that `save` writes."""
 
 
 class WeightAverage:
-    """theta_avg <- decay * theta_avg + (1 - decay) * theta after each step, from the initial weights on.
+    """average <- decay * average + (1 - decay) * weights after each step, starting at the initial weights.
 
-    Float32, in the first rank's host memory. The weights themselves may be bfloat16 and sharded: every rank calls
-    `update`. With adapters it is their factors that are averaged.
+    The average is float32 and in host memory of the first rank. The weights themselves may be bfloat16 and sharded, so
+    every rank must make one and call its methods. With adapters their factors A and B are averaged.
+
+    Args:
+        lm: its parameters with `requires_grad` are averaged.
+        decay: per call of `update`, in (0, 1).
     """
 
     def __init__(self, lm: nn.Module, decay: float):
         self._decay = decay
         self._trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
         self.values: dict[nn.Parameter, Tensor] = {}
-        """What `named_weights` takes in place of the weights; empty on every rank but the first."""
+        """Parameter -> its average: the `values` of `named_weights`. Empty on all ranks but the first."""
         self._blend(0.0)
 
     def update(self) -> None:
+        """Blend in the weights as they are now."""
         self._blend(self._decay)
 
     def _blend(self, decay: float) -> None:
@@ -38,12 +44,14 @@ class WeightAverage:
                     self.values[parameter] = old * decay + new * (1 - decay)
 
     def save(self, folder: Path) -> None:
+        """Write FILE into `folder`, on the first rank."""
         from safetensors.torch import save_file
 
         if distributed.rank() == 0:
             save_file({name: self.values[p].contiguous() for name, p in self._trained.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote into `folder`."""
         from safetensors.torch import load_file
 
         if distributed.rank() == 0:

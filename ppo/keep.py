@@ -1,4 +1,4 @@
-"""Which policies of a run are kept: the last so many, and the best by a rule that does not look at gold."""
+"""Which policies of a run are kept: the last n, and the best by a rule that does not look at gold."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from core.files import read_json, write_json
 
 
 class PolicyKeeper:
-    """Folders `checkpoints/step-*` of a run.
+    """The folders `checkpoints/step-*` of a run, and the scores of their policies in `policies.json`.
 
-    A policy's score is the mean reward of the rollout sampled from it, less the KL penalty: known one step later.
+    The score of a policy is the mean reward of the rollout sampled from it, less the KL penalty. It is known one step
+    after the policy was saved.
 
     Args:
-        keep: policies to keep beside the best one; None keeps all.
+        out: folder of the run.
+        keep: how many of the latest policies to keep, in addition to the best one; None keeps all.
     """
 
     def __init__(self, out: Path, keep: int | None):
         self._folder, self._file, self._keep = out / "checkpoints", out / "policies.json", keep
 
     def folder(self, step: int) -> Path:
+        """Where the policy after `step` is saved."""
         return self._folder / f"step-{step:04d}"
 
     def scored(self, step: int, score: float) -> None:
-        """Note the score of the policy that step `step` has left, if it was kept, and drop what need not be."""
+        """Record the score of the policy after `step`, if that policy was saved, and delete what need not be kept."""
         if not self.folder(step).is_dir():
             return
         scores = {int(k): v for k, v in read_json(self._file).items()} if self._file.is_file() else {}
-        # A resumed run goes over steps that are noted already.
+        # A resumed run repeats steps whose scores are recorded already.
         scores = {k: v for k, v in scores.items() if k < step} | {step: score}
         write_json(self._file, {str(k): v for k, v in scores.items()})
         if self._keep is None:

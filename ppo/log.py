@@ -1,4 +1,4 @@
-"""What a PPO run leaves to look at: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, warnings."""
+"""What a PPO run logs: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, and warnings on the console."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLog:
-    """On the first rank only. Rows of steps that are run again are cut off first, so that each step stands once."""
+    """Made by the first rank only.
+
+    A resumed run repeats the steps after its last saved state. Their rows are dropped first, so that every step has one
+    row.
+
+    Args:
+        out: folder of the run.
+        first_step: the first step that will be logged.
+
+    Raises:
+        DataError: a tracker of `ppo.trackers` is not installed.
+    """
 
     def __init__(self, cfg: Config, out: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -28,6 +39,7 @@ class RunLog:
         self._trackers = [_tracker(name, cfg) for name in cfg.ppo.trackers]
 
     def step(self, step: int, stats: dict[str, float], samples: list[dict]) -> None:
+        """Write one step everywhere, and print its headline and the warnings that are new."""
         row = {"step": step, **stats}
         self._rows.append(row)
         with (self._out / "metrics.jsonl").open("a") as file:
@@ -48,17 +60,19 @@ class RunLog:
             tqdm.write(f"ppo {step:>4}: warning: {line}")
 
     def close(self) -> None:
+        """Flush and end TensorBoard and the trackers."""
         self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
 
 
 def read_rows(file: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop rows of later steps; a last line that a kill cut short is one of them."""
+    """Drop the rows of later steps from a JSONL file, and a last line that a kill cut short."""
     kept = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
@@ -72,7 +86,7 @@ def keep_until(file: Path, step: int) -> None:
 
 
 def _table(samples: list[dict]) -> str:
-    """Markdown, which TensorBoard shows as a table."""
+    """A Markdown table, which TensorBoard renders."""
     cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")  # noqa: E731
     rows = [f"| {s['proxy']:+.3f} | {s['tokens']} | {cell(s['response'])} |" for s in samples]
     return "\n".join(["| proxy | tokens | response |", "| --- | --- | --- |", *rows])

@@ -1,8 +1,7 @@
-"""The mathematics of PPO: pure torch. B responses, T tokens, V vocabulary.
+"""The mathematics of PPO, in pure torch. B responses, T tokens, V vocabulary.
 
-Masks are True on response tokens, EOS included.
-
-Masked positions may hold anything, NaN too: they change neither values nor gradients.
+Log-probs and KLs are in nats. Masks are bool [B, T], True on response tokens, the end of turn included. Where a mask is
+False a tensor may hold anything, NaN too: it changes neither values nor gradients.
 """
 
 from __future__ import annotations
@@ -12,40 +11,48 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to this size before exp, so that a ratio never overflows."""
 
 
 def logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Float32 log-probabilities [B, T] of `tokens` under softmax(logits [B, T, V] / temperature)."""
+    """Float32 log-probs [B, T] of `tokens` [B, T] under softmax(logits [B, T, V] / temperature)."""
     return (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log pi - log pi_0 of tokens sampled from pi: unbiased for KL(pi || pi_0), may be negative (Schulman 2020)."""
+    """log pi - log pi_0 of tokens sampled from pi: unbiased for KL(pi || pi_0), may be negative.
+
+    The estimators k1, k2 and k3 are those of Schulman, "Approximating KL divergence" (2020), elementwise.
+    """
     return logp - ref_logp
 
 
 def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """(log pi - log pi_0)^2 / 2: biased, small variance near pi_0."""
+    """(log pi - log pi_0)^2 / 2 of tokens sampled from pi: biased, with a small variance near pi_0."""
     return 0.5 * (logp - ref_logp).square()
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """pi_0/pi - 1 - log(pi_0/pi): unbiased and never negative."""
+    """pi_0/pi - 1 - log(pi_0/pi) of tokens sampled from pi: unbiased and never negative."""
     log_ratio = ref_logp - logp
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - 1 - log_ratio
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(pi || pi_0) over the vocabulary, in nats; last dimension V is summed out."""
+    """KL(pi || pi_0) [...] of the distributions softmax(logits [..., V]), summed over the vocabulary, in float32."""
     logp, ref = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - ref)).sum(-1)
 
 
 def kl_loss(logp: Tensor, ref_logp: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
-    """KL(pi || pi_0) as a term of the loss, a mean over tokens; inputs [B, T], tokens sampled from pi.
+    """KL(pi || pi_0) as a term of the loss: a scalar, the mean over response tokens sampled from pi.
 
-    Its value is that of k3; its gradient is that of k2, (log pi - log pi_0) d log pi, whose expectation is the gradient
-    of the KL. That of k3 itself is the gradient of the reverse KL.
+    Its value is that of k3. Its gradient is that of k2, (log pi - log pi_0) d log pi, whose expectation is the gradient
+    of KL(pi || pi_0); the gradient of k3 has that of the reverse KL as its expectation.
+
+    Args:
+        logp, ref_logp: [B, T] of the policy, with gradient, and of the reference.
+        denominator: as in `masked_mean`.
     """
     logp, ref_logp = torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0)
     k2, k3 = kl_k2(logp, ref_logp), kl_k3(logp, ref_logp).detach()
@@ -53,7 +60,12 @@ def kl_loss(logp: Tensor, ref_logp: Tensor, mask: Tensor, denominator: float | N
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tensor:
-    """-coef * kl [B, T] on every response token, plus the score [B] on the last one (Ziegler et al. 1909.08593)."""
+    """Rewards per token [B, T]: -coef * kl on every response token, and the score on the last one (1909.08593, eq. 2).
+
+    Args:
+        scores: [B], rewards of whole responses.
+        kl: [B, T], the estimate of each token.
+    """
     rewards = torch.where(mask, -coef * kl, 0.0)
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * columns).argmax(-1)
@@ -62,9 +74,16 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Ten
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438, eq. 16): advantages and returns = advantages + values, [B, T].
+    """Generalised advantage estimation (1506.02438, eq. 16).
 
-    A row's response is one run of True; the value after its last token is 0.
+    In each row the mask is one run of True. The value after the last token is 0.
+
+    Args:
+        rewards: [B, T] per token.
+        values: [B, T], the critic's value of the state before each token.
+
+    Returns:
+        Advantages, and returns = advantages + values where the mask is True; both [B, T].
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
@@ -79,23 +98,25 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """sum_k gamma^k r_{t+k} [B, T]: what GAE gives with lambda = 1 and no critic."""
+    """sum_k gamma^k r_{t+k} [B, T]: what GAE with lambda = 1 gives without a critic."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
-    """Each response's return less the mean return of the others to its prompt (2402.14740, eq. 7).
+    """Advantages [N]: each response's return less the mean return of the others to its prompt (2402.14740, eq. 7).
 
-    returns: [N] of whole responses; groups: [N], equal for responses to one prompt, at least two of each.
+    Args:
+        returns: [N] of whole responses.
+        groups: [N], equal for responses to one prompt; at least two responses per prompt.
     """
     sums, counts = _of_groups(returns, groups)
     return returns - (sums - returns) / (counts - 1)
 
 
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(return - mean) / std over the responses to a prompt (2402.03300, section 4.1.2); arguments as in `rloo`.
+    """Advantages [N]: (return - mean) / std over the responses to a prompt (2402.03300, section 4.1.2).
 
-    A group whose returns are all equal has advantage 0.
+    The arguments are those of `rloo`. Responses whose returns are all equal get advantage 0.
     """
     sums, counts = _of_groups(returns, groups)
     centred = returns - sums / counts
@@ -110,12 +131,19 @@ def _of_groups(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_mean(x: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
-    """Sum of x over True positions, over their number or over `denominator` (the tokens of a global batch)."""
+    """Sum of x over True positions, divided by their number or by `denominator`; a scalar.
+
+    With the number of response tokens of the global batch as the denominator, the results of micro-batches add up to
+    the mean over that batch.
+    """
     return torch.where(mask, x, 0.0).sum() / (mask.sum() if denominator is None else denominator)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x with variance 1 (and mean 0, unless shift_mean is False) over the True positions of all ranks; 0 elsewhere."""
+    """x scaled to variance 1 over the True positions of all ranks, and 0 elsewhere; same shape as x.
+
+    The mean over these positions becomes 0, or is kept where `shift_mean` is False. Every rank must call it.
+    """
     x = torch.where(mask, x, 0.0)
     count, total = _global(mask.sum(), x.sum())
     mean = total / count
@@ -135,12 +163,20 @@ def policy_loss(
     is_weight: Tensor | None = None,
     denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate (1707.06347, eq. 7), a mean over tokens; all inputs [B, T].
+    """Clipped surrogate loss of PPO (1707.06347, eq. 7), the mean over response tokens.
 
     Args:
-        dual_clip: lower bound c * A for negative advantages (1912.09729).
-        is_weight: truncated weights trainer / sampler, on the loss.
-        denominator: tokens of the global optimiser batch; micro-batch losses then add up to its mean.
+        logp: [B, T] of the policy, with gradient.
+        old_logp: [B, T] of the policy before the step's updates.
+        advantages: [B, T].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c, which bounds the gain from below by c * A where the advantage A is negative (1912.09729).
+        is_weight: [B, T] of `importance_weight`, by which the loss of each token is multiplied.
+        denominator: as in `masked_mean`.
+
+    Returns:
+        The loss, and without gradient: `clipfrac`, the share of tokens whose gradient is clipped away; `approx_kl`,
+        the k3 estimate of KL(old || new) per token; `ratio_max_dev`, the largest |ratio - 1|.
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio, adv = log_ratio.exp(), torch.where(mask, advantages, 0.0)
@@ -153,7 +189,7 @@ def policy_loss(
     with torch.no_grad():
         stats = {
             "clipfrac": masked_mean((clipped < plain).float(), mask),
-            # k3 of KL(old || new): the tokens are samples of old
+            # k3 of KL(old || new), since the tokens are samples of the old policy
             "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
             "ratio_max_dev": (ratio - 1).abs().max(),
         }
@@ -163,9 +199,17 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Half the mean of the larger of plain and clipped squared error, and the share clipped; inputs [B, T].
+    """Half the mean, over response tokens, of the larger of the plain and the clipped squared error of the critic.
 
-    `clip` may be infinite: then nothing is clipped.
+    Args:
+        values: [B, T] of the critic, with gradient.
+        old_values: [B, T] before the step's updates.
+        returns: [B, T], the targets.
+        clip: how far from the old value a new one counts, in units of the reward; infinite for no clipping.
+        denominator: as in `masked_mean`.
+
+    Returns:
+        The loss, and the share of tokens that are clipped, without gradient.
     """
     values, old, target = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = old + (values - old).clamp(-clip, clip)
@@ -175,27 +219,33 @@ def value_loss(
 
 
 def importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap), without gradient: corrects for the sampler's rounding."""
+    """min(pi_actor / pi_sampler, cap), elementwise and without gradient.
+
+    Corrects for sampling from a policy that differs from the actor by rounding, or by one update.
+    """
     return (logp - sampler_logp).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over True positions: 1 is perfect, 0 no better than a constant."""
+    """1 - Var(returns - values) / Var(returns) over True positions: 1 is perfect, 0 is no better than a constant."""
     target, error = returns[mask], (returns - values)[mask]
     return 1 - error.var(correction=0) / target.var(correction=0).clamp(min=1e-8)
 
 
 class AdaptiveKL:
-    """The KL coefficient; proportional control as in Ziegler et al. (1909.08593), fixed when `target` is None.
+    """The coefficient of the KL penalty, under proportional control (Ziegler et al. 1909.08593, section 2.2).
 
-    `target` is in nats per response (the sum over its tokens).
+    Args:
+        coef: initial value.
+        target: KL in nats per response (the sum over its tokens) that is aimed at; None keeps the coefficient fixed.
+        horizon: responses over which the coefficient follows; a larger horizon is slower.
     """
 
     def __init__(self, coef: float, target: float | None, horizon: int):
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_response: float, n: int) -> None:
-        """After `n` responses whose mean KL was `kl_per_response`."""
+        """Adapt to `n` responses whose mean KL was `kl_per_response` nats."""
         if self.target is not None:
             error = min(0.2, max(-0.2, kl_per_response / self.target - 1))
             self.coef *= 1 + error * n / self.horizon
@@ -208,7 +258,7 @@ class AdaptiveKL:
 
 
 def _global(*values: Tensor) -> list[Tensor]:
-    """Sums over all ranks."""
+    """Each scalar summed over all ranks, in float64, returned as float32."""
     stacked = torch.stack([v.double() for v in values])
     if dist.is_initialized():
         dist.all_reduce(stacked)

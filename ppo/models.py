@@ -7,104 +7,135 @@ from pathlib import Path
 
 import torch
 
-from core.config import Config
+from core import config
+from core.config import Model, Ppo
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.models.layers import LowerLayers, shared_depth, train_top_layers
+from core.models.layers import FrozenLayers, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.proxy import LocalProxy, RemoteProxy
 from rm.ensemble import AdapterEnsemble, one_base
-from rm.heads import zero_output
 from rm.model import RewardModel
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    actor: engine.Engine
-    critic: engine.Engine | None
+    """The engines of one PPO run."""
+
+    actor: Engine
+    critic: Engine | None
     """None for estimators that have none."""
-    reference: engine.Engine
-    """With adapters, the actor."""
+    reference: Engine
+    """With adapters it is the actor, run without them."""
     proxy: LocalProxy | RemoteProxy
-    lower: engine.Engine | None
-    """The lowest layers, frozen and equal in actor, reference and critic, to be run once for all."""
+    frozen_layers: Engine | None
+    """The lowest layers, frozen and equal in actor, reference and critic: run once for all three. None for none."""
 
 
-def make_engines(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer, seed: int) -> Engines:
-    """Every rank must call it. `seed` is of the adapter's start.
+def make_engines(
+    ppo: Ppo, policy: Model, settings: config.Engine, *,
+    temperature: float, reward_models: Path, tokenizer: ChatTokenizer, seed: int,
+) -> Engines:  # fmt: skip
+    """Load the models and put them under engines. Every rank must call it.
+
+    Args:
+        temperature: of sampling; the policy's log-probs are taken at it.
+        reward_models: folder of stage `rm`, with one folder per variant.
+        tokenizer: the policy's.
+        seed: of the adapter's initial weights.
 
     Raises:
-        DataError: a reward model with another tokenizer than the policy.
+        DataError: a reward model has another tokenizer than the policy.
+        ArtefactError: a model cannot be loaded, or cannot be cut above its frozen layers.
     """
-    ppo, settings, micro = cfg.ppo, cfg.engine, cfg.ppo.micro_batch
+    micro = ppo.micro_batch
     per_rank, updates = ppo.rollouts // distributed.world_size(), ppo.epochs * ppo.minibatches
     trained = {"micro_batch": micro, "accumulation": per_rank // (micro * ppo.minibatches)}
-    base = lambda: load_causal_lm(cfg.policy, dtype=settings.dtype)  # noqa: E731
-    module = lambda lm: PolicyModule(lm, cfg.generation.temperature)  # noqa: E731
     torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
-    lm = add_lora(base(), ppo.lora) if ppo.lora else base()
-    critic = _critic(cfg, reward_models / ppo.proxy, tokenizer) if ppo.estimator == "gae" else None
-    # Weights are compared, so before they are sharded.
-    lower = _lower_layers(cfg, lm, *([critic.lm] if critic else []))
+    lm = load_causal_lm(policy, dtype=settings.dtype)
+    if ppo.lora:
+        lm = add_lora(lm, ppo.lora)
+    loader = _RewardModels(reward_models, policy, settings, tokenizer)
+    critic = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
+    # This compares weights, so it comes before they are sharded.
+    frozen_layers = _frozen_layers(ppo, policy, settings, *([lm, critic.lm] if critic else [lm]))
     steps = ppo.steps - ppo.critic_warmup_steps
-    actor = engine.Engine(module(lm), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
+    actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
     if critic:
-        critic = engine.Engine(critic, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
-    reference = actor if ppo.lora else engine.Engine(module(base()), settings, micro_batch=micro)
-    return Engines(actor, critic, reference, _proxy(cfg, reward_models, tokenizer), lower)
+        critic = Engine(critic, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
+    reference = actor
+    if not ppo.lora:
+        base = load_causal_lm(policy, dtype=settings.dtype)
+        reference = Engine(PolicyModule(base, temperature), settings, micro_batch=micro)
+    return Engines(actor, critic, reference, _proxy(ppo, loader), frozen_layers)
 
 
-def _proxy(cfg: Config, reward_models: Path, tokenizer: ChatTokenizer) -> LocalProxy | RemoteProxy:
-    ppo, settings = cfg.ppo, cfg.engine
-    if ppo.reward_server:
-        return RemoteProxy(ppo.reward_server, _reward_model(cfg, reward_models / ppo.proxy, tokenizer))
-    paths = [reward_models / name for name in ppo.members]
-    if one_base(paths):  # adapters: one backbone in memory, however many members
-        ensemble = AdapterEnsemble.from_pretrained(paths, dtype=settings.dtype, attention=cfg.policy.attention)
+@dataclass(frozen=True, slots=True)
+class _RewardModels:
+    """Loads the reward models of stage `rm`; refuses one with another tokenizer than the policy."""
+
+    folder: Path
+    policy: Model
+    settings: config.Engine
+    tokenizer: ChatTokenizer
+
+    def load(self, name: str) -> RewardModel:
+        path = self.folder / name
+        model = RewardModel.from_pretrained(path, dtype=self.settings.dtype, attention=self.policy.attention)
+        self._check(path, model)
+        return model
+
+    def load_on_one_base(self, names: tuple[str, ...]) -> AdapterEnsemble | None:
+        """None where these are not adapters of one base."""
+        paths = [self.folder / name for name in names]
+        if not one_base(paths):
+            return None
+        ensemble = AdapterEnsemble.from_pretrained(paths, dtype=self.settings.dtype, attention=self.policy.attention)
         for path, member in zip(paths, ensemble.members, strict=True):
-            _check_tokenizer(cfg, path, member, tokenizer)
-        engines = ensemble.through(engine.Engine(ensemble, settings, micro_batch=ppo.micro_batch))
-    else:
-        members = [_reward_model(cfg, path, tokenizer) for path in paths]
-        engines = [engine.Engine(member, settings, micro_batch=ppo.micro_batch) for member in members]
-    return LocalProxy(engines, ppo.combine)
+            self._check(path, member)
+        return ensemble
+
+    def _check(self, path: Path, model: RewardModel) -> None:
+        if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise DataError(f"{path} has another tokenizer than the policy {self.policy.path}")
 
 
-def _critic(cfg: Config, proxy_path: Path, tokenizer: ChatTokenizer) -> RewardModel:
+def _proxy(ppo: Ppo, reward_models: _RewardModels) -> LocalProxy | RemoteProxy:
+    if ppo.reward_server:
+        return RemoteProxy(ppo.reward_server, reward_models.load(ppo.proxy))
+    engine = lambda module: Engine(module, reward_models.settings, micro_batch=ppo.micro_batch)  # noqa: E731
+    if ensemble := reward_models.load_on_one_base(ppo.members):
+        return LocalProxy(ensemble.through(engine(ensemble)), ppo.combine)
+    members = [reward_models.load(name) for name in ppo.members]
+    return LocalProxy([engine(member) for member in members], ppo.combine)
+
+
+def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels) -> RewardModel:
     """The layers of the proxy or of the policy under a value head."""
-    if cfg.ppo.critic_init == "proxy":
-        critic = _reward_model(cfg, proxy_path, tokenizer)
+    if ppo.critic_init == "proxy":
+        critic = reward_models.load(ppo.proxy)
     else:
-        lm = load_causal_lm(cfg.policy, dtype=cfg.engine.dtype)
-        critic = RewardModel(lm, "mlp", tokenizer)
+        lm = load_causal_lm(policy, dtype=settings.dtype)
+        critic = RewardModel(lm, "mlp", reward_models.tokenizer)
         critic.head.to(dtype=lm.dtype)
-    if cfg.ppo.critic_head == "zero":
-        zero_output(critic)
-    train_top_layers(critic.lm, cfg.ppo.critic_trainable_layers)
+    if ppo.critic_head == "zero":
+        critic.zero_head()
+    train_top_layers(critic.lm, ppo.critic_trainable_layers)
     return critic
 
 
-def _lower_layers(cfg: Config, *lms: torch.nn.Module) -> engine.Engine | None:
-    depth = shared_depth(*lms) if cfg.ppo.reuse_frozen_layers else 0
+def _frozen_layers(ppo: Ppo, policy: Model, settings: config.Engine, *lms: torch.nn.Module) -> Engine | None:
+    """The layers that all of `lms` keep frozen and equal; None where there are none, or `ppo` does not reuse them."""
+    depth = shared_depth(*lms) if ppo.reuse_frozen_layers else 0
     if not depth:
         return None
-    base = load_causal_lm(cfg.policy, dtype=cfg.engine.dtype)
-    layers = LowerLayers(base.to(distributed.device()), depth)
+    base = load_causal_lm(policy, dtype=settings.dtype)
+    layers = FrozenLayers(base.to(distributed.device()), depth)
     for lm in lms:
         layers.check(lm.to(distributed.device()))
-    return engine.Engine(layers, cfg.engine, micro_batch=cfg.ppo.micro_batch)
-
-
-def _reward_model(cfg: Config, path: Path, tokenizer: ChatTokenizer) -> RewardModel:
-    model = RewardModel.from_pretrained(path, dtype=cfg.engine.dtype, attention=cfg.policy.attention)
-    _check_tokenizer(cfg, path, model, tokenizer)
-    return model
-
-
-def _check_tokenizer(cfg: Config, path: Path, model: RewardModel, tokenizer: ChatTokenizer) -> None:
-    if model.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise DataError(f"{path} has another tokenizer than the policy {cfg.policy.path}")
+    return Engine(layers, settings, micro_batch=ppo.micro_batch)

@@ -7,12 +7,18 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from core.models.layers import Lower, hidden_states
+from core.models.layers import FrozenStates, hidden_states
 from core.models.logprobs import token_logprobs
 
 
 class PolicyModule(nn.Module):
-    """B responses, L columns (prompt + response). With adapters the reference is the same module without them."""
+    """The policy's causal LM. B conversations of L columns (prompt and response).
+
+    With adapters the reference is the same module with its adapters switched off.
+
+    Args:
+        temperature: of sampling; log-probs are of softmax(logits / temperature).
+    """
 
     def __init__(self, lm: nn.Module, temperature: float):
         super().__init__()
@@ -27,16 +33,24 @@ class PolicyModule(nn.Module):
         reference: bool = False,
         temperature: float | None = None,
         with_entropy: bool = False,
-        lower: Lower | None = None,
+        frozen: FrozenStates | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [B, L-1] of token t+1 at column t, 0 outside responses, float32; entropy alike or None.
+        """Log-probs of the response tokens, in nats.
 
-        is_response: [B, L-1], True where the predicted token belongs to a response.
-        temperature: in place of the module's own.
-        lower: output of the layers that the reference shares, if they have been run.
+        Args:
+            input_ids, attention_mask: [B, L].
+            is_response: [B, L-1], True where the token that column t predicts, t+1, belongs to a response.
+            reference: switch the adapters off.
+            temperature: in place of the module's own.
+            with_entropy: compute the entropy of each next-token distribution too.
+            frozen: states of the frozen layers that policy and reference share, if they have been computed.
+
+        Returns:
+            Float32 log-probs [B, L-1], at column t that of token t+1, 0 outside responses; and the entropies [B, L-1]
+            in nats, 0 outside responses, or None.
         """
         with self.lm.disable_adapter() if reference and hasattr(self.lm, "peft_config") else nullcontext():
-            hidden = hidden_states(self.lm, input_ids, attention_mask, lower=lower)
+            hidden = hidden_states(self.lm, input_ids, attention_mask, frozen=frozen)
             logps, entropy = token_logprobs(
                 self.lm.get_output_embeddings(),
                 hidden[:, :-1][is_response],
@@ -48,5 +62,5 @@ class PolicyModule(nn.Module):
 
 
 def scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    """`flat` [number of True in mask] -> [B, T] with zeros elsewhere."""
+    """`flat` [number of True in mask], put at the True positions of `mask` [B, T] in reading order; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -1,4 +1,4 @@
-"""Proof that vLLM runs the actor's weights after a sync, by log-probs of the step's own responses."""
+"""Proof that vLLM runs the actor's weights after a sync, from log-probs of the step's own responses."""
 
 from __future__ import annotations
 
@@ -9,57 +9,65 @@ from torch import Tensor
 
 from core.errors import DataError
 from core.generation.local import Completion, Generator
-from core.models.layers import Lower
+from core.models.layers import FrozenStates
 from core.models.lora import lora_product, merged_lora
-from core.training import distributed, engine
-from ppo.rollout import make_micros
+from core.training import distributed
+from core.training.engine import Engine
+from ppo.records import make_micros
 
 STALE = 0.25
-"""A slope below this share of what it should be is that of weights that did not arrive."""
+"""Below this share of its expected value the slope shows that the new weights did not arrive."""
 CONCLUSIVE = 0.1
-"""Standard error of the slope, as a share of what it should be, above which nothing is concluded."""
+"""Above this standard error, as a share of the expected slope, nothing is concluded."""
 ROUNDING = {torch.bfloat16: 0.1, torch.float32: 2e-4}
-"""Root mean square move of the actor's log-probs, nats, below which it may be rounding of its own: then the slope says
-nothing, since errors of what it is taken on pull it to 0."""
+"""Type of the actor's weights -> root mean square change of its log-probs, in nats, below which nothing is concluded.
+
+So small a change may be the actor's own rounding. The slope is a regression on that change, and errors in the regressor
+pull a slope towards 0."""
 
 
 class SyncProbe:
-    """Did the sampler move with the actor?
+    """Did the sampler's log-probs change as the actor's did?
 
-    Of the same tokens, with log-probs by the actor before an update (o) and after it (n), and by the sampler before
-    the sync (u) and after it (v), the slope of v - u on n - o is 1 if the weights arrived and 0 if not, however coarse
-    the sampler's arithmetic, as long as the actor moved by more than its own (`ROUNDING`): a bound on |v - n| would
-    have to lie far above such updates. All at temperature 1, where vLLM gives log-probs of given tokens.
+    Four log-probs of each token are compared: by the actor before the updates of a step (o) and after them (n), and by
+    the sampler before the sync (u) and after it (v). The slope of the regression of v - u on n - o is 1 if the weights
+    arrived and 0 if not. It needs no bound on |v - n|, which would have to be far above the effect of a small update,
+    and it works however coarse the sampler's arithmetic is, as long as the actor changed by more than its own rounding
+    (`ROUNDING`). All log-probs are at temperature 1, at which vLLM gives those of given tokens.
 
-    An adapter merged into bfloat16 weights loses what is below half a unit in their last place. How much of the step's
-    change survives (1: all of it) is measured on the weights at each sync, and is what the slope should at least be. Of
-    whole weights that are rounded it is not known, and nothing is concluded.
+    An adapter that is merged into bfloat16 weights loses what is below half a unit in their last place. The share of
+    the step's change that survives (1: all of it) is measured on the weights at each sync. The slope should be at least
+    that share. For whole weights that are rounded the share is not known, and nothing is concluded.
+
+    Use it once per step, in the order `sampled`, `before`, (updates and sync), `after`. Every rank must make the same
+    calls.
 
     Args:
-        rows: responses of each rank that are looked at.
+        rows: how many responses of each rank are compared.
+        pad_id: token id to pad rows with.
         dtype: of the sampler's weights.
-        lower: gives the states of the actor's frozen layers from ids and mask, to be computed once.
+        frozen_layers: (ids, mask) -> the states of the actor's frozen layers; computed once for both readings.
     """
 
     def __init__(
         self,
-        actor: engine.Engine,
+        actor: Engine,
         generator: Generator,
         *,
         rows: int,
         pad_id: int,
         dtype: torch.dtype,
-        lower: Callable[[Tensor, Tensor], Lower] | None = None,
+        frozen_layers: Callable[[Tensor, Tensor], FrozenStates] | None = None,
     ):
         self._actor, self._generator, self._size, self._pad_id = actor, generator, rows, pad_id
-        self._dtype, self._lower = dtype, lower
+        self._dtype, self._frozen_layers = dtype, frozen_layers
         self._of_actor = next(actor.module.parameters()).dtype
         self._same_type = self._of_actor == dtype
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._exact = self._kept = 0.0
 
     def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
-        """A `core.training.weights.MergeWatch`: how much of each adapted weight's change is in `merged`."""
+        """A `core.training.weights.MergeWatch`: adds up how much of each adapted weight's change is in `merged`."""
         product, before, old = lora_product(a, b, scaling), 0.0, base
         if name in self._factors:
             before = lora_product(*self._factors[name], scaling)
@@ -71,7 +79,7 @@ class SyncProbe:
         self._factors[name] = (a.detach().clone(), b.detach().clone())
 
     def sampled(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> None:
-        """Choose responses of this step, and note what the sampler says of them; while it is awake."""
+        """Choose responses of this step and keep the sampler's log-probs of them. The sampler must be awake."""
         prompts, completions = prompts[: self._size], completions[: self._size]
         (self._micro,) = make_micros(
             prompts, completions, torch.zeros(len(prompts)), list(range(len(prompts))), self._pad_id, 1
@@ -80,14 +88,18 @@ class SyncProbe:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Note the actor's log-probs, before it is updated."""
+        """Keep the actor's log-probs; call it before the actor is updated."""
         m, self._exact, self._kept = self._micro, 0.0, 0.0
-        m.lower = self._lower(m.input_ids, m.attention_mask) if self._lower else None
+        m.frozen = self._frozen_layers(m.input_ids, m.attention_mask) if self._frozen_layers else None
         self._old = self._actor_logprobs()
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
-        """Slope, its standard error and what it should be (where known), over all ranks; after a sync, before sleep.
+        """Compare, over all ranks; call it after the sync. The sampler must be awake.
+
+        Returns:
+            `sync_slope`, its standard error `sync_slope_se` (99 at most) and, where it is known, `sync_survival`: the
+            share of the update that the sampler's weights can hold.
 
         Raises:
             DataError: the sampler still has the old weights.
@@ -99,27 +111,27 @@ class SyncProbe:
             float(mask.sum()), float(moved.square().sum()), float((moved * seen).sum())
         )  # fmt: skip
         slope = xy / xx if xx else 0.0
-        # Tokens of a response move together: its sum is one observation.
+        # The tokens of a response are not independent, so each response is one observation.
         (square,) = distributed.global_sum(float((moved * (seen - slope * moved)).sum(-1).square().sum()))
         error = square**0.5 / xx if xx else float("inf")
         expected = min(1.0, max(0.0, self._kept / self._exact)) if self._exact else float(self._same_type)
-        told = error < CONCLUSIVE * expected and (xx / count) ** 0.5 > ROUNDING[self._of_actor]
-        if told and slope < STALE * expected:
+        conclusive = error < CONCLUSIVE * expected and (xx / count) ** 0.5 > ROUNDING[self._of_actor]
+        if conclusive and slope < STALE * expected:
             raise DataError(
                 f"ppo step {step}: after the weight sync vLLM's log-probs moved {slope:.2f} +- {error:.2f} times as "
                 f"far as the actor's ({expected:.2f} would be right): the new weights did not arrive"
             )
-        found = {"sync_slope": slope, "sync_slope_se": min(error, 99.0)}
-        return found | ({"sync_survival": expected} if self._exact or self._same_type else {})
+        stats = {"sync_slope": slope, "sync_slope_se": min(error, 99.0)}
+        return stats | ({"sync_survival": expected} if self._exact or self._same_type else {})
 
     def _actor_logprobs(self) -> Tensor:
         m = self._micro
-        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, lower=m.lower)[0]
+        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, frozen=m.frozen)[0]
 
     def _sampler_logprobs(self) -> Tensor:
         m = self._micro
         rows = [ids[: int(n)].tolist() for ids, n in zip(m.input_ids, m.attention_mask.sum(-1), strict=True)]
-        found = torch.zeros(m.is_response.shape, device=m.input_ids.device)
+        logps = torch.zeros(m.is_response.shape, device=m.input_ids.device)
         for b, row in enumerate(self._generator.logprobs_of(rows)):
-            found[b, : len(row)] = torch.tensor(row, device=found.device)
-        return found
+            logps[b, : len(row)] = torch.tensor(row, device=logps.device)
+        return logps

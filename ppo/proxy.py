@@ -1,4 +1,4 @@
-"""The proxy reward of rollouts: a reward model sharded over the ranks, or the same one behind `grm rm-serve`."""
+"""The proxy reward of rollouts: reward models held by the ranks, or the same one behind `grm rm-serve`."""
 
 from __future__ import annotations
 
@@ -9,32 +9,44 @@ from torch import Tensor
 
 from core.data.chat import Message
 from core.errors import ArtefactError
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from rm.combine import proxy_reward, proxy_units
 from rm.model import RewardModel
 from rm.score import score
 from rm.serving.client import RemoteRewardModel
 
-Answered = Sequence[Sequence[Message]]
+Conversations = Sequence[Sequence[Message]]
+"""Each a prompt and, last, the assistant's response."""
 
 
 class LocalProxy:
-    """All ranks score together: each gives as many conversations, and the work is divided by tokens.
+    """Reward models under engines. All ranks score together, and the work is divided by tokens.
 
     Args:
-        members: engines of the reward models; more than one are an ensemble.
-        rule: how their rewards are combined (`rm.combine.combiner`), None for a single one.
+        members: engines of the reward models; several are an ensemble.
+        rule: how their rewards are combined (`rm.combine.combiner`); None for a single reward model.
+
+    Attributes:
+        mean, std: of the proxy's rewards on samples of the reference policy.
+
+    Raises:
+        DataError: an unknown rule.
     """
 
-    def __init__(self, members: Sequence[engine.Engine], rule: str | None):
+    def __init__(self, members: Sequence[Engine], rule: str | None):
         self._members, self._rule = members, rule
         self._units = [(m.module.mean, m.module.std) for m in members]
         self.mean, self.std = proxy_units(self._units, rule)
-        proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule is told before any sampling
+        proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule fails here, not after sampling
 
-    def score(self, answered: Answered) -> Tensor:
-        """Raw rewards [n] of this rank's conversations."""
-        everyones = distributed.gather_rows(list(answered))
+    def score(self, conversations: Conversations) -> Tensor:
+        """Raw rewards [n] of this rank's conversations, float32 on the CPU; every rank must give equally many.
+
+        Raises:
+            DataError: a reward that is not finite.
+        """
+        everyones = distributed.gather_rows(list(conversations))
         rewards = [
             score(
                 member, member.module.tokenizer, everyones, share=member.module.shares_prompts, together=True,
@@ -43,18 +55,22 @@ class LocalProxy:
             for member in self._members
         ]  # fmt: skip
         combined = proxy_reward(torch.stack(rewards), self._units, self._rule)
-        return combined[distributed.rank() * len(answered) :][: len(answered)]
+        return combined[distributed.rank() * len(conversations) :][: len(conversations)]
 
 
 class RemoteProxy:
-    """Each rank asks the server for its own rewards; the server batches what arrives together.
+    """A reward model behind `grm rm-serve`. Each rank requests its own rewards, and the server batches the requests.
 
     Args:
-        expected: what the run trained as `ppo.proxy`; evaluation measures that one.
+        url: http://host:port of the server.
+        expected: the model that this run trained as `ppo.proxy`: the one that stage `eval` measures.
+
+    Attributes:
+        mean, std: of the rewards on samples of the reference policy.
 
     Raises:
         ArtefactError: the server has another model, or an ensemble.
-        rm.serving.client.RemoteError: no server there.
+        rm.serving.client.RemoteError: no server answers at `url`.
     """
 
     def __init__(self, url: str, expected: RewardModel):
@@ -67,6 +83,6 @@ class RemoteProxy:
             )
         self.mean, self.std = trained
 
-    def score(self, answered: Answered) -> Tensor:
-        """Raw rewards [n] of this rank's conversations."""
-        return self._remote.score(answered)
+    def score(self, conversations: Conversations) -> Tensor:
+        """Raw rewards [n] of this rank's conversations, float32 on the CPU."""
+        return self._remote.score(conversations)

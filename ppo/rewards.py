@@ -14,10 +14,13 @@ from core.training import distributed
 
 
 class RewardScale:
-    """Mean and standard deviation that raw rewards are brought to, over all ranks.
+    """Normalises raw rewards to mean 0 and standard deviation 1, as `ppo.reward.normalise` says.
 
     Args:
-        mean, std: of the reference policy's samples, as the proxy has them.
+        mean, std: of the proxy's rewards on samples of the reference policy.
+
+    Attributes:
+        mean, std: what is subtracted from raw rewards, and what they are divided by; equal on all ranks.
     """
 
     def __init__(self, cfg: Reward, mean: float, std: float):
@@ -26,7 +29,11 @@ class RewardScale:
         self._count, self._mean, self._squares = 0.0, 0.0, 0.0
 
     def update(self, raw: Sequence[Tensor]) -> None:
-        """Count the raw rewards of a rollout: only normalise = running looks at them (Chan et al. 1979, eq. 2.1)."""
+        """Take the raw rewards of this rank's rollout into account, a tensor per micro-batch. Every rank must call it.
+
+        Changes mean and standard deviation only with `normalise: running`, which combines the moments of all rollouts
+        so far (Chan et al. 1979, eq. 2.1).
+        """
         if self.cfg.normalise != "running":
             return
         values = torch.cat([r.double().flatten() for r in raw])
@@ -49,9 +56,11 @@ class RewardScale:
         return math.sqrt(self._squares / max(1.0, self._count - 1)) or 1.0
 
     def normalise(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std, elementwise."""
         return (raw - self.mean) / self.std
 
     def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` needs to continue."""
         return {"count": self._count, "mean": self._mean, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -59,9 +68,12 @@ class RewardScale:
 
 
 def final_rewards(cfg: Reward, normalised: Tensor, finished: Tensor, tokens: Tensor) -> Tensor:
-    """Rewards [B] of whole responses from normalised ones.
+    """The rewards [B] that PPO optimises: shaped, clipped, then less the penalties.
 
-    finished: [B] bool, False where the response was cut off; tokens: [B], its length.
+    Args:
+        normalised: [B], of `RewardScale.normalise`.
+        finished: [B] bool, False where max_new_tokens cut the response off.
+        tokens: [B], the length of each response in tokens.
     """
     rewards = shape(cfg.shape, normalised - cfg.center) if cfg.shape != "none" else normalised
     if cfg.clip:
@@ -70,5 +82,5 @@ def final_rewards(cfg: Reward, normalised: Tensor, finished: Tensor, tokens: Ten
 
 
 def shape(kind: str, centred: Tensor) -> Tensor:
-    """PAR's sigmoid (2502.18770, eq. 5) or the log-sigmoid of Wang et al. (2402.00742, eq. 3)."""
+    """Saturating rewards, elementwise: `par`, a sigmoid (2502.18770, eq. 5), or `log_sigmoid` (2402.00742, eq. 3)."""
     return torch.sigmoid(centred) if kind == "par" else F.logsigmoid(centred)

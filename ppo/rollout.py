@@ -1,123 +1,166 @@
-"""Collecting experience: sample with vLLM, score with the proxy, log-probs and values by the trainer."""
+"""Collecting a rollout: responses by vLLM, rewards by the proxy, log-probs and values by the models that train."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from core.batching import balanced, pad_right
-from core.errors import DataError
-from core.generation.local import Completion
+import torch
+
+from core.config import Ppo
+from core.data.streams import stream_seed
+from core.generation.local import Generator
+from core.generation.remote import ServerGenerator
 from core.training import distributed
 from ppo.math import importance_weight, kl_k1, kl_k3
-from ppo.records import Clock, Micro, Rollout
+from ppo.models import Engines
+from ppo.probe import SyncProbe
+from ppo.records import Clock, Micro, Rollout, Sampled, make_micros
+from ppo.sampling import prompts_of_step
+from ppo.update import Learner
 
 
-def collect(trainer, step: int) -> Rollout:
-    """Sample, score and evaluate one step's rollouts with the current weights."""
-    clock = Clock()
-    trainer.generator.wake()
-    sampled = trainer.responses(step)
-    trainer.probe.sampled(sampled.prompts, sampled.completions)
-    trainer.sample_ahead(step + 1)
-    trainer.generator.sleep()
-    clock.lap("generate")
-    rows, completions = sampled.rows, sampled.completions
-    answered = [
-        [*row["prompt"], {"role": "assistant", "content": c.text}] for row, c in zip(rows, completions, strict=True)
-    ]
-    rewards = trainer.proxy.score(answered)
-    clock.lap("score")
-    count = len(completions) // trainer.cfg.ppo.micro_batch
-    micros = make_micros(sampled.prompts, completions, rewards, sampled.groups, trainer.tokenizer.pad_id, count)
-    for micro in micros:
-        evaluate(trainer, micro)
-    clock.lap("logprobs")
-    samples = [
+class Collector:
+    """Collects one rank's rollout of each step.
+
+    With `ppo.overlap` the responses of the next step are sampled in a thread while this step trains, so they come from
+    the policy before the last update.
+
+    Args:
+        learner: reads the critic's values.
+        probe: is shown the responses of each step while vLLM is awake.
+        prompts: rows with `prompt_id` and `prompt` (messages); the same list on every rank.
+        seed: of the order of the prompts and of the samples.
+
+    Attributes:
+        policy: the step whose weights vLLM has, 0 for the reference; whoever syncs vLLM sets it.
+    """
+
+    def __init__(
+        self, ppo: Ppo, engines: Engines, learner: Learner, generator: Generator | ServerGenerator, probe: SyncProbe,
+        *, prompts: list[dict], seed: int,
+    ):  # fmt: skip
+        self._ppo, self._engines, self._learner, self._generator, self._probe = ppo, engines, learner, generator, probe
+        self._prompts, self._seed = prompts, seed
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[Sampled] | None = None
+        self.policy = 0
+
+    def collect(self, step: int) -> Rollout:
+        """Sample, score and evaluate this rank's responses of `step`, with the weights as they are.
+
+        Raises:
+            DataError: vLLM returned a response of no token, or the proxy a reward that is not finite.
+        """
+        clock = Clock()
+        self._generator.wake()
+        sampled = self._ahead.result() if self._ahead else self._sample(step, self.policy)
+        self._probe.sampled(sampled.prompts, sampled.completions)
+        self._sample_ahead(step + 1)
+        self._generator.sleep()
+        clock.lap("generate")
+        rewards = self._engines.proxy.score(
+            [
+                [*row["prompt"], {"role": "assistant", "content": c.text}]
+                for row, c in zip(sampled.rows, sampled.completions, strict=True)
+            ]
+        )
+        clock.lap("score")
+        count = len(sampled.completions) // self._ppo.micro_batch
+        micros = make_micros(
+            sampled.prompts, sampled.completions, rewards, sampled.groups, self._generator.tokenizer.pad_id, count
+        )
+        for micro in micros:
+            self._evaluate(micro)
+        clock.lap("logprobs")
+        samples = _log_rows(step, sampled, rewards.tolist())
+        return Rollout(micros, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
+
+    def wait(self) -> None:
+        """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.
+
+        All responses of a step then come from one policy, whichever rank they belong to.
+        """
+        if self._ahead:
+            wait([self._ahead])
+            torch.distributed.barrier()
+
+    def _sample_ahead(self, step: int) -> None:
+        """With `ppo.overlap`, begin the responses of `step` with the weights that vLLM has now."""
+        more = self._ppo.overlap and step <= self._ppo.steps
+        self._ahead = self._thread.submit(self._sample, step, self.policy) if more else None
+
+    def _sample(self, step: int, policy: int) -> Sampled:
+        """This rank's responses of `step`, by the weights that vLLM has now: those of step `policy`."""
+        ppo, generator = self._ppo, self._generator
+        rows = prompts_of_step(self._prompts, step, ppo.prompts_per_step, self._seed)
+        prompts = [generator.tokenizer.prompt_ids(row["prompt"]) for row in rows]
+        seed = stream_seed(self._seed, "ppo", "rollout", step, distributed.rank())
+        of_prompts = generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
+        groups = [i for i, completions in enumerate(of_prompts) for _ in completions]
+        completions = [c for completions in of_prompts for c in completions]
+        return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions)
+
+    @torch.no_grad()
+    def _evaluate(self, micro: Micro) -> None:
+        """Fill in the frozen states, the actor's and the reference's log-probs, the values and importance weights."""
+        engines, inputs = self._engines, (micro.input_ids, micro.attention_mask, micro.is_response)
+        micro.frozen = engines.frozen_layers(*inputs[:2]) if engines.frozen_layers else None
+        micro.logprobs = engines.actor(*inputs, frozen=micro.frozen)[0]
+        micro.ref_logprobs = engines.reference(*inputs, reference=True, frozen=micro.frozen)[0]
+        if engines.critic:
+            micro.values = self._learner.values(micro)
+        cap = self._ppo.clip.importance_weight
+        micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+
+
+def _log_rows(step: int, sampled: Sampled, rewards: list[float]) -> list[dict]:
+    """The rows of samples.jsonl."""
+    return [
         {
             "step": step,
             "prompt_id": row["prompt_id"],
             "response": c.text,
             "tokens": len(c.token_ids),
             "finished": c.finished,
-            "proxy": r,
+            "proxy": reward,
         }
-        for row, c, r in zip(rows, completions, rewards.tolist(), strict=True)
+        for row, c, reward in zip(sampled.rows, sampled.completions, rewards, strict=True)
     ]
-    return Rollout(micros, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
-
-
-def make_micros(
-    prompts: list[list[int]],
-    completions: list[Completion],
-    rewards: Tensor,
-    groups: list[int],
-    pad_id: int,
-    count: int,
-) -> list[Micro]:
-    """`count` micro-batches of rows of similar length and of padded sizes as equal as can be.
-
-    Their number is given and not a budget of tokens, since all ranks must make as many passes.
-    """
-    if empty := sum(not c.token_ids for c in completions):
-        raise DataError(f"vLLM returned no token at all for {empty} prompts; is max_new_tokens at least 1?")
-    micros = []
-    for rows in balanced([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], count):
-        ids, mask = pad_right([prompts[i] + completions[i].token_ids for i in rows], pad_id, distributed.device())
-        is_response = torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
-        sampler = torch.zeros(is_response.shape, device=ids.device)
-        for b, i in enumerate(rows):
-            first, count = len(prompts[i]) - 1, len(completions[i].token_ids)
-            is_response[b, first : first + count] = True
-            sampler[b, first : first + count] = torch.tensor(completions[i].logprobs)
-        finished = torch.tensor([completions[i].finished for i in rows], device=ids.device)
-        group = torch.tensor([groups[i] for i in rows], device=ids.device)
-        micros.append(Micro(ids, mask, is_response, sampler, rewards[rows].to(ids.device), finished, group))
-    return micros
-
-
-@torch.no_grad()
-def evaluate(trainer, micro: Micro) -> None:
-    """Fill in the trainer's log-probs, the reference's and the critic's values."""
-    inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
-    micro.lower = trainer.lower(*inputs[:2]) if trainer.lower else None
-    micro.logprobs = trainer.actor(*inputs, lower=micro.lower)[0]
-    micro.ref_logprobs = trainer.reference(*inputs, reference=True, lower=micro.lower)[0]
-    if trainer.critic:
-        micro.values = trainer.learner.values(micro)
-    cap = trainer.cfg.ppo.clip.importance_weight
-    micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
 
 
 def statistics(rollout: Rollout) -> dict[str, float]:
     """Means over the responses, or response tokens, of all ranks; KL is that of the policy that sampled."""
-    rows, tokens, kl, k3, mismatch, cut, proxy, square, entropy_bound = 0, 0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0
+    names = ("rows", "tokens", "kl", "k3", "mismatch", "cut_off", "proxy", "proxy_square", "minus_logp")
+    sums = dict.fromkeys(names, 0.0)
     for m in rollout.micros:
         mask = m.is_response
-        rows += len(mask)
-        tokens += int(mask.sum())
-        # The trainer's log-probs are the finer ones, but of another policy where it is ahead.
+        # The actor's log-probs are the more precise ones, but of another policy where the actor is ahead.
         logps = m.sampler_logprobs if rollout.behind else m.logprobs
-        kl += float(kl_k1(logps, m.ref_logprobs)[mask].sum())
-        k3 += float(kl_k3(logps, m.ref_logprobs)[mask].sum())
-        mismatch += float((m.logprobs - m.sampler_logprobs)[mask].abs().sum())
-        cut += int((~m.finished).sum())
-        proxy += float(m.proxy.double().sum())
-        square += float(m.proxy.double().square().sum())
-        entropy_bound += float(-m.logprobs[mask].sum())
-    rows, tokens, kl, k3, mismatch, cut, proxy, square, entropy_bound = distributed.global_sum(
-        rows, tokens, kl, k3, mismatch, cut, proxy, square, entropy_bound
-    )
-    variance = max(0.0, square / rows - (proxy / rows) ** 2) * rows / max(1.0, rows - 1)
+        here = (
+            len(mask),
+            int(mask.sum()),
+            float(kl_k1(logps, m.ref_logprobs)[mask].sum()),
+            float(kl_k3(logps, m.ref_logprobs)[mask].sum()),
+            float((m.logprobs - m.sampler_logprobs)[mask].abs().sum()),
+            int((~m.finished).sum()),
+            float(m.proxy.double().sum()),
+            float(m.proxy.double().square().sum()),
+            float(-m.logprobs[mask].sum()),
+        )
+        for name, value in zip(names, here, strict=True):
+            sums[name] += value
+    total = dict(zip(names, distributed.global_sum(*sums.values()), strict=True))
+    rows, tokens, proxy = total["rows"], total["tokens"], total["proxy"]
+    variance = max(0.0, total["proxy_square"] / rows - (proxy / rows) ** 2) * rows / max(1.0, rows - 1)
     return {
         "proxy_mean": proxy / rows,
         "proxy_se": (variance / rows) ** 0.5,
-        "kl_nats_per_response": kl / rows,
-        "kl_k3_nats_per_response": k3 / rows,
+        "kl_nats_per_response": total["kl"] / rows,
+        "kl_k3_nats_per_response": total["k3"] / rows,
         "response_tokens": tokens / rows,
-        "eos_rate": 1 - cut / rows,
-        "mismatch_mean_abs": mismatch / tokens,
+        "eos_rate": 1 - total["cut_off"] / rows,
+        "mismatch_mean_abs": total["mismatch"] / tokens,
         # -mean log pi of its own samples: an unbiased estimate of the entropy per token
-        "entropy_nats": entropy_bound / tokens,
+        "entropy_nats": total["minus_logp"] / tokens,
         "tokens": tokens,
     }

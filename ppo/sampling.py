@@ -1,4 +1,4 @@
-"""Which prompts a step samples, and its responses."""
+"""Which prompts a step samples responses to."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import random
 
 from core.data.streams import stream_seed
 from core.training import distributed
-from ppo.records import Sampled
 
 
 def prompts_of_step(rows: list[dict], step: int, count: int, seed: int) -> list[dict]:
-    """`count` prompts for `step` (from 1): epochs without replacement, each reordered; this rank's share."""
+    """This rank's share of the `count` prompts of `step` (from 1).
+
+    Steps walk through `rows` epoch by epoch without replacement, each epoch in an order of its own. `count` is a
+    multiple of the number of ranks.
+    """
     first = (step - 1) * count
     chosen = []
     for position in range(first, first + count):
@@ -22,18 +25,3 @@ def prompts_of_step(rows: list[dict], step: int, count: int, seed: int) -> list[
 
 def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(stream_seed(seed, "ppo", "prompts", epoch)).sample(range(n), n)
-
-
-def sample(trainer, step: int, policy: int) -> Sampled:
-    """Sample with the weights that vLLM has now, those of step `policy`.
-
-    `trainer` is ppo.train.Trainer, here and below.
-    """
-    ppo = trainer.cfg.ppo
-    rows = prompts_of_step(trainer.prompts, step, ppo.prompts_per_step, trainer.seed)
-    prompts = [trainer.generator.tokenizer.prompt_ids(row["prompt"]) for row in rows]
-    seed = stream_seed(trainer.seed, "ppo", "rollout", step, distributed.rank())
-    found = trainer.generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
-    owner = [i for i, group in enumerate(found) for _ in group]
-    rows, prompts = ([of_prompt[i] for i in owner] for of_prompt in (rows, prompts))
-    return Sampled(rows, prompts, policy, owner, [c for group in found for c in group])

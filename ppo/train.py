@@ -1,20 +1,21 @@
-"""Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL-shaped reward.
+"""Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL penalty.
 
-Actor and critic are two DeepSpeed engines, reference and proxy run without gradients, every rank samples its
-own prompts with its own vLLM engine. Gold is not among this stage's inputs. What an update does is in `ppo.update`.
+Actor and critic are trained under a DeepSpeed engine each. Reference and proxy run without gradients. Every rank
+samples its own prompts with its own vLLM, or from a server. Gold is not among the inputs of this stage.
+
+`Trainer.step` is the loop. `ppo.rollout` collects a rollout and `ppo.update` trains on it.
 """
 
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from core.artefacts import RESUME
-from core.config import Config
+from core.config import Config, Generation, Model, Ppo
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
 from core.data.streams import stream_seed
@@ -34,17 +35,31 @@ from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
 from ppo.models import make_engines
 from ppo.probe import SyncProbe
-from ppo.records import Clock, Sampled
+from ppo.records import Clock, Rollout
 from ppo.rewards import RewardScale
-from ppo.rollout import collect, statistics
-from ppo.sampling import sample
+from ppo.rollout import Collector, statistics
 from ppo.update import Learner
 
 MAX_MISMATCH = 0.2
-"""Mean |log-prob difference| of vLLM and trainer, nats: bf16 rounding gives 0.03 to 0.05, mixed weights 0.3."""
+"""Mean |difference of log-probs| between vLLM and the actor, in nats, above which a run stops.
+
+Rounding to bfloat16 gives 0.03 to 0.05, a mixture of old and new weights 0.3.
+"""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Run the stage on this rank, or resume it.
+
+    Args:
+        inputs: folders of the stages `prompts` and `rm`.
+        out: folder of this stage.
+
+    Returns:
+        The metrics of the stage (`summary`) on the first rank, nothing on the others.
+
+    Raises:
+        Stopped: SIGTERM came; the state after the current step is saved.
+    """
     trainer = Trainer(cfg, inputs, out)
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
@@ -57,61 +72,62 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
             if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
             torch.distributed.barrier()
-            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command goes on from there")
+            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command resumes there")
     trainer.finish()
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
 
 class Trainer:
-    """The models of one PPO run and one method per phase of a step."""
+    """The parts of one PPO run, what a step does with them, and what the run writes.
+
+    Every rank makes one, with the same arguments.
+    """
 
     def __init__(self, cfg: Config, inputs: dict[str, Path], out: Path):
         distributed.init_distributed()
         self.cfg, self.out = cfg, out
-        self.seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
+        seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
-        self.prompts = read_split(inputs["prompts"], "rl_train")
-        self.generator = self._generator()
+        prompts = read_split(inputs["prompts"], "rl_train")
+        self.generator = _make_generator(cfg.ppo, cfg.policy, cfg.generation, sync_folder=out / "sync")
         self.generator.sleep()
-        models = make_engines(cfg, inputs["rm"], self.tokenizer, self.seed)
-        self.actor, self.critic, self.reference = models.actor, models.critic, models.reference
-        self.proxy, self.lower = models.proxy, models.lower
-        self.scale = RewardScale(cfg.ppo.reward, self.proxy.mean, self.proxy.std)
-        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, self.seed)
+        engines = make_engines(
+            cfg.ppo, cfg.policy, cfg.engine, temperature=cfg.generation.temperature, reward_models=inputs["rm"],
+            tokenizer=self.tokenizer, seed=seed,
+        )  # fmt: skip
+        self.actor, self.critic = engines.actor, engines.critic
+        self.scale = RewardScale(cfg.ppo.reward, engines.proxy.mean, engines.proxy.std)
+        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, seed)
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
-        self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.probe = SyncProbe(
             self.actor, self.generator, rows=cfg.ppo.micro_batch, pad_id=self.tokenizer.pad_id,
-            dtype=getattr(torch, cfg.generation.vllm.dtype), lower=self.lower,
+            dtype=getattr(torch, cfg.generation.vllm.dtype), frozen_layers=engines.frozen_layers,
         )  # fmt: skip
+        self.collector = Collector(
+            cfg.ppo, engines, self.learner, self.generator, self.probe, prompts=prompts, seed=seed
+        )
+        self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
         self.log: RunLog | None = None
-        self._sampling, self._ahead = ThreadPoolExecutor(1), None
-        self._synced = 0
-
-    def _generator(self) -> Generator | ServerGenerator:
-        cfg, tokenizer = self.cfg, ChatTokenizer(self.cfg.policy)  # its own: `overlap` uses it in another thread
-        if not cfg.ppo.vllm_servers:
-            adapter = cfg.ppo.lora if cfg.ppo.sync == "adapter" else None
-            return Generator(cfg.policy, cfg.generation, tokenizer, adapter=adapter)
-        return ServerGenerator(
-            cfg.ppo.vllm_servers, cfg.policy, cfg.generation, tokenizer,
-            folder=self.out / "sync" if cfg.ppo.weight_transfer == "file" else None, timeout=cfg.ppo.server_timeout,
-        )  # fmt: skip
 
     def step(self, step: int) -> None:
-        """One PPO iteration."""
+        """One iteration of PPO: a rollout, updates on it, the new weights to vLLM.
+
+        Raises:
+            DataError: vLLM does not run the actor's weights, before the updates or after the sync.
+        """
         clock = Clock()
-        rollout = collect(self, step)
+        rollout = self.collector.collect(step)
         stats = statistics(rollout)
-        if not rollout.behind:  # else the sampler differs by an update too
-            self._check(stats, step)
+        self._check_mismatch(step, rollout, stats)
         self.probe.before()
         clock.lap("collect")
+
         self.scale.update([m.proxy for m in rollout.micros])
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
         stats |= self.learner.update(rollout.micros, step, self.kl.coef)
         clock.lap("train")
+
         if self.average:
             self.actor.settle()
             self.average.update()
@@ -121,8 +137,13 @@ class Trainer:
         stats |= self.probe.after(step)
         self.generator.sleep()
         clock.lap("probe")
-        stats["kl_coef"] = self.kl.coef
+
+        self._record(step, rollout, stats | {"kl_coef": self.kl.coef}, clock)
         self.kl.update(stats["kl_nats_per_response"], self.cfg.ppo.rollouts)
+        self._checkpoint(step)
+
+    def _record(self, step: int, rollout: Rollout, stats: dict[str, float], clock: Clock) -> None:
+        """Write the step's metrics and samples, and the score of the policy that sampled them."""
         seconds = rollout.seconds | {k: clock.seconds[k] for k in ("train", "sync", "probe")}
         stats |= {f"seconds_{phase}": s for phase, s in seconds.items()}
         stats["seconds_total"] = sum(clock.seconds.values())
@@ -132,25 +153,11 @@ class Trainer:
             self.log.step(step, stats, samples)
             penalty = stats["kl_coef"] * stats["kl_nats_per_response"]
             self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
-        self._checkpoint(step)
-
-    def responses(self, step: int) -> Sampled:
-        """This step's responses, unless they were begun in the step before: sampled now."""
-        return self._ahead.result() if self._ahead else sample(self, step, self._synced)
-
-    def sample_ahead(self, step: int) -> None:
-        """With ppo.overlap, begin this step's responses, by the weights that vLLM has now."""
-        more = self.cfg.ppo.overlap and step <= self.cfg.ppo.steps
-        self._ahead: Future[Sampled] | None = (
-            self._sampling.submit(sample, self, step, self._synced) if more else None
-        )  # fmt: skip
 
     def _sync(self, step: int) -> None:
-        """Give vLLM the weights after this step."""
-        self._synced = step
-        if self._ahead:  # all responses of one step are of one policy, whichever rank asked for them
-            wait([self._ahead])
-            torch.distributed.barrier()
+        """Give vLLM the weights after `step`, as `ppo.sync` says: whole weights, or the adapter."""
+        self.collector.wait()
+        self.collector.policy = step
         lm = self.actor.module.lm
         if self.cfg.ppo.sync == "weights":
             return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
@@ -159,13 +166,17 @@ class Trainer:
         save_adapter(folder, lm)
         torch.distributed.barrier()
         self.generator.load_adapter(folder)
-        torch.distributed.barrier()  # the next step's adapter goes into the same files
+        torch.distributed.barrier()  # until then the files must not be overwritten
 
-    def _check(self, stats: dict, step: int) -> None:
-        """A bound on what `probe` tells by direction: all samples of the step, and whatever happened since the sync."""
-        if stats["mismatch_mean_abs"] > MAX_MISMATCH:
+    def _check_mismatch(self, step: int, rollout: Rollout, stats: dict[str, float]) -> None:
+        """Compare vLLM's log-probs of all samples with the actor's.
+
+        `probe` compares how both changed in an update, on some of the samples.
+        """
+        # With ppo.overlap, vLLM and the actor differ by an update too.
+        if not rollout.behind and stats["mismatch_mean_abs"] > MAX_MISMATCH:
             raise DataError(
-                f"ppo step {step}: log-probs of vLLM and trainer differ by {stats['mismatch_mean_abs']:.3f} nats"
+                f"ppo step {step}: log-probs of vLLM and the actor differ by {stats['mismatch_mean_abs']:.3f} nats"
                 f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
             )
 
@@ -251,8 +262,22 @@ class Trainer:
             self.log.close()
 
 
+def _make_generator(
+    ppo: Ppo, policy: Model, generation: Generation, *, sync_folder: Path
+) -> Generator | ServerGenerator:
+    """vLLM in this process, or the servers; `sync_folder` is where servers read new weights from a file."""
+    tokenizer = ChatTokenizer(policy)  # its own: with `ppo.overlap` another thread uses it
+    if not ppo.vllm_servers:
+        return Generator(policy, generation, tokenizer, adapter=ppo.lora if ppo.sync == "adapter" else None)
+    return ServerGenerator(
+        ppo.vllm_servers, policy, generation, tokenizer,
+        folder=sync_folder if ppo.weight_transfer == "file" else None, timeout=ppo.server_timeout,
+    )  # fmt: skip
+
+
 def summary(metrics: Path) -> dict:
-    """Headline and first and last step."""
+    """The metrics of the stage from metrics.jsonl: a headline, the rows of the first and the last step, and by how many
+    standard errors the proxy reward changed between them (None where the standard error is 0)."""
     rows = read_rows(metrics)
     first, last = rows[0], rows[-1]
     change = last["proxy_mean"] - first["proxy_mean"]
@@ -260,7 +285,7 @@ def summary(metrics: Path) -> dict:
     return {
         "headline": (
             f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f})"
-            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats a response"
+            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats per response"
         ),
         "first": first,
         "last": last,

@@ -1,4 +1,4 @@
-"""One PPO update: advantages of a rollout, then epochs of minibatches over it. Knows nothing of vLLM or of files."""
+"""One PPO update: advantages of a rollout, then epochs of minibatches over it. Uses neither vLLM nor files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from core.config import Ppo
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.math import (
     explained_variance,
     gae,
@@ -29,29 +30,42 @@ from ppo.records import Micro
 from ppo.rewards import RewardScale, final_rewards
 
 FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""How far the ratio of an unchanged policy may be from 1: the same rows in the same shape by the same weights."""
+"""How far from 1 the ratio of an unchanged policy may be: the same weights on the same rows in the same shape."""
 
 
 class Learner:
-    """The trained engines and the PPO objective.
+    """The engines that are trained, and the objective of PPO.
+
+    Every rank must make the same calls, each with its own part of the rollout.
 
     Args:
         critic: None for the estimators that have none.
-        seed: of the order of minibatches.
+        scale: normalises the proxy's rewards.
+        seed: of the order of the minibatches.
     """
 
-    def __init__(self, ppo: Ppo, actor: engine.Engine, critic: engine.Engine | None, scale: RewardScale, seed: int):
+    def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
 
     def values(self, micro: Micro) -> torch.Tensor:
-        """Critic values [B, L-1] in units of the normalised reward, 0 outside responses."""
-        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, lower=micro.lower)[0]
-        if self.ppo.critic_head == "reward":  # in the proxy's units, which the scale takes to those of the rewards
+        """Critic values [B, L-1] in units of the normalised reward: at column t the value before token t+1.
+
+        0 outside responses.
+        """
+        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
+        if self.ppo.critic_head == "reward":  # in the proxy's units, so brought to those of the rewards
             values = self.scale.normalise(values)
         return scatter(values, micro.is_response)
 
     def advantages(self, micros: list[Micro], kl_coef: float) -> dict[str, float]:
-        """Fill in advantages and returns of this rank's rollout; statistics over all ranks."""
+        """Fill in advantages, and with a critic returns, of this rank's micro-batches.
+
+        Args:
+            kl_coef: of the penalty in the reward; not used where `ppo.kl.where` is loss.
+
+        Returns:
+            `reward_mean`, over the responses of all ranks, and with a critic `explained_variance`, on this rank.
+        """
         ppo, stats = self.ppo, {}
         coef = kl_coef if ppo.kl.where == "reward" else 0.0
         finals, rewards = [], []
@@ -79,46 +93,63 @@ class Learner:
         return stats | {"reward_mean": total / rows}
 
     def update(self, micros: list[Micro], step: int, kl_coef: float) -> dict[str, float]:
-        """Epochs of minibatches over the rollout; metrics are means over all updates and ranks.
+        """Train actor and critic: `ppo.epochs` epochs of `ppo.minibatches` minibatches over the rollout.
+
+        Args:
+            step: of PPO, from 1; the actor rests for the first `ppo.critic_warmup_steps`.
+            kl_coef: of the penalty in the loss; not used where `ppo.kl.where` is reward.
+
+        Returns:
+            Metrics, as means over all updates and ranks.
 
         Raises:
-            DataError: the first minibatch, on which nothing has been trained yet, has another ratio than 1.
+            DataError: on the first minibatch, before anything is trained, the ratio is not 1.
         """
         ppo, meter = self.ppo, _Meter()
-        size = len(micros) // ppo.minibatches
-        train_policy, stopped = step > ppo.critic_warmup_steps, False
+        train_policy = step > ppo.critic_warmup_steps
         for epoch in range(ppo.epochs):
-            # The same order on all ranks; whole micro-batches, so shapes and hence ratios stay those of the rollout.
-            rng = random.Random(stream_seed(self.seed, "ppo", "minibatches", step, epoch))
-            order = rng.sample(micros, len(micros))
-            for i in range(0, len(order), size):
-                minibatch = order[i : i + size]
-                tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
-                found = _Meter()
-                for m in minibatch:
-                    if train_policy and not stopped:
-                        found.add(**self._policy_pass(m, tokens, kl_coef))
-                    if self.critic:
-                        found.add(**self._critic_pass(m, tokens))
-                if train_policy and epoch == i == 0:
-                    self._check_first(found, step)
-                meter.merge(found, size)
-                if train_policy and not stopped:
+            for number, minibatch in enumerate(self._minibatches(micros, step, epoch)):
+                part = self._minibatch_passes(minibatch, kl_coef, train_policy)
+                if train_policy and epoch == number == 0:
+                    self._check_first(part, step)
+                meter.merge(part, len(minibatch))
+                if train_policy:
                     meter.norms("actor_grad_norm", self.actor.grad_norm)
                 if self.critic:
                     meter.norms("critic_grad_norm", self.critic.grad_norm)
-                if train_policy and not stopped and ppo.kl.stop:
-                    mean = distributed.global_sum(found.sums["approx_kl"])[0] / (size * distributed.world_size())
-                    stopped = mean > ppo.kl.stop
-            if stopped and not self.critic:
+                if train_policy and ppo.kl.stop:
+                    passes = len(minibatch) * distributed.world_size()
+                    if distributed.global_sum(part.sums["approx_kl"])[0] / passes > ppo.kl.stop:
+                        train_policy = False
+            if not train_policy and not self.critic:
                 break
         return meter.means()
 
+    def _minibatches(self, micros: list[Micro], step: int, epoch: int) -> list[list[Micro]]:
+        """Equally many micro-batches each, in the same order on all ranks.
+
+        Micro-batches stay whole, so that their shapes, and so the ratios, are those of the rollout.
+        """
+        rng = random.Random(stream_seed(self.seed, "ppo", "minibatches", step, epoch))
+        order, size = rng.sample(micros, len(micros)), len(micros) // self.ppo.minibatches
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _minibatch_passes(self, minibatch: list[Micro], kl_coef: float, train_policy: bool) -> _Meter:
+        """Forward and backward passes on one minibatch, at the end of which the engines step their optimisers."""
+        tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
+        meter = _Meter()
+        for m in minibatch:
+            if train_policy:
+                meter.add(**self._policy_pass(m, tokens, kl_coef))
+            if self.critic:
+                meter.add(**self._critic_pass(m, tokens))
+        return meter
+
     def _policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
-        """Forward, backward and one count towards the optimiser step of the actor."""
+        """One pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
         ppo = self.ppo
         logps, entropy = self.actor(
-            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, lower=m.lower
+            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, frozen=m.frozen
         )  # fmt: skip
         loss, stats = policy_loss(
             logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high,
@@ -134,6 +165,7 @@ class Learner:
         return {"policy_loss": loss, **stats}
 
     def _critic_pass(self, m: Micro, tokens: float) -> dict[str, torch.Tensor]:
+        """One pass of the critic."""
         loss, clipfrac = value_loss(
             self.values(m), m.values, m.returns, m.is_response, self.ppo.clip.value or math.inf, denominator=tokens
         )
@@ -142,22 +174,22 @@ class Learner:
         return {"value_loss": loss, "value_clipfrac": clipfrac}
 
     @staticmethod
-    def _scale(trained: engine.Engine) -> int:
-        # DeepSpeed averages over ranks and accumulation; the losses are means over all tokens of the optimiser batch.
-        return distributed.world_size() * trained.accumulation
+    def _scale(engine: Engine) -> int:
+        # DeepSpeed averages over ranks and accumulated passes; these losses add up to the mean over all tokens.
+        return distributed.world_size() * engine.accumulation
 
-    def _check_first(self, found: _Meter, step: int) -> None:
+    def _check_first(self, meter: _Meter, step: int) -> None:
         limit = FIRST_RATIO[next(self.actor.module.parameters()).dtype]
-        if found.largest["ratio_max_dev"] > limit:
+        if meter.largest["ratio_max_dev"] > limit:
             raise DataError(
-                f"ppo step {step}: before any update the ratio to the rollout's policy is off 1 by "
-                f"{found.largest['ratio_max_dev']:.2g} (limit {limit:g}); dropout, or a kernel whose result depends on "
-                "the mode? Set policy.attention=eager"
+                f"ppo step {step}: before any update the ratio to the rollout's policy differs from 1 by "
+                f"{meter.largest['ratio_max_dev']:.2g} (limit {limit:g}). Is there dropout, or a kernel that computes "
+                "differently in training mode? Set policy.attention=eager"
             )
 
 
 class _Meter:
-    """Sums over micro-batches, brought to means over updates and ranks at the end."""
+    """Sums over micro-batches, which become means over updates and ranks at the end."""
 
     def __init__(self):
         self.sums: dict[str, float] = {}
@@ -166,22 +198,25 @@ class _Meter:
         self._norms: dict[str, list[float]] = {}
 
     def add(self, **values: torch.Tensor) -> None:
+        """Count one pass."""
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + float(value.detach())
             self.largest[key] = max(self.largest.get(key, -float("inf")), float(value.detach()))
 
     def merge(self, minibatch: _Meter, size: int) -> None:
+        """Count the passes of a minibatch of `size` micro-batches."""
         for key, value in minibatch.sums.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
             self.largest[key] = max(self.largest.get(key, -float("inf")), minibatch.largest[key])
             self._passes[key] = self._passes.get(key, 0) + (1 if key.endswith("loss") else size)
 
     def norms(self, key: str, value: float) -> None:
+        """Count the gradient norm of one update; NaN is left out."""
         if not math.isnan(value):
             self._norms.setdefault(key, []).append(value)
 
     def means(self) -> dict[str, float]:
-        # Losses are shares of the global token mean, which add up over micro-batches and ranks.
+        # A loss of a micro-batch is its share of the mean over all tokens: shares add up over micro-batches and ranks.
         totals = dict(zip(self.sums, distributed.global_sum(*self.sums.values()), strict=True)) if self.sums else {}
         ranks = {k: 1 if k.endswith("loss") else distributed.world_size() for k in totals}
         means = {k: t / (self._passes[k] * ranks[k]) for k, t in totals.items()}
@@ -195,7 +230,7 @@ def _explained(micros: list[Micro]) -> float:
 
 
 def _whiten(micros: list[Micro]) -> None:
-    """Over the response tokens of all micro-batches and ranks."""
+    """Whiten the advantages over the response tokens of all micro-batches and ranks."""
     flat = torch.cat([m.advantages[m.is_response] for m in micros])
     white = masked_whiten(flat, torch.ones_like(flat, dtype=torch.bool))
     for m, part in zip(micros, white.split([int(m.is_response.sum()) for m in micros]), strict=True):

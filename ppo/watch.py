@@ -1,4 +1,4 @@
-"""The usual pathologies of a PPO run, told as they begin, each with what to try."""
+"""Warnings of the usual ways in which a PPO run goes wrong, given when they begin, each with what to try."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 Rows = Sequence[Mapping[str, float]]
 WINDOW = 3
-"""Steps that a trend is judged over."""
+"""Over how many steps a trend is judged."""
 
 
 def warnings_of(rows: Rows) -> list[str]:
-    """Warnings of the last row that the one before did not have already; rows as in metrics.jsonl, from step 1."""
-    now = _found(rows)
-    before = _found(rows[:-1]) if len(rows) > 1 else {}
+    """The warnings that begin with the last row.
+
+    Args:
+        rows: of metrics.jsonl, from step 1 on.
+    """
+    now = _warnings_at(rows)
+    before = _warnings_at(rows[:-1]) if len(rows) > 1 else {}
     return [text for name, text in now.items() if name not in before]
 
 
-def _found(rows: Rows) -> dict[str, str]:
+def _warnings_at(rows: Rows) -> dict[str, str]:
+    """Name -> text of the warnings that hold at the last row."""
     return {name: text for name, (holds, text) in CHECKS.items() if rows and holds(rows)}
 
 
@@ -35,8 +40,8 @@ def _mean(rows: Rows, key: str) -> float:
 CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
     "kl negative": (
         lambda rows: _last("kl_nats_per_response")(rows) < -0.5,
-        "KL is clearly negative: samples are not from the policy whose log-probs are read; check temperature and stop "
-        "tokens",
+        "KL is clearly negative, so the samples are not from the policy whose log-probs are read: check temperature "
+        "and stop tokens",
     ),
     "kl exploding": (
         lambda rows: len(rows) > WINDOW
@@ -46,7 +51,7 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
     ),
     "clipfrac": (
         lambda rows: _all(rows, lambda r: r.get("clipfrac", 0.0) > 0.3),
-        "more than 30% of the tokens are clipped: lower ppo.actor.lr, or fewer ppo.epochs and ppo.minibatches",
+        "more than 30% of the tokens are clipped: lower ppo.actor.lr, ppo.epochs or ppo.minibatches",
     ),
     "approx kl": (
         lambda rows: _last("approx_kl")(rows) > 0.1,
@@ -65,19 +70,19 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
     "eos": (
         lambda rows: rows[0].get("eos_rate", 1.0) > 0.1
         and _last("eos_rate", 1.0)(rows) < 0.5 * rows[0].get("eos_rate", 1.0),
-        "responses end by themselves less than half as often as at first: set ppo.reward.missing_eos_penalty or raise "
+        "less than half as many responses as at first end by themselves: set ppo.reward.missing_eos_penalty or raise "
         "generation.max_new_tokens",
     ),
     "length": (
         lambda rows: _last("response_tokens")(rows) > 1.5 * rows[0].get("response_tokens", 1.0),
-        "responses are half as long again as at first: is the reward one of length? set ppo.reward.length_penalty",
+        "responses are 1.5 times as long as at first: if the reward follows length, set ppo.reward.length_penalty",
     ),
     "mismatch": (
         lambda rows: len(rows) > WINDOW
-        # The first step of a run with ppo.overlap is not behind yet.
+        # With ppo.overlap the sampler is one update behind the actor from the second step on.
         and _last("mismatch_mean_abs")(rows) > 2 * max(r.get("mismatch_mean_abs", 1.0) for r in rows[:2]) + 0.01,
-        "vLLM's and the trainer's log-probs differ twice as much as at first: set generation.vllm.dtype=float32 to see "
-        "whether it is rounding",
+        "vLLM's and the actor's log-probs differ twice as much as at first: set generation.vllm.dtype=float32 to see "
+        "whether that is rounding",
     ),
     "merging": (
         lambda rows: _all(rows, lambda r: max(r.get("sync_survival", 1.0), r.get("sync_slope", 1.0)) < 0.5),
@@ -86,14 +91,14 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
     ),
     "reward variance": (
         lambda rows: _last("proxy_se", 1.0)(rows) < 0.2 * rows[0].get("proxy_se", 1.0),
-        "all responses get nearly the same reward: the policy has collapsed; read samples.jsonl and raise ppo.kl.coef",
+        "all responses get nearly the same reward, so the policy has collapsed: see samples.jsonl, raise ppo.kl.coef",
     ),
     "proxy falling": (
         lambda rows: len(rows) >= 2 * WINDOW
         and _mean(rows[-WINDOW:], "proxy_mean")
         < _mean(rows[:WINDOW], "proxy_mean") - 3 * 2**0.5 * _mean(rows, "proxy_se") / WINDOW**0.5,
-        "the proxy reward is falling, so PPO is not optimising it: see the critic's explained_variance, lower "
+        "the proxy reward is falling, so PPO is not optimising it: look at the critic's explained_variance, lower "
         "ppo.actor.lr, or raise ppo.rollouts",
     ),
 }  # fmt: skip
-"""Name -> (does it hold for these rows, what it means and what to try)."""
+"""Name -> (does it hold at the last of these rows, what it means and what to try)."""

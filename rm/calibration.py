@@ -11,7 +11,11 @@ from rm.model import RewardModel
 
 
 def read_calibration(path: Path) -> list[dict]:
-    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
+    """Rows (prompt, response) of a `calibration.parquet`.
+
+    Raises:
+        ArtefactError: no such file, or it has no rows of this form.
+    """
     if not path.is_file():
         raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
     rows = read_table(path)
@@ -21,7 +25,11 @@ def read_calibration(path: Path) -> list[dict]:
 
 
 def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
-    """Mean and standard deviation (over n - 1) of the model's rewards of `rows` (prompt, response).
+    """Mean and standard deviation (with n - 1) of the model's rewards.
+
+    Args:
+        rows: `prompt` (messages) and `response` (text) of each sample.
+        batch_tokens: as in `RewardModel.score`.
 
     Raises:
         ArtefactError: fewer than two rows, or rewards that are all equal.

@@ -1,17 +1,17 @@
-"""One reward from the rewards of an ensemble: pure functions over rewards [k, n] of k members and n conversations.
+"""One reward from the rewards of an ensemble: pure functions of rewards [k, n] by k members of n conversations.
 
-Members are brought to one scale first, since Bradley-Terry leaves the offset of each reward model free: a minimum of
-raw rewards is little more than the member with the lowest offset. `standardise` does it against samples of the
-reference policy (PPO), `centre_by_prompt` within each prompt (best-of-n, where even an offset of each prompt is free).
+Members must first be brought to one scale. Bradley-Terry leaves the offset of each reward model free, so a minimum of
+raw rewards is little more than the member with the lowest offset. `standardise` uses samples of the reference policy
+(for PPO). `centre_by_prompt` works within each prompt (for best-of-n, where each prompt has a free offset too).
 
-All combiners keep type and device, do not depend on the order of the members, and give the member back where k = 1.
-They raise DataError on rewards that are not [k, n] with k >= 1 or not finite.
+All combiners keep type and device and do not depend on the order of the members. For k = 1 they return the member's
+rewards. They raise DataError on rewards that are not floats [k, n] with k >= 1, or that are not finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ Combiner = Callable[[Tensor], Tensor]
 
 
 def standardise(rewards: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(r_i - mean_i) / std_i [k, n], with mean and standard deviation of each member's rewards under pi_0 [k].
+    """(r_i - mean_i) / std_i [k, n].
+
+    Args:
+        mean, std: [k], of each member's rewards on samples of the reference policy.
 
     Raises:
-        DataError: not one mean and one positive standard deviation a member.
+        DataError: not one mean and one positive standard deviation per member.
     """
     _check(rewards)
     if len(mean) != len(rewards) or len(std) != len(rewards) or not all(s > 0 for s in std):
@@ -35,19 +38,28 @@ def standardise(rewards: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     return (rewards - next(columns)) / next(columns)
 
 
-def centre_by_prompt(rewards: Tensor, prompts: Sequence, std: Sequence[float]) -> Tensor:
+def centre_by_prompt(rewards: Tensor, prompts: Sequence[Hashable], std: Sequence[float]) -> Tensor:
     """(r_i - mean of r_i over the samples of the same prompt) / std_i [k, n].
 
     Args:
-        prompts: [n], which prompt a sample belongs to.
-        std: [k] of `within_prompt_std`, of calibration prompts rather than those that are evaluated.
+        prompts: [n], the prompt of each sample, for example its id.
+        std: [k] of `within_prompt_std`, on calibration prompts rather than on those that are evaluated.
+
+    Raises:
+        DataError: another number of prompts or of standard deviations, or one that is not positive.
     """
     _check(rewards)
     return standardise(rewards - _prompt_means(rewards, prompts), [0.0] * len(rewards), std)
 
 
-def within_prompt_std(rewards: Tensor, prompts: Sequence) -> list[float]:
-    """Pooled standard deviation of each member within prompts [k]: squared deviations over n - (number of prompts)."""
+def within_prompt_std(rewards: Tensor, prompts: Sequence[Hashable]) -> list[float]:
+    """Pooled standard deviation within prompts of each member [k].
+
+    The square root of the squared deviations from the prompt's mean, summed, over n - (number of prompts).
+
+    Raises:
+        DataError: no prompt has two samples.
+    """
     _check(rewards)
     free = rewards.shape[1] - len(set(prompts))
     if free < 1:
@@ -69,10 +81,13 @@ def minimum(rewards: Tensor) -> Tensor:
 
 
 def uncertainty_weighted(rewards: Tensor, weight: float) -> Tensor:
-    """UWO, mean_i r_i - weight * (1/k) sum_i (r_i - mean)^2: Coste et al. (2310.02743).
+    """UWO, uncertainty-weighted optimisation, mean - weight * (1/k) sum_i (r_i - mean)^2: Coste et al. (2310.02743).
 
-    The variance is the paper's, over k (not k - 1, which is what the PPO part of their code has and which makes the
-    same weight k / (k - 1) times as strong). The paper uses 0.5 for best-of-n and 0.1 for PPO.
+    The variance is over k, as in the paper. The PPO part of their code divides by k - 1, with which the same weight is
+    k / (k - 1) times as strong. The paper uses a weight of 0.5 for best-of-n and 0.1 for PPO.
+
+    Raises:
+        DataError: a negative or infinite weight.
     """
     _check(rewards)
     if not (weight >= 0 and math.isfinite(weight)):
@@ -81,7 +96,11 @@ def uncertainty_weighted(rewards: Tensor, weight: float) -> Tensor:
 
 
 def quantile(rewards: Tensor, q: float) -> Tensor:
-    """The q-quantile over members, linear between neighbours: 0 is the minimum, 0.5 the median."""
+    """The q-quantile over members, linear between neighbours: 0 is the minimum, 0.5 the median.
+
+    Raises:
+        DataError: q outside [0, 1].
+    """
     _check(rewards)
     if not 0 <= q <= 1:
         raise DataError(f"a quantile lies between 0 and 1, not at {q}")
@@ -95,7 +114,10 @@ def quantile(rewards: Tensor, q: float) -> Tensor:
 def soft_minimum(rewards: Tensor, beta: float) -> Tensor:
     """-beta log((1/k) sum_i exp(-r_i / beta)): the worst case over members within a KL ball (2606.09073).
 
-    It falls from the mean (beta -> infinity) to the minimum (beta -> 0).
+    It goes from the mean (beta -> infinity) down to the minimum (beta -> 0).
+
+    Raises:
+        DataError: beta is not positive and finite.
     """
     _check(rewards)
     if not (beta > 0 and math.isfinite(beta)):
@@ -104,16 +126,22 @@ def soft_minimum(rewards: Tensor, beta: float) -> Tensor:
 
 
 PLAIN: dict[str, Combiner] = {"mean": mean, "min": minimum, "median": lambda rewards: quantile(rewards, 0.5)}
+"""Combiners by name."""
 WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "uwo": uncertainty_weighted,
     "quantile": quantile,
     "soft_min": soft_minimum,
 }
+"""Combiners that take a number, by name."""
 KNOWN = "mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA"
 
 
 def combiner(text: str) -> Combiner:
-    """The combiner that `text` names, as in `mean` or `uwo:0.5`; DataError for another name or number."""
+    """The combiner that `text` names, for example `mean` or `uwo:0.5`.
+
+    Raises:
+        DataError: an unknown name, or a number that the combiner refuses.
+    """
     name, _, number = text.partition(":")
     if name in PLAIN and not number:
         return PLAIN[name]
@@ -122,14 +150,16 @@ def combiner(text: str) -> Combiner:
         function = WITH_NUMBER[name]
     except (KeyError, ValueError):
         raise DataError(f"no combiner {text!r}: known are {KNOWN}") from None
-    function(torch.zeros(1, 1), value)  # a number that it refuses is told at once
+    function(torch.zeros(1, 1), value)  # a number that it refuses fails here, not at the first rewards
     return lambda rewards: function(rewards, value)
 
 
 def proxy_reward(rewards: Tensor, units: Sequence[tuple[float, float]], rule: str | None) -> Tensor:
-    """What is optimised, [n], from raw rewards [k, n] of members with (mean, std) under pi_0 each.
+    """The rewards [n] that are optimised, from the raw rewards [k, n] of the members.
 
-    A single member keeps its own units (`rule` None); of several, the standardised rewards are combined by `rule`.
+    Args:
+        units: (mean, std) of each member's rewards on samples of the reference policy.
+        rule: of `combiner`, applied to the standardised rewards; None for a single member, which keeps its own units.
     """
     if rule is None:
         return rewards[0]
@@ -138,12 +168,12 @@ def proxy_reward(rewards: Tensor, units: Sequence[tuple[float, float]], rule: st
 
 
 def proxy_units(units: Sequence[tuple[float, float]], rule: str | None) -> tuple[float, float]:
-    """Mean and standard deviation that `proxy_reward` is shown in: a combination is in standard deviations already."""
+    """Mean and standard deviation to show `proxy_reward` in: a combination is in standard deviations already."""
     return units[0] if rule is None else (0.0, 1.0)
 
 
-def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
-    """[k, n], at each sample the mean over the samples of its prompt."""
+def _prompt_means(rewards: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+    """[k, n]: for each sample, the mean over the samples of its prompt."""
     if len(prompts) != rewards.shape[1]:
         raise DataError(f"{rewards.shape[1]} samples need as many prompts, not {len(prompts)}")
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE
 from core.errors import ArtefactError
-from core.models.layers import LowerCache, LowerLayers
+from core.models.layers import FrozenLayers, FrozenStateCache
 from core.training import distributed
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate
@@ -19,19 +19,23 @@ from rm.model import RewardModel
 from rm.score import Tokens
 
 CACHED_STATES = 1 << 30
-"""Bytes of lower layers' states that members share in one call of `AdapterEnsemble.lower_cache`."""
+"""Bytes of frozen states that the members may share, for the rows of one `AdapterEnsemble.frozen_state_cache`."""
 
 
 def one_base(paths: Sequence[str | Path]) -> bool:
-    """Whether these are adapters of this project, two or more, that can share a base in memory."""
+    """Whether these are two or more adapter folders of this project whose reward models can share a base in memory."""
     folders = [locate(path) for path in paths]
     return len(folders) > 1 and all(map(is_adapter, folders)) and len(set(map(backbone, folders))) == 1
 
 
 class AdapterMember(RewardModel):
-    """One reward model of an `AdapterEnsemble`: all have one `lm`, and each call switches it to the member's adapter.
+    """One reward model of an `AdapterEnsemble`.
 
-    Not for several threads at once.
+    All members have the same `lm`, and a call switches it to the member's adapter. So they are not safe to call from
+    several threads at once.
+
+    Args:
+        name: of the adapter in `lm`.
     """
 
     def __init__(self, lm: nn.Module, name: str, *args, **options):
@@ -46,19 +50,19 @@ class AdapterMember(RewardModel):
 
 
 class AdapterEnsemble(nn.Module):
-    """k reward models that are adapters and heads on one base, which is in memory once; for inference.
+    """k reward models that are adapters and heads on one base, which is in memory once. For inference.
 
-    Rewards are those of the unmerged adapters: those of `RewardModel.from_pretrained` up to rounding.
+    The adapters are not merged, so rewards equal those of `RewardModel.from_pretrained` up to rounding.
 
     Attributes:
-        members: the reward models, [k]; each scores as any other.
+        members: the k reward models; each scores like any other.
     """
 
     def __init__(self, members: Sequence[AdapterMember]):
         super().__init__()
         self.lm = members[0].lm
         self.heads = nn.ModuleList(member.head for member in members)
-        # In a tuple, which torch does not look into: an engine shall meet the base once, not k times.
+        # In a tuple, which torch does not look into: an engine must see the base once, not k times.
         self.members = tuple(members)
 
     @classmethod
@@ -70,10 +74,14 @@ class AdapterEnsemble(nn.Module):
         attention: str = "sdpa",
         base: str | Path | None = None,
     ) -> AdapterEnsemble:
-        """The models of these adapter folders, in their order; `base` in place of the one that they name.
+        """The reward models of these adapter folders, in their order.
+
+        Args:
+            dtype: of the weights.
+            base: folder of the base model, in place of the one that the adapters name.
 
         Raises:
-            ArtefactError: anything that `RewardModel.from_pretrained` refuses; models of several bases.
+            ArtefactError: models of several bases, or anything that `RewardModel.from_pretrained` refuses.
         """
         from peft import PeftModel
 
@@ -97,40 +105,46 @@ class AdapterEnsemble(nn.Module):
         return cls(members).requires_grad_(False).eval().to(distributed.device())
 
     def forward(self, *args, member: int, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`RewardModel.forward` of a member."""
+        """`RewardModel.forward` of the member of this number."""
         return self.members[member](*args, **options)
 
     def through(self, forward: Callable) -> list[EngineMember]:
-        """The members as `ppo.proxy.LocalProxy` takes them, where `forward` is an engine that holds this ensemble."""
+        """The members, each called like an engine of its own; `forward` is the engine that holds this ensemble."""
         return [EngineMember(self, forward, i) for i in range(len(self.members))]
 
-    def lower_cache(self, rows: Sequence[Tokens]) -> LowerCache | None:
-        """For `rm.score`'s `lower`: the layers below all adapters, run once for all members; None where there are none,
-        or where their states of these rows would take more than CACHED_STATES."""
-        if self._lower is None:
+    def frozen_state_cache(self, rows: Sequence[Tokens]) -> FrozenStateCache | None:
+        """The `frozen` of `rm.score.score_tokens` that all members share: the layers below all adapters run only once.
+
+        None where no layer is below all adapters, or where the states of `rows` would take more than CACHED_STATES.
+        """
+        if self._frozen_layers is None:
             return None
         tokens = sum(len(prompt) + len(response) for prompt, response in set(rows))
         size = tokens * self.lm.config.hidden_size * next(self.parameters()).element_size()
-        return LowerCache(self._lower) if size <= CACHED_STATES else None
+        return FrozenStateCache(self._frozen_layers) if size <= CACHED_STATES else None
 
-    @cached_property  # which stores it where torch does not look: its parameters are those of `lm`
-    def _lower(self) -> LowerLayers | None:
-        """The layers below the lowest adapter of any member; None where there are none, or they cannot be cut off."""
+    @cached_property  # it stores the layers where torch does not look, since their parameters are those of `lm`
+    def _frozen_layers(self) -> FrozenLayers | None:
+        """The layers below the lowest adapter of any member; None where there are none, or `lm` cannot be cut there."""
         layers = self.lm.get_base_model().base_model.layers
         adapted = (any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers)
-        depth = next((i for i, found in enumerate(adapted) if found), len(layers))
+        depth = next((i for i, has_adapter in enumerate(adapted) if has_adapter), len(layers))
         if not depth or not self.members[0].shares_prompts:
             return None
-        lower = LowerLayers(self.lm, depth)
+        frozen_layers = FrozenLayers(self.lm, depth)
         try:
-            lower.check(self.lm)
+            frozen_layers.check(self.lm)
         except ArtefactError:
             return None
-        return lower
+        return frozen_layers
 
 
 class EngineMember:
-    """A member of an ensemble that an engine holds, called as an engine of its own."""
+    """A member of an ensemble under an engine, called like an engine of its own.
+
+    Attributes:
+        module: the member.
+    """
 
     def __init__(self, ensemble: AdapterEnsemble, forward: Callable, number: int):
         self.module = ensemble.members[number]

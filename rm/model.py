@@ -1,6 +1,6 @@
-"""The reward model: a causal LM's trunk, a reward head on the last real token, and the LM head for GRM's regulariser.
+"""The reward model: a causal LM without its LM head, and a reward head that reads the last real token.
 
-The critic of PPO is the same module read at other positions.
+GRM's text regulariser reads the LM head too. The critic of PPO is the same module, read at other positions.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer, Message
 from core.errors import ArtefactError
-from core.models.layers import Lower, hidden_states
+from core.models.layers import FrozenStates, hidden_states
 from core.models.loading import load_causal_lm
 from core.models.logprobs import token_logprobs
 from core.training.distributed import device
 from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
-from rm.heads import make_head
+from rm.heads import Float32Linear, make_head
 from rm.score import score
 
 
 class RewardModel(nn.Module):
-    """B conversations, L tokens, H hidden size.
+    """A causal LM with a reward head. B conversations of L tokens, hidden size H.
 
     Attributes:
-        lm: the causal LM (its LM head is used only for log-probs that are asked for).
-        head: maps hidden states to rewards, in float32.
-        mean, std: of this model's rewards on samples of the reference policy; `normalise` uses them.
+        lm: the causal LM; its LM head is used only where log-probs are requested.
+        head_kind: as in `rm.heads.make_head`.
+        head: maps hidden states [M, H] to rewards [M, 1], in float32.
+        tokenizer: of the LM.
+        mean, std: of this model's rewards on samples of the reference policy, for `normalise`.
     """
 
     def __init__(self, lm: nn.Module, head_kind: str, tokenizer: ChatTokenizer, *, mean: float = 0.0, std: float = 1.0):
@@ -49,21 +51,23 @@ class RewardModel(nn.Module):
         positions: Tensor | None = None,
         read: Tensor | None = None,
         targets: Targets | None = None,
-        lower: Lower | None = None,
+        frozen: FrozenStates | None = None,
         head_terms: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Rewards, and log-probs where asked; inputs as in `core.models.layers.hidden_states`.
+        """Rewards, and log-probs where requested.
 
         Args:
-            input_ids: [B, L].
-            read: [R] into the flattened [B * L], where the head is read; default the last real token of each row.
-            targets: tokens whose log-probs are summed by response; only their logits are computed.
-            head_terms: run the head's `training_pass`, where it has one.
+            input_ids, attention_mask, positions, frozen: as in `core.models.layers.hidden_states`.
+            read: indices [R] into the flattened [B * L], where the head reads; by default the last real token of each
+                row.
+            targets: tokens whose log-probs are summed per response; only their logits are computed.
+            head_terms: run the head's `training_pass`, if it has one.
 
         Returns:
-            float32 rewards [R] ([B] by default), summed log-probs [R] or None, the head's terms [R, .] or None.
+            Float32 rewards [R] ([B] by default); summed log-probs [R] in nats, or None without `targets`; and the terms
+            of the head's own penalty [R, ...], or None.
         """
-        hidden = hidden_states(self.lm, input_ids, attention_mask, positions=positions, lower=lower)
+        hidden = hidden_states(self.lm, input_ids, attention_mask, positions=positions, frozen=frozen)
         if read is None:
             read = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1] + last_real_token(attention_mask)
         flat = hidden.flatten(0, 1)
@@ -77,8 +81,21 @@ class RewardModel(nn.Module):
         logps, _ = token_logprobs(_lm_head(self.lm), flat[targets.source], targets.token)
         return rewards, logps.new_zeros(len(read)).index_add(0, targets.response, logps), terms
 
+    def zero_head(self) -> None:
+        """Make the head give 0 everywhere, keeping the layers before its last one: the start of a critic.
+
+        A head that is not a chain of layers (`inform`, `odin`) becomes a linear one.
+        """
+        if not isinstance(self.head, nn.Sequential | Float32Linear):
+            like = next(self.head.parameters())
+            self.head_kind = "linear"
+            self.head = make_head("linear", self.lm.config.hidden_size).to(dtype=like.dtype, device=like.device)
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        for weight in last.parameters():
+            nn.init.zeros_(weight)
+
     def normalise(self, rewards: Tensor) -> Tensor:
-        """Rewards in standard deviations from the mean of the reference policy's samples."""
+        """Rewards in standard deviations from the mean, both of the reference policy's samples; elementwise."""
         return (rewards - self.mean) / self.std
 
     def score(
@@ -86,19 +103,29 @@ class RewardModel(nn.Module):
         conversations: Sequence[Sequence[Message]],
         *,
         batch_tokens: int = 8192,
-        lower: Callable[[Batch], Lower] | None = None,
+        frozen: Callable[[Batch], FrozenStates] | None = None,
         progress: str = "",
     ) -> Tensor:
-        """Float32 rewards [n] of conversations, in their order; `lower` as in `rm.score.score_tokens`."""
+        """Float32 rewards [n] of conversations, on the CPU and in their order.
+
+        Args:
+            conversations: messages each, the assistant's response last.
+            batch_tokens: padded tokens per batch, at most.
+            frozen: gives the frozen states of a batch, as in `rm.score.score_tokens`.
+            progress: title of a progress bar; none by default.
+
+        Raises:
+            DataError: a conversation does not end with the assistant, or a reward is not finite.
+        """
         where = next(self.parameters()).device
         return score(
-            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, lower=lower,
+            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, frozen=frozen,
             device=where, progress=progress,
         )  # fmt: skip
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether responses may share a row with their prompt: not where a kernel or layer has a mask of its own."""
+        """Whether responses may share a row with their prompt: not where a kernel or a layer has its own mask."""
         config = self.lm.config
         return not config._attn_implementation.startswith("flash") and not getattr(config, "sliding_window", None)
 
@@ -106,13 +133,18 @@ class RewardModel(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
     ) -> RewardModel:
-        """A reward model in a folder or on the hub: of stage `rm`, whole or an adapter, or one that other code wrote.
+        """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
         Args:
-            base: of a LoRA checkpoint, in place of the base that it names.
+            dtype: of the weights.
+            attention: implementation, as in `policy.attention`.
+            base: base model of a LoRA checkpoint, in place of the one that it names.
+
+        Returns:
+            The model in eval mode, on this rank's device.
 
         Raises:
-            ArtefactError: anything that does not fit.
+            ArtefactError: no reward model there, or something of it does not fit the rest; names the folder.
         """
         folder = locate(path)
         if (folder / ABOUT_FILE).is_file():
@@ -125,7 +157,7 @@ class RewardModel(nn.Module):
 
 
 def _read_own(folder: Path, *, dtype: str, attention: str, base: str | Path | None) -> Parts:
-    """A folder of this project."""
+    """The parts of a reward model that this project wrote."""
     about = read_about(folder)
     tokenizer = read_tokenizer(folder, about)
     if about["format"] == ADAPTER_FORMAT:
@@ -139,7 +171,7 @@ def _read_own(folder: Path, *, dtype: str, attention: str, base: str | Path | No
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:
-    """Column of the last 1 in each row [B], for left and right padding alike."""
+    """Column [B] of the last 1 in each row of [B, L], for left and right padding."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (attention_mask * columns).argmax(-1)
 

@@ -1,4 +1,4 @@
-"""The loss of one micro-batch of pairs: one forward pass, and what each variant makes of it."""
+"""The loss of one micro-batch of pairs: one forward pass, and what each variant computes from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.batching import Batch, pack
 from core.config import RewardVariant
-from core.models.layers import LowerCache
+from core.models.layers import FrozenStateCache
 from core.training import distributed
 from rm.losses import (
     bradley_terry,
@@ -22,7 +22,7 @@ from rm.pairs import Pair
 
 
 def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], list[int]]:
-    """The batch of these pairs, and the numbers of their chosen and rejected responses in it."""
+    """The batch of these n pairs, and the indices [n] of their chosen and of their rejected responses in it."""
     n, pad = len(pairs), model.tokenizer.pad_id
     if model.shares_prompts:
         batch = pack([(p.prompt, [p.chosen, p.rejected]) for p in pairs], pad, distributed.device())
@@ -32,12 +32,15 @@ def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], lis
 
 
 def pair_losses(
-    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], lower: LowerCache | None = None
+    forward, model: RewardModel, variant: RewardVariant, pairs: list[Pair], frozen: FrozenStateCache | None = None
 ) -> dict[str, Tensor]:
-    """Loss and its parts on one micro-batch.
+    """Loss and its parts on one micro-batch: scalars `loss`, `reward_loss`, `regulariser` and `accuracy`.
+
+    Each is a mean over the pairs; `loss` has a gradient.
 
     Args:
         forward: `model`, or the engine that trains it.
+        frozen: gives the states of the layers that the variant keeps frozen, if they are cached.
     """
     batch, first, second = packed(model, pairs)
     kind = variant.text_regulariser
@@ -47,7 +50,7 @@ def pair_losses(
         targets = batch.targets(wanted, [p.turns for p in pairs] * (len(wanted) // len(pairs)))
     rewards, logps, terms = forward(
         batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets, lower=lower(batch) if lower else None, head_terms=True,
+        targets=targets, frozen=frozen(batch) if frozen else None, head_terms=True,
     )  # fmt: skip
     chosen, rejected = rewards[first], rewards[second]
     reward_loss = _reward_loss(variant, chosen, rejected, pairs)
@@ -80,7 +83,7 @@ def _reward_loss(variant: RewardVariant, chosen: Tensor, rejected: Tensor, pairs
 
 
 def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
-    """InfoRM: mean KL of the latents. ODIN: its correlations with the token count, and the overlap of its heads."""
+    """InfoRM: the mean KL of the latents. ODIN: the correlations with length, and the overlap of its two heads."""
     if model.head_kind == "inform":
         return terms.mean()
     tokens = (batch.ends - batch.starts + 1).to(terms.device)
@@ -89,13 +92,16 @@ def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_logprobs(
-    forward, model: RewardModel, pairs: list[Pair], lower: LowerCache | None = None
+    forward, model: RewardModel, pairs: list[Pair], frozen: FrozenStateCache | None = None
 ) -> list[tuple[float, float]]:
-    """Summed log-probs of chosen and rejected by the weights as they are, nats."""
+    """Log-probs (chosen, rejected) of each pair, in nats and summed over tokens, by the model as it is.
+
+    The arguments are those of `pair_losses`.
+    """
     batch, first, second = packed(model, pairs)
     targets = batch.targets([*first, *second], [p.turns for p in pairs] * 2)
     logps = forward(
         batch.input_ids, batch.attention_mask, positions=batch.positions, read=batch.ends.to(batch.input_ids.device),
-        targets=targets, lower=lower(batch) if lower else None,
+        targets=targets, frozen=frozen(batch) if frozen else None,
     )[1].tolist()  # fmt: skip
     return [(logps[i], logps[j]) for i, j in zip(first, second, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from core.config import Config, RewardVariant
+from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import ArtefactError, DataError
@@ -13,35 +13,37 @@ from core.errors import ArtefactError, DataError
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of a labelled pair; the prompt is common."""
+    """Token ids of a labelled pair: one prompt, two responses."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     turns: tuple[tuple[int, int], ...] = ()
-    """Spans of the prompt that the text regulariser reads too."""
+    """Spans [start, stop) of the prompt that the text regulariser reads too."""
     margin: float = 0.0
+    """By how much the chosen reward should exceed the other."""
     reference: tuple[float, float] = (0.0, 0.0)
-    """Log-probs of chosen and rejected by the untrained base, nats; `dpo` only."""
+    """Log-probs of chosen and rejected by the untrained base, in nats; for `dpo` only."""
 
     @property
     def length(self) -> int:
-        """Of the longer conversation."""
+        """Tokens of the longer conversation."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
     @property
     def row(self) -> int:
-        """Tokens of the row that both responses share."""
+        """Tokens of a row that holds the prompt once and both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 def tokenise(
-    rows: list[dict], tokenizer: ChatTokenizer, cfg: Config, variant: RewardVariant
+    rows: list[dict], tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs within `rm.max_tokens`, and how many were dropped or truncated.
+    """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped and truncated.
 
     Raises:
-        DataError: a margin is asked of rows that have none, or spans of a template that has none.
+        DataError: the variant has a margin and a row has no rating gap; it regularises every turn and the chat template
+            does not write earlier turns as they were generated.
     """
     pairs, counts = [], {"dropped": 0, "truncated": 0}
     for row in rows:
@@ -53,8 +55,8 @@ def tokenise(
             tuple(spans),
             variant.margin * _gap(row) if variant.margin else 0.0,
         )
-        over = pair.length - cfg.rm.max_tokens
-        if over > 0 and (cfg.rm.overlong == "drop" or over >= len(pair.prompt)):
+        over = pair.length - rm.max_tokens
+        if over > 0 and (rm.overlong == "drop" or over >= len(pair.prompt)):
             counts["dropped"] += 1
             continue
         if over > 0:
@@ -65,22 +67,31 @@ def tokenise(
     return pairs, counts
 
 
-def batch_plan(pairs: list[Pair], cfg: Config, variant: RewardVariant) -> list[list[int]]:
-    """Numbers of the pairs of every global batch, each epoch in an order of its own; an incomplete last one is left
-    out. Variants of one seed see the same batches."""
-    size = cfg.rm.global_batch
+def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, seed: int) -> list[list[int]]:
+    """Indices into `pairs` of every global batch of every epoch.
+
+    Each epoch has an order of its own, and leaves out the incomplete batch at its end. Variants with the same
+    `variant.seed` see the same batches.
+
+    Args:
+        seed: `run.seed`.
+
+    Raises:
+        ArtefactError: fewer pairs than one global batch.
+    """
+    size = rm.global_batch
     if len(pairs) < size:
         raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
     batches = []
-    for epoch in range(cfg.rm.epochs):
-        rng = random.Random(stream_seed(cfg.run.seed, "rm", "order", epoch, *seed_name(variant)))
+    for epoch in range(rm.epochs):
+        rng = random.Random(stream_seed(seed, "rm", "order", epoch, *seed_name(variant)))
         order = rng.sample(range(len(pairs)), len(pairs))
         batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     return batches
 
 
 def seed_name(variant: RewardVariant) -> tuple[int, ...]:
-    """What the variant's seed adds to the names of its random streams."""
+    """What the variant's seed adds to the names of its random streams; nothing for seed 0."""
     return (variant.seed,) if variant.seed else ()
 
 

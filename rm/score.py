@@ -12,7 +12,7 @@ from tqdm import tqdm
 from core.batching import Batch, Group, pack
 from core.data.chat import ChatTokenizer, Message
 from core.errors import DataError
-from core.models.layers import Lower
+from core.models.layers import FrozenStates
 from core.training.distributed import global_sum, rank, world_size
 
 ROW_TOKENS = 1024
@@ -46,7 +46,7 @@ def score_tokens(
     batch_tokens: int = 8192,
     share: bool = True,
     together: bool = False,
-    lower: Callable[[Batch], Lower] | None = None,
+    frozen: Callable[[Batch], FrozenStates] | None = None,
     device: torch.device | str = "cpu",
     progress: str = "",
 ) -> Tensor:
@@ -60,7 +60,7 @@ def score_tokens(
         share: compute a prompt once for several of its responses.
         together: all ranks give the same rows and divide the work, with equally many calls each (as
             ZeRO-3 needs); each gets all rewards.
-        lower: gives the output of the model's lower layers, where that is known.
+        frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
     """
     rows = _rows(sorted(set(tokens)), share)
     batches = _batches(rows, batch_tokens)
@@ -77,7 +77,7 @@ def score_tokens(
             inputs = pack(batch, tokenizer.pad_id, device)
             rewards = forward(
                 inputs.input_ids, inputs.attention_mask, positions=inputs.positions, read=inputs.ends.to(device),
-                lower=lower(inputs) if lower else None,
+                frozen=frozen(inputs) if frozen else None,
             )[0]  # fmt: skip
             keys = [(prompt, response) for prompt, responses in batch for response in responses]
             found |= zip(keys, rewards.float().tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Stage `rm`: train every variant of the reward model on the same pairs, in the same order, and measure it.
 
-The trainer is our own loop on the DeepSpeed engine that PPO uses, not trl.RewardTrainer: the regulariser needs
-log-probs of chosen responses only, two models of one comparison must see identical batches, and
+The loop is our own, on the DeepSpeed engine that PPO uses too, and not trl.RewardTrainer, for three reasons: the
+regulariser needs log-probs of chosen responses only, two models that are compared must see identical batches, and
 accelerate with DeepSpeed reports one process on every CPU rank.
 """
 
@@ -16,17 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core import config
 from core.batching import balanced
-from core.config import Config, RewardVariant
-from core.data.chat import ChatTokenizer
-from core.data.labels import flip_labels, repeated
+from core.config import Config, RewardTraining, RewardVariant
 from core.data.streams import stream_seed
-from core.errors import ArtefactError
 from core.files import read_json, read_table, write_json, write_table
-from core.models.layers import LowerCache, LowerLayers, train_top_layers
-from core.models.loading import load_causal_lm
-from core.models.lora import add_lora
-from core.training import distributed, engine
+from core.models.layers import FrozenStateCache
+from core.training import distributed
+from core.training.engine import Engine
 from core.training.weights import gathered
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
@@ -35,24 +32,34 @@ from rm.model import RewardModel
 from rm.objective import pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise
 from rm.score import score
+from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Run the stage on this rank, or resume it with the first unfinished variant.
+
+    Args:
+        inputs: folder of the stage `preferences`.
+        out: folder of this stage; each variant gets a folder in it.
+
+    Returns:
+        The metrics of the stage.
+    """
     distributed.init_distributed()
     rows = read_table(inputs["preferences"] / "pairs.parquet")
     calibration = read_table(inputs["preferences"] / "calibration.parquet")
     train = [row for row in rows if row["split"] == "rm_train"]
     val = [row for row in rows if row["split"] == "rm_val"]
     if cfg.rm.save == "adapter":
-        describe_base(cfg.rm.base)  # what it refuses is told before anything is trained
-    metrics, lower = {}, {}
+        describe_base(cfg.rm.base)  # fails on a base that it refuses before anything is trained
+    metrics, caches = {}, {}
     for name, variant in cfg.rm.variants.items():
         done = out / name / "metrics.json"
-        if not done.is_file():  # a killed stage goes on with the first unfinished variant
-            depth = num_layers(cfg, variant)
-            if depth not in lower:
-                lower[depth] = lower_cache(cfg, variant)
-            train_variant(cfg, name, variant, train, val, calibration, out / name, lower[depth])
+        if not done.is_file():  # else a run that was killed has finished this variant
+            depth = num_layers(cfg.rm, variant)
+            if depth not in caches:
+                caches[depth] = frozen_state_cache(cfg.rm, cfg.engine, variant)
+            train_variant(cfg, name, variant, train, val, calibration, out / name, caches[depth])
         torch.distributed.barrier()
         metrics[name] = read_json(done)
     longest = [len(r["chosen"].split()) - len(r["rejected"].split()) for r in val if not r["flipped"]]
@@ -77,152 +84,141 @@ def train_variant(
     val: list[dict],
     calibration: list[dict],
     out: Path,
-    lower: LowerCache | None = None,
+    cache: FrozenStateCache | None = None,
 ) -> None:
-    """Train one reward model and write its folder, `metrics.json` last."""
+    """Train one reward model and write its folder `out`, with `metrics.json` last: the mark of a finished variant.
+
+    Args:
+        train, val: rows of pairs.parquet.
+        calibration: rows of calibration.parquet.
+        cache: of frozen states; not used where the variant trains one of the cached layers.
+    """
     started = time.time()
-    if lower and not _lower_fits(cfg, variant):
-        lower = None
-    trainer, model, found = fit(cfg, name, variant, train, out, lower)
-    found |= measure(trainer, model, val, calibration, out, lower)
-    save(cfg, trainer, model, variant, out)
+    if cache and not fits_cache(cfg.rm, variant):
+        cache = None
+    engine, model, metrics = fit(cfg.rm, cfg.engine, variant, train, out, name=name, seed=cfg.run.seed, cache=cache)
+    metrics |= measure(engine, model, val, calibration, out, cache)
+    save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
-        write_json(out / "metrics.json", found | {"seconds": round(time.time() - started, 1)})
+        write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
 
 
 def fit(
-    cfg: Config, name: str, variant: RewardVariant, train: list[dict], out: Path, lower: LowerCache | None = None
-) -> tuple[engine.Engine, RewardModel, dict]:
-    """The trained model in its engine, and how much it was trained on; `train.jsonl` is written into `out`."""
-    model, tokenizer = build(cfg, variant)
-    pairs, counts = tokenise(arm_rows(train, variant, cfg.run.seed), tokenizer, cfg, variant)
-    batches = batch_plan(pairs, cfg, variant)
-    trainer = engine.Engine(
-        model, cfg.engine, micro_batch=cfg.rm.micro_batch, optim=cfg.rm.optim, total_steps=len(batches),
-        accumulation=cfg.rm.global_batch // (cfg.rm.micro_batch * distributed.world_size()),
+    rm: RewardTraining,
+    settings: config.Engine,
+    variant: RewardVariant,
+    train: list[dict],
+    out: Path,
+    *,
+    name: str,
+    seed: int,
+    cache: FrozenStateCache | None = None,
+) -> tuple[Engine, RewardModel, dict]:
+    """Train one reward model. Every rank must call it; `train.jsonl` is written into `out`.
+
+    Args:
+        train: rows of pairs.parquet to train on (`arm_rows` takes the variant's share of them).
+        name: of the variant, for the progress bar.
+        seed: `run.seed`.
+        cache: of the layers that the variant keeps frozen.
+
+    Returns:
+        The engine, the model in it (in eval mode), and the numbers of pairs (used, dropped, truncated) and steps.
+    """
+    model, tokenizer = build(rm, settings, variant, seed)
+    pairs, counts = tokenise(arm_rows(train, variant, seed), tokenizer, rm, variant)
+    batches = batch_plan(pairs, rm, variant, seed)
+    engine = Engine(
+        model, settings, micro_batch=rm.micro_batch, optim=rm.optim, total_steps=len(batches),
+        accumulation=rm.global_batch // (rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:
-        pairs = with_reference(trainer, model, pairs, cfg.rm.micro_batch, lower)
+        pairs = with_reference(engine, model, pairs, rm.micro_batch, cache)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
     for step, batch in enumerate(
         tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
     ):
-        # Of InfoRM's latents and of dropout in adapters; named by step like all draws.
-        torch.manual_seed(stream_seed(cfg.run.seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
-        row = {"step": step, **train_step(trainer, model, variant, [pairs[i] for i in batch], lower), "lr": trainer.lr}
+        # For InfoRM's latents and dropout in adapters; named by step, like every draw.
+        torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
+        row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()
     model.eval()
-    return trainer, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
-
-
-def build(cfg: Config, variant: RewardVariant) -> tuple[RewardModel, ChatTokenizer]:
-    """The untrained model; heads of all variants of one seed start from the same numbers."""
-    tokenizer = ChatTokenizer(cfg.rm.base)
-    lm = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant))
-    torch.manual_seed(stream_seed(cfg.run.seed, "rm", "head", *seed_name(variant)))
-    if cfg.rm.lora and variant.trainable_layers is None:
-        lm = add_lora(lm, cfg.rm.lora)
-    else:
-        train_top_layers(lm, _trainable(cfg, variant))
-    return RewardModel(lm, variant.head, tokenizer), tokenizer
-
-
-def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
-    """The rows that the variant is trained on: the first `pairs`, with `label_noise` of the labels flipped."""
-    rows = train[: variant.pairs]
-    if variant.pairs and len(rows) < variant.pairs:
-        raise ArtefactError(f"rm.variants.*.pairs asks for {variant.pairs} training pairs; there are {len(train)}")
-    # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
-    return repeated(
-        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
-    )
-
-
-def num_layers(cfg: Config, variant: RewardVariant) -> int | None:
-    """Layers of the backbone that the variant keeps; None for all."""
-    return cfg.rm.num_layers if variant.num_layers is None else variant.num_layers
-
-
-def _trainable(cfg: Config, variant: RewardVariant) -> int | None:
-    return cfg.rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
-
-
-def _lower_fits(cfg: Config, variant: RewardVariant) -> bool:
-    """Whether the layers that are cached are frozen in this variant too; the cache is one of its `num_layers`."""
-    return _trainable(cfg, variant) <= cfg.rm.trainable_layers
+    return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
 
 
 def with_reference(
-    trainer: engine.Engine, model: RewardModel, pairs: list[Pair], micro: int, lower: LowerCache | None = None
+    engine: Engine, model: RewardModel, pairs: list[Pair], micro: int, cache: FrozenStateCache | None = None
 ) -> list[Pair]:
-    """The pairs with the log-probs of the untrained model: computed once, so no second model is ever in memory."""
+    """The pairs with the log-probs of the untrained model. Computed before training, so that one model is in memory.
+
+    Args:
+        micro: pairs per forward pass on one rank, on average.
+    """
     model.eval()
     world = distributed.world_size()
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
     mine = []
     for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
-        mine += zip(part, pair_logprobs(trainer, model, [pairs[i] for i in part], lower), strict=True)
+        mine += zip(part, pair_logprobs(engine, model, [pairs[i] for i in part], cache), strict=True)
     model.train()
-    found = dict(distributed.gather_rows(mine))
-    return [replace(pair, reference=found[i]) for i, pair in enumerate(pairs)]
+    references = dict(distributed.gather_rows(mine))
+    return [replace(pair, reference=references[i]) for i, pair in enumerate(pairs)]
 
 
 def train_step(
-    trainer: engine.Engine,
+    engine: Engine,
     model: RewardModel,
     variant: RewardVariant,
     batch: list[Pair],
-    lower: LowerCache | None,
+    cache: FrozenStateCache | None,
 ) -> dict:
-    """One optimiser step on a global batch; metrics are means over its pairs on all ranks."""
-    parts = balanced([pair.row for pair in batch], distributed.world_size() * trainer.accumulation)
+    """One optimiser step on a global batch; every rank gives the whole batch and trains on its part.
+
+    Returns:
+        `loss`, `reward_loss`, `regulariser` and `accuracy`, means over the pairs of all ranks, and `grad_norm`.
+    """
+    parts = balanced([pair.row for pair in batch], distributed.world_size() * engine.accumulation)
     mine = parts[distributed.rank() :: distributed.world_size()]
     sums = dict.fromkeys(("loss", "reward_loss", "regulariser", "accuracy"), 0.0)
     for part in mine:
-        losses = pair_losses(trainer, model, variant, [batch[i] for i in part], lower)
-        # DeepSpeed averages over passes and ranks, which hold unequally many pairs.
-        trainer.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
-        trainer.step()
+        losses = pair_losses(engine, model, variant, [batch[i] for i in part], cache)
+        # DeepSpeed averages over passes and ranks, which hold different numbers of pairs.
+        engine.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
+        engine.step()
         for key in sums:
             sums[key] += float(losses[key].detach()) * len(part)
     totals = distributed.global_sum(*sums.values())
-    return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": trainer.grad_norm}
-
-
-def lower_cache(cfg: Config, variant: RewardVariant | None = None) -> LowerCache | None:
-    """The cache that the configuration asks for, of the layers that are frozen in a backbone as deep as the variant's
-    (default: as rm.num_layers); None where there are none. Every rank holds the layers whole, so that it needs no
-    other."""
-    if not cfg.rm.cache_frozen_layers:
-        return None
-    base = load_causal_lm(cfg.rm.base, dtype=cfg.engine.dtype, num_layers=num_layers(cfg, variant or RewardVariant()))
-    if base.config.num_hidden_layers <= cfg.rm.trainable_layers:
-        return None
-    base.to(distributed.device())
-    if base.config._attn_implementation.startswith("flash"):
-        raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
-    layers = LowerLayers(base, base.config.num_hidden_layers - cfg.rm.trainable_layers)
-    layers.check(base)
-    return LowerCache(layers)
+    return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
 
 
 def measure(
-    trainer: engine.Engine,
+    engine: Engine,
     model: RewardModel,
     val: list[dict],
     calibration: list[dict],
     out: Path,
-    lower: LowerCache | None = None,
+    cache: FrozenStateCache | None = None,
 ) -> dict:
-    """Held-out accuracy, and mean and SD of the reward on samples of the reference policy (set on the model)."""
+    """Measure held-out accuracy, and the model's mean and SD on samples of the reference policy, which it sets.
+
+    Rewards of the validation pairs are written to `out/val.parquet`.
+
+    Args:
+        val: rows of pairs.parquet.
+        calibration: rows of calibration.parquet.
+
+    Returns:
+        Accuracies against gold and against the labels, with intervals; mean and SD of the reward; and its correlation
+        with the number of words.
+    """
     answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
     texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
     texts += [answered(r, r["response"]) for r in calibration]
     rewards = score(
-        trainer, model.tokenizer, texts, share=model.shares_prompts, together=True, lower=lower,
+        engine, model.tokenizer, texts, share=model.shares_prompts, together=True, frozen=cache,
         device=distributed.device(), progress="rm: validation",
     ).tolist()  # fmt: skip
     n = len(val)
@@ -251,17 +247,19 @@ def measure(
     }
 
 
-def save(cfg: Config, trainer: engine.Engine, model: RewardModel, variant: RewardVariant, out: Path) -> None:
-    """Gather from all ranks, write from the first."""
-    trainer.settle()
+def save(
+    rm: RewardTraining, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path, *, seed: int
+) -> None:
+    """Write the model's folder, whole or as an adapter (`rm.save`). Every rank must call it; the first one writes."""
+    engine.settle()
     head = {}
     for name, weight in model.head.named_parameters():
         with gathered([weight]):
             head[name] = weight.detach().float().cpu().clone()
-    about = {"variant": variant.model_dump(), "run_seed": cfg.run.seed}
-    if cfg.rm.save == "adapter" and hasattr(model.lm, "peft_config"):
-        save_adapter_model(out, model, head, base=cfg.rm.base, **about)
+    about = {"variant": variant.model_dump(), "run_seed": seed}
+    if rm.save == "adapter" and hasattr(model.lm, "peft_config"):
+        save_adapter_model(out, model, head, base=rm.base, **about)
         return
-    weights = list(trainer.named_weights(model.lm))
+    weights = list(engine.named_weights(model.lm))
     if distributed.rank() == 0:
-        save_reward_model(out, model, weights, head, base=cfg.rm.base.path, **about)
+        save_reward_model(out, model, weights, head, base=rm.base.path, **about)

@@ -1,1 +1,1 @@
-"""Sampling with vLLM, in the trainer's process or on servers."""
+"""Sampling with vLLM, in the process of the stage or on servers."""

@@ -1,8 +1,8 @@
-"""Sampling with vLLM: the only file that imports it.
+"""Sampling with vLLM in this process.
 
-The engine lives in the trainer's process (one engine a rank), on CPU and GPU alike, so new weights pass
-as tensors. A run is reproducible because the process's generator, from which vLLM samples, is seeded
-before each call: seeds in `SamplingParams` crash the CPU engine.
+vLLM runs in the process of the stage (one vLLM per rank), on CPU and GPU alike, so new weights are handed over as
+tensors. A run is reproducible because torch's global generator, from which vLLM samples, is seeded before each call:
+seeds in `SamplingParams` crash vLLM on CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Completion:
     token_ids: list[int]
     """Response tokens, the end of turn included when it was sampled."""
     logprobs: list[float]
-    """Of each token, at the sampling temperature, as vLLM computed them."""
+    """Of each token, in nats, at the sampling temperature, as vLLM computed them."""
     text: str
     """Decoded without special tokens."""
     finished: bool
@@ -36,13 +36,18 @@ class Completion:
 
 
 class Generator:
-    """vLLM behind `generate`, `sync`, `sleep` and `wake`.
+    """vLLM in this process, behind `generate`, `sync`, `sleep` and `wake`.
 
-    In a torch.distributed program every rank makes one: each samples its own prompts.
+    In a torch.distributed program every rank makes one, and each samples its own prompts.
+
+    Args:
+        adapter: the kind of adapter that `load_adapter` will be given; None if it will not be called.
+
+    Attributes:
+        seconds: wall-clock seconds spent in `generate` and in `sync` so far.
     """
 
     def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
-        """`adapter`: the kind that `load_adapter` will be given; None for none."""
         from vllm import LLM
 
         self._adapter, self._loaded = None, 0
@@ -50,26 +55,26 @@ class Generator:
         self.seconds = {"generate": 0.0, "sync": 0.0}
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = torch.cuda.is_available()
-        engine = cfg.vllm
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(engine.cpu_kvcache_gib))
-        self._sleeps = cuda and engine.sleep
-        options = {"block_size": engine.block_size} if engine.block_size and not cuda else {}
+        vllm = cfg.vllm
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(vllm.cpu_kvcache_gib))
+        self._sleeps = cuda and vllm.sleep
+        options = {"block_size": vllm.block_size} if vllm.block_size and not cuda else {}
         if adapter:
             # vLLM knows these ranks only; a smaller adapter fits a larger slot.
             slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot}
-            # Left to itself it wraps the LM head too, and then cannot give log-probs of prompts.
+            # Without this vLLM wraps the LM head too, and then cannot give log-probs of prompts.
             options |= {"lora_target_modules": list(adapter.targets)}
         if cuda:
-            options |= {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+            options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
         self._llm = LLM(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=engine.dtype,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            enforce_eager=engine.enforce_eager,
+            dtype=vllm.dtype,
+            max_model_len=vllm.max_model_len,
+            max_num_seqs=vllm.max_num_seqs,
+            enforce_eager=vllm.enforce_eager,
             # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
             distributed_executor_backend="external_launcher" if ranks > 1 else None,
             # Log-probs of the distribution that is sampled from, temperature included.
@@ -80,9 +85,10 @@ class Generator:
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
-        """`n` responses to each prompt of token ids, at the configured temperature over the whole vocabulary.
+        """`n` responses to each prompt of token ids, in the order of the prompts.
 
-        top_p = 1 and top_k = 0 always: log-probs of a cut distribution are not those of the policy.
+        Sampled at the configured temperature from the whole vocabulary: with top_p < 1 or top_k > 0 the log-probs would
+        not be those of the policy.
         """
         from vllm import SamplingParams
 
@@ -98,14 +104,17 @@ class Generator:
         return self._run(prompts, sampling)
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
-        """The most probable tokens and their log-probs at T = 1: for comparisons with another implementation."""
+        """The most probable next tokens, `max_tokens` of them, and their log-probs at temperature 1.
+
+        Made for comparisons with another implementation.
+        """
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, ignore_eos=True, detokenize=False)
         return [group[0] for group in self._run(prompts, sampling)]
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs at T = 1 of each token of each sequence but its first, given those before it."""
+        """Log-probs, in nats at temperature 1, of every token but the first of each sequence, given those before it."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -117,11 +126,17 @@ class Generator:
         ]
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the engine's weights; names and shapes are those of the Hugging Face model.
+        """Replace vLLM's weights.
 
-        Tied LM heads are skipped by name and repacked on CPU, where vLLM keeps a packed copy that its reload
-        forgets; the prefix cache is dropped, since it holds keys and values of the old weights. Whether the
-        engine now computes the trainer's numbers is proved by the log-probs of the next samples.
+        A tied LM head is skipped by name. On CPU vLLM keeps a packed copy of it, which is packed again here, since
+        vLLM's own reload does not do so. The prefix cache is dropped, since it holds keys and values of the old
+        weights. That vLLM computes with the new weights is proved elsewhere, by log-probs (`ppo.probe`).
+
+        Args:
+            named_tensors: (name, tensor) as in the Hugging Face model.
+
+        Raises:
+            DataError: vLLM did not drop its prefix cache.
         """
         started = time.perf_counter()
         tied = self._llm.llm_engine.model_config.hf_config.tie_word_embeddings
@@ -133,10 +148,10 @@ class Generator:
         self.seconds["sync"] += time.perf_counter() - started
 
     def load_adapter(self, folder: Path) -> None:
-        """Sample with this LoRA adapter (PEFT's files) on the weights that are there, in place of the last one.
+        """Sample with this LoRA adapter (PEFT's files) on vLLM's weights from now on, in place of the last adapter.
 
-        Nothing is merged, so nothing is rounded away, and no cached prefix is wrong: each adapter has a number of its
-        own, which is part of the prefix's key.
+        Nothing is merged, so nothing is rounded away. No cached prefix is wrong either, since each adapter has a number
+        of its own, which is part of a prefix's key.
         """
         from vllm.lora.request import LoRARequest
 
@@ -149,11 +164,12 @@ class Generator:
         self.seconds["sync"] += time.perf_counter() - started
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache to the trainer; nothing on CPU."""
+        """Give the GPU memory of weights and KV cache to the models that train; does nothing on CPU."""
         if self._sleeps:
             self._llm.sleep(level=1)
 
     def wake(self) -> None:
+        """Take the memory that `sleep` gave back."""
         if self._sleeps:
             self._llm.wake_up()
 
@@ -171,7 +187,7 @@ class Generator:
 
 
 def repack_tied_lm_head(model) -> None:
-    """On CPU vLLM keeps a packed copy of a tied LM head that its reload of weights forgets."""
+    """Pack the tied LM head of vLLM's model again: on CPU vLLM keeps a packed copy that its reload leaves as it was."""
     from vllm.platforms import current_platform
 
     head = getattr(model, "lm_head", None)

@@ -25,17 +25,17 @@ def sample_pool(
     seed: int,
     name: str,
 ) -> list[dict]:
-    """`n` responses to every prompt of `rows`, as rows `len(rows) * n` long, prompt by prompt.
+    """`n` responses to every prompt of `rows`: `len(rows) * n` samples, prompt by prompt.
 
-    Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on, and is read back
-    when it is there already. Its seed is a function of `seed`, `name` and its number alone, so a resumed
+    Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on. A shard that exists
+    is read instead of being sampled. The seed of a shard depends on `seed`, `name` and its number alone, so a resumed
     pool equals an uninterrupted one. At the end the shards become one table, `out/samples.parquet`.
 
     Args:
-        make_generator: not called when all shards are there.
-        rows: rows of `prompts.parquet` (prompt_id, split, prompt).
-        seed: `cfg.run.seed`.
-        name: of the random stream, by custom that of the stage.
+        make_generator: not called when all shards exist.
+        rows: of `prompts.parquet` (prompt_id, split, prompt).
+        seed: `run.seed`.
+        name: of the random stream; the name of the stage.
     """
     folder, whole = out / "samples", out / "samples.parquet"
     if whole.exists():

@@ -1,7 +1,7 @@
-"""Sampling by vLLM servers on other GPUs or nodes, started with `grm vllm-serve`; the interface of `Generator`.
+"""Sampling by vLLM servers on other GPUs or nodes, started with `grm vllm-serve`, with the interface of `Generator`.
 
-New weights go over NCCL between GPUs, or through a file that the servers read: then the run directory must be on a file
-system that they share. The servers' endpoints for that have no password: keep them on loopback or a private network.
+New weights go over NCCL between GPUs, or through a file that the servers read. The run directory must then be on a file
+system that they share. The servers' endpoints for weights have no password: keep them on loopback or a private network.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from core.training.weights import NamedWeights
 
 
 class ServerGenerator:
-    """Each rank asks one of the servers; the first rank syncs all of them.
+    """Several vLLM servers as one generator: each rank samples from one of them, the first rank syncs all of them.
 
     Args:
-        folder: where new weights are written; None sends them over NCCL.
-        timeout: seconds that a server has for an answer.
+        urls: http://host:port of each server.
+        folder: where new weights are written for the servers to read; None sends them over NCCL.
+        timeout: seconds within which a server must answer.
 
     Raises:
-        DataError: no server there, one with another context length, or no answer in time; names the server.
+        DataError: no server answers (in time), or one has a shorter context. Names the server. All methods raise it.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ServerGenerator:
             )
 
     def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
-        """As `Generator.generate`, but `seed` has no effect: the server samples from a generator of its own."""
+        """As `Generator.generate`, but `seed` has no effect: the server has a random generator of its own."""
         body = {
             "prompt": [list(ids) for ids in prompts], "n": n, "temperature": self.cfg.temperature, "top_p": 1.0,
             "top_k": 0, "max_tokens": self.cfg.max_new_tokens, "stop_token_ids": self.tokenizer.stop_ids,
@@ -86,7 +87,7 @@ class ServerGenerator:
         ]
 
     def sync(self, named_tensors: NamedWeights) -> None:
-        """Every rank runs through the weights; the first one sends them to all servers, or writes them to be read."""
+        """As `Generator.sync`, for all servers. Every rank must call it, since weights are gathered from all ranks."""
         if self._folder:
             self._through_file(named_tensors)
         else:
@@ -100,13 +101,13 @@ class ServerGenerator:
             torch.distributed.barrier()
 
     def _drop_prefixes(self, url: str) -> None:
-        """vLLM refuses while a request runs; the caller waits for those of this run, others may be there."""
+        """Drop the server's prefix cache. vLLM refuses while it answers a request, which may be another program's."""
         deadline = time.monotonic() + self._timeout
         while not self._ask(url, "/reset_prefix_cache", {})["success"]:
             if time.monotonic() > deadline:
                 raise DataError(
                     f"vLLM server {url} did not drop its prefix cache within {self._timeout:g} s (ppo.server_timeout): "
-                    "does something else use it?"
+                    "is another program using it?"
                 )
             time.sleep(0.2)
 
@@ -124,7 +125,7 @@ class ServerGenerator:
                 self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]})
 
     def sleep(self) -> None:
-        """Nothing: the server has its memory for itself."""
+        """Does nothing: the server has its memory to itself."""
 
     wake = sleep
 

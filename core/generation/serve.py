@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from core import environment
-from core.config import Config
+from core.config import Model, Vllm
 from core.config.load import load
 
 
 def main(argv: list[str]) -> int:
-    """`grm vllm-serve`: replace this process by a vLLM server of `policy`."""
+    """`grm vllm-serve`: replace this process by a vLLM server of `policy`. Returns only on a faulty command line."""
     parser = argparse.ArgumentParser(
         prog="grm vllm-serve", description="Serve the policy with vLLM, for `ppo.vllm_servers`.",
-        epilog="What stands behind -- goes to vLLM, for example -- --tensor-parallel-size 2",
+        epilog="Options after -- are passed to vLLM, for example: -- --tensor-parallel-size 2",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
@@ -25,24 +25,25 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_intermixed_args(argv[:cut])
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
-    command = [*server_command(cfg, options.host, options.port), *argv[cut + 1 :]]
+    nccl = cfg.ppo.weight_transfer == "nccl"
+    command = server_command(cfg.policy, cfg.generation.vllm, host=options.host, port=options.port, nccl=nccl)
     settings = {**os.environ, **environment.variables(1), "VLLM_SERVER_DEV_MODE": "1"}
     settings["VLLM_CPU_KVCACHE_SPACE"] = str(cfg.generation.vllm.cpu_kvcache_gib)
     root = str(Path(__file__).parents[2])  # vLLM's worker imports `core.generation.worker`
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, [root, settings.get("PYTHONPATH")]))
     sys.stdout.flush()
-    os.execve(command[0], command, settings)
+    os.execve(command[0], [*command, *argv[cut + 1 :]], settings)
 
 
-def server_command(cfg: Config, host: str, port: int) -> list[str]:
-    engine_options, model = cfg.generation.vllm, cfg.policy
+def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool) -> list[str]:
+    """The command that serves `model`; with `nccl` new weights come over NCCL, otherwise from a file."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
-        "--port", str(port), "--dtype", engine_options.dtype, "--max-model-len", str(engine_options.max_model_len),
-        "--max-num-seqs", str(engine_options.max_num_seqs), "--logprobs-mode", "processed_logprobs",
+        "--port", str(port), "--dtype", vllm.dtype, "--max-model-len", str(vllm.max_model_len),
+        "--max-num-seqs", str(vllm.max_num_seqs), "--logprobs-mode", "processed_logprobs",
         "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
     ]  # fmt: skip
-    command += ["--enforce-eager"] if engine_options.enforce_eager else []
-    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if cfg.ppo.weight_transfer == "nccl" else []
+    command += ["--enforce-eager"] if vllm.enforce_eager else []
+    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if nccl else []
     command += ["--revision", model.revision] if model.revision else []
     return command + (["--trust-remote-code"] if model.trust_remote_code else [])

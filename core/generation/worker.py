@@ -1,4 +1,4 @@
-"""What `grm vllm-serve` adds to vLLM's worker, so that new weights can be read from a file; runs in vLLM's process."""
+"""What `grm vllm-serve` adds to vLLM's worker so that it can read new weights from a file. Runs in vLLM's process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ class WeightReload:
     """Given to vLLM as `--worker-extension-cls`; its methods are called over /collective_rpc."""
 
     def reload_from(self, path: str) -> None:
+        """Replace the weights by those of a safetensors file."""
         from safetensors.torch import load_file
 
         self.reload_weights(weights_iterator=iter(load_file(path).items()))

@@ -1,4 +1,4 @@
-"""Loading causal language models, and log-probs without a [batch, tokens, vocabulary] tensor."""
+"""Hidden states of causal language models; frozen layers that several models share, and a cache of their states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from core.errors import ArtefactError
 
 
 def train_top_layers(lm: nn.Module, count: int | None) -> None:
-    """Freeze all but the last `count` layers and the final norm; None trains everything, 0 nothing."""
+    """Freeze all but the top `count` layers and the final norm; None trains everything, 0 nothing.
+
+    Raises:
+        ArtefactError: `lm` has fewer layers.
+    """
     if count is None:
         return
     layers = lm.base_model.layers
@@ -26,8 +30,8 @@ def train_top_layers(lm: nn.Module, count: int | None) -> None:
         module.requires_grad_(True)
 
 
-class Lower(NamedTuple):
-    """What the frozen lowest `depth` layers computed, to go on from."""
+class FrozenStates(NamedTuple):
+    """What the lowest `depth` layers, frozen and shared, computed: a model continues from there."""
 
     depth: int
     states: Tensor  # [B, L, H]
@@ -39,20 +43,24 @@ def hidden_states(
     attention_mask: Tensor,
     *,
     positions: Tensor | None = None,
-    lower: Lower | None = None,
+    frozen: FrozenStates | None = None,
 ) -> Tensor:
-    """Final-norm hidden states [B, L, H].
+    """Hidden states [B, L, H] after the final norm; `lm` may have adapters.
 
     Args:
+        input_ids: [B, L].
         attention_mask: [B, L], or bool [B, 1, L, L] of `core.batching.pack` (eager and sdpa attention only).
-        positions: [B, L]; by default they follow the mask, so left and right padding agree.
-        lower: states of `LowerLayers`; the layers below are then not run.
+        positions: [B, L]; by default they follow the mask, so that left and right padding agree.
+        frozen: states of the lowest layers, by `FrozenLayers`; those layers are then not run.
+
+    Raises:
+        ValueError: a mask [B, 1, L, L] with flash attention.
     """
     trunk = _trunk(lm)
-    if lower is None:
+    if frozen is None:
         return _states(trunk, {"input_ids": input_ids}, attention_mask, positions)
-    with _layers_from(trunk, lower.depth):
-        return _states(trunk, {"inputs_embeds": lower.states}, attention_mask, positions)
+    with _layers_from(trunk, frozen.depth):
+        return _states(trunk, {"inputs_embeds": frozen.states}, attention_mask, positions)
 
 
 def _states(trunk: nn.Module, inputs: dict[str, Tensor], attention_mask: Tensor, positions: Tensor | None) -> Tensor:
@@ -67,10 +75,10 @@ def _states(trunk: nn.Module, inputs: dict[str, Tensor], attention_mask: Tensor,
     return trunk(**inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state
 
 
-class LowerLayers(nn.Module):
-    """The embedding and first `depth` layers of `lm`, frozen: models that differ above them only share their output.
+class FrozenLayers(nn.Module):
+    """The embedding and the lowest `depth` layers of `lm`, frozen.
 
-    The parameters are those of `lm`, not copies.
+    Models that differ only above them can share what they compute. The parameters are those of `lm`, not copies.
     """
 
     def __init__(self, lm: nn.Module, depth: int):
@@ -82,15 +90,20 @@ class LowerLayers(nn.Module):
         self.trunk = trunk.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Lower:
-        return Lower(self.depth, _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> FrozenStates:
+        """The states after the last of these layers; inputs as in `hidden_states`."""
+        return FrozenStates(self.depth, _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions))
 
     @torch.no_grad()
     def check(self, lm: nn.Module) -> None:
-        """ArtefactError unless `lm` gives the same states from these layers on as it does whole."""
+        """Check on one row that `lm`, continued from these layers, computes what it computes whole.
+
+        Raises:
+            ArtefactError: it does not.
+        """
         ids = torch.arange(3, 19, device=next(lm.parameters()).device)[None]
         mask = torch.ones_like(ids)
-        whole, split = hidden_states(lm, ids, mask), hidden_states(lm, ids, mask, lower=self(ids, mask))
+        whole, split = hidden_states(lm, ids, mask), hidden_states(lm, ids, mask, frozen=self(ids, mask))
         if not torch.allclose(whole, split, rtol=0.02, atol=0.02 * float(whole.abs().mean())):
             raise ArtefactError(
                 f"the first {self.depth} layers of {lm.config.name_or_path} are not those of the base model, or its "
@@ -104,7 +117,7 @@ def _trunk(lm: nn.Module) -> nn.Module:
 
 @contextmanager
 def _layers_from(trunk: nn.Module, start: int) -> Iterator[None]:
-    """`trunk` without its first `start` layers."""
+    """`trunk` without its lowest `start` layers, inside the block."""
     layers, types = trunk.layers, getattr(trunk.config, "layer_types", None)
     trunk.layers = nn.ModuleList(layers[start:])
     if types:
@@ -118,7 +131,7 @@ def _layers_from(trunk: nn.Module, start: int) -> Iterator[None]:
 
 
 def shared_depth(*lms: nn.Module) -> int:
-    """How many of the lowest layers (and the embedding) are frozen in all models and equal in all, bit for bit."""
+    """How many of the lowest layers are frozen in all models and equal in all, bit for bit; 0 if the embedding is not."""
     trunks = [_trunk(lm) for lm in lms]
     if not _same_and_frozen([t.embed_tokens for t in trunks]):
         return 0
@@ -138,19 +151,22 @@ def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-class LowerCache:
-    """Output of the frozen lower layers by row of tokens: for every variant, epoch and validation."""
+class FrozenStateCache:
+    """Frozen states by row of tokens, computed once and kept in host memory: for every variant, epoch and validation.
 
-    def __init__(self, layers: LowerLayers):
+    Call it with a batch to get the states [B, L, H] of its rows, padded with zeros.
+    """
+
+    def __init__(self, layers: FrozenLayers):
         self.layers = layers
         self._rows: dict[bytes, Tensor] = {}
 
-    def __call__(self, batch: Batch) -> Lower:
+    def __call__(self, batch: Batch) -> FrozenStates:
         where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
-        # Positions tell where a response begins, so equal keys are equal rows.
+        # Positions show where a response begins, so equal keys mean equal rows.
         keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
         if any(key not in self._rows for key in keys):
             states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
             self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
         rows = [self._rows[key].to(where) for key in keys]
-        return Lower(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        return FrozenStates(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))

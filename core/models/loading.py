@@ -14,9 +14,14 @@ from core.errors import ArtefactError
 
 
 def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -> nn.Module:
-    """The model with dropout off; ArtefactError when a weight is missing or none of the model's.
+    """A causal language model, with dropout off.
 
-    `num_layers` keeps the first so many layers.
+    Args:
+        dtype: of its weights, for example "bfloat16".
+        num_layers: how many layers to keep, from the lowest on; None for all.
+
+    Raises:
+        ArtefactError: the model has fewer layers, or its files and its architecture do not fit each other.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,7 +32,7 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -
         if num_layers > depth:
             raise ArtefactError(f"num_layers {num_layers} exceeds the {depth} layers of {model.path}")
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):  # kinds of attention, one a layer (Qwen, Gemma)
+        if getattr(config, "layer_types", None):  # the kind of attention of each layer (Qwen, Gemma)
             config.layer_types = config.layer_types[:num_layers]
     lm, info = AutoModelForCausalLM.from_pretrained(
         model.path,
@@ -53,7 +58,12 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -
 
 
 def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:
-    """A folder that transformers and vLLM load as it is."""
+    """Write a folder that transformers and vLLM load as it is.
+
+    Args:
+        config: of the model, in transformers' form.
+        named_weights: (Hugging Face name, whole tensor); a tied LM head is left out.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

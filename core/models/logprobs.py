@@ -8,16 +8,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 KEPT_LOGITS = 1 << 27
-"""LM-head logits that exist at a time: 256 MiB in bfloat16, 2,700 tokens at a vocabulary of 49k and 520 at 256k."""
+"""How many logits of the LM head exist at a time: 256 MiB in bfloat16.
+
+That is 2,700 tokens with a vocabulary of 49k, and 520 tokens with one of 256k.
+"""
 
 
 def token_logprobs(
     lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `tokens` [M] given `hidden` [M, H], float32; with their entropy [M], nats, when asked for.
+    """Log-probs of tokens given the hidden states before them.
 
-    Up to `KEPT_LOGITS` logits are kept for the backward pass, in the model's own type. More are computed in chunks of
-    so many, and again in the backward pass, so that memory is that of one chunk.
+    Up to `KEPT_LOGITS` logits are kept for the backward pass, in the model's own type. More than that are computed in
+    chunks, and again in the backward pass, so that only one chunk is in memory.
+
+    Args:
+        lm_head: Linear(H, V).
+        hidden: [M, H].
+        tokens: [M].
+        temperature: log-probs are of softmax(logits / temperature).
+        with_entropy: compute the entropy of each distribution too.
+
+    Returns:
+        Log-probs [M] and entropies [M] (or None), both float32 in nats.
     """
     rows = max(1, KEPT_LOGITS // lm_head.out_features)
     parts = []
@@ -38,11 +51,13 @@ def _chunk(lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: floa
 
 
 class _OfLogits(torch.autograd.Function):
-    """log softmax(z / T) at the tokens, and its entropy, in float32 from logits z [M, V] of any type.
+    """log softmax(z / T) at the tokens [M], and the entropy H [M], in float32, from logits z [M, V] of any type.
 
-    A few rows at a time: float32 copies of all logits, of which autograd would keep several, cost more than the matrix
-    product where the vocabulary is large. With p the softmax and H the entropy,
-    d logp / d z_j = (1[j = token] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
+    Works on a few rows at a time. Float32 copies of all logits, of which autograd would keep several, cost more than
+    the matrix product where the vocabulary is large. With p = softmax(z / T), the gradients are
+
+        d logp / d z_j = (1[j = token] - p_j) / T
+        d H    / d z_j = -p_j (log p_j + H) / T
     """
 
     @staticmethod
@@ -66,10 +81,10 @@ class _OfLogits(torch.autograd.Function):
             logps, scale = _log_softmax(logits[at], ctx.temperature), of_logp[at, None] / ctx.temperature
             p = logps.exp()
             if entropy is None:
-                found = p.mul_(-scale)
+                of_block = p.mul_(-scale)
             else:
-                found = p.mul_((logps + entropy[at, None]) * (of_entropy[at, None] / -ctx.temperature) - scale)
-            gradient[at] = found.scatter_add_(-1, tokens[at, None], scale)
+                of_block = p.mul_((logps + entropy[at, None]) * (of_entropy[at, None] / -ctx.temperature) - scale)
+            gradient[at] = of_block.scatter_add_(-1, tokens[at, None], scale)
         return gradient, None, None, None
 
 
@@ -78,6 +93,6 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Rows whose float32 copies stay in the cache of a core; on a GPU fewer and larger blocks, for fewer kernels."""
+    """Blocks of rows: small enough for their float32 copies to stay in a core's cache; on a GPU larger, for fewer kernels."""
     rows = max(1, (1 << 26 if logits.is_cuda else 1 << 20) // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

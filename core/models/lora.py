@@ -1,4 +1,4 @@
-"""LoRA adapters: adding them, and merging them into weights."""
+"""LoRA adapters (2106.09685): adding them, and merging them into weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from core.config import Lora
 
 
 def add_lora(lm: nn.Module, lora: Lora) -> nn.Module:
-    """`lm` with trainable adapters; the base is frozen."""
+    """`lm` with trainable adapters, drawn with torch's global generator; its own weights are frozen.
+
+    `lora.top_layers` limits them to the top layers.
+    """
     from peft import LoraConfig, get_peft_model
 
     depth = lm.config.num_hidden_layers
@@ -28,7 +31,7 @@ def add_lora(lm: nn.Module, lora: Lora) -> nn.Module:
 
 
 def lora_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * B A [out, in] in float32: what an adapter adds to its weight."""
+    """scaling * B A [out, in] in float32: what an adapter with factors A [rank, in], B [out, rank] adds to a weight."""
     return scaling * (b.float() @ a.float())
 
 
@@ -38,7 +41,7 @@ def merged_lora(base: Tensor, product: Tensor) -> Tensor:
 
 
 def lora_modules(lm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name in the base model, adapted linear layer)."""
+    """(name in the base model, adapted linear layer) of every adapted layer."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in lm.named_modules():

@@ -10,7 +10,10 @@ import torch.distributed as dist
 
 
 def init_distributed() -> None:
-    """Join the process group of the launcher; outside one, make a group of this process alone."""
+    """Join the process group of torchrun; without a launcher, make a group of this process alone.
+
+    Does nothing the second time.
+    """
     import deepspeed
 
     if dist.is_initialized():
@@ -33,19 +36,22 @@ def init_distributed() -> None:
 
 
 def rank() -> int:
+    """Number of this process, from 0; 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes; 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def global_sum(*values: float) -> list[float]:
-    """Each value summed over all ranks, in float64."""
+    """Each value summed over all ranks, in float64. Every rank must call it, with equally many values."""
     total = torch.tensor(values, dtype=torch.float64, device=device())
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -53,7 +59,7 @@ def global_sum(*values: float) -> list[float]:
 
 
 def gather_rows(rows: list) -> list:
-    """The rows of all ranks, in rank order, on every rank."""
+    """The rows of all ranks, in the order of ranks, on every rank. Every rank must call it."""
     if world_size() == 1:
         return rows
     parts: list = [None] * world_size()

@@ -1,8 +1,8 @@
 """Training engines: the only file that imports DeepSpeed.
 
-Every trained model has an engine of its own (actor, critic, reward model), and so may frozen ones
-(reference, proxy): separate `deepspeed.initialize` calls, so learning rate, clipping and checkpoints are
-each model's own. Call an engine like its module; all ranks must make the same calls in the same order.
+Every model that is trained (actor, critic, reward model) has an engine of its own, and so may models that are not
+(reference, proxy). Each comes from a `deepspeed.initialize` call of its own, so that learning rate, clipping and
+checkpoints are each model's own. Call an engine like its module. All ranks must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ class Engine:
 
     Args:
         module: its parameters with `requires_grad` are trained.
+        cfg: section `engine` of the configuration.
+        micro_batch: rows of a forward pass on one rank, on average.
         optim: None makes an engine for inference.
         accumulation: backward passes per optimiser step; DeepSpeed divides each loss by it.
         total_steps: length of the learning-rate schedule, in optimiser steps.
+
+    Attributes:
+        module: the module; under ZeRO-3 its parameters are this rank's shards.
+        accumulation: as given.
     """
 
     def __init__(
@@ -46,9 +52,9 @@ class Engine:
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
         if optim is None:
             module.requires_grad_(False).eval()
-            self._engine, *_ = deepspeed.initialize(model=module, config=settings)
+            self._deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
             return
-        module.train()  # gradient checkpointing works in this mode only; dropout is 0 but in adapters
+        module.train()  # gradient checkpointing works in this mode only; dropout is 0 except in adapters
         if cfg.gradient_checkpointing:
             module.lm.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -56,55 +62,73 @@ class Engine:
             trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(optim, step, total_steps))
-        self._engine, *_ = deepspeed.initialize(
+        self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )
 
     def __call__(self, *args, **kwargs):
-        return self._engine(*args, **kwargs)
+        return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        """Accumulate gradients; DeepSpeed averages over ranks and over the accumulated passes."""
+        self._deepspeed.backward(loss)
 
     def step(self) -> None:
         """Count one backward pass; at the end of the accumulation, clip, update and advance the schedule."""
-        self._engine.step()
+        self._deepspeed.step()
 
     @property
     def grad_norm(self) -> float:
-        """Of the last update, before clipping, over all ranks. NaN at stage 0 in float32: DeepSpeed clips there but
-        does not tell."""
-        norm = self._engine.get_global_grad_norm()
+        """Norm of the last update's gradient over all ranks, before clipping.
+
+        NaN at stage 0 in float32, where DeepSpeed clips but does not report the norm.
+        """
+        norm = self._deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     @property
     def lr(self) -> float:
-        return self._engine.get_lr()[0]
+        """The learning rate of the next update."""
+        return self._deepspeed.get_lr()[0]
 
     def settle(self) -> None:
-        """End ZeRO-3's prefetches before weights are read: a pass over a part of the model leaves some under way."""
+        """End ZeRO-3's prefetches, some of which a pass over a part of the model leaves pending.
+
+        Call it before weights are read.
+        """
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
-            self._engine.empty_partition_cache()
+            self._deepspeed.empty_partition_cache()
 
     def named_weights(self, lm: nn.Module, **options) -> NamedWeights:
-        """Those of `lm`, a part of this engine's module."""
+        """The whole weights of `lm`, a part of this engine's module; `options` are those of `named_weights`."""
         return NamedWeights(lm, self.settle, **options)
 
     def save(self, folder: Path) -> None:
-        """Weights, optimiser and schedule of every rank, to resume from."""
+        """Write weights, optimiser and schedule of every rank, to resume from."""
         self.settle()
-        self._engine.save_checkpoint(str(folder), tag="state")
+        self._deepspeed.save_checkpoint(str(folder), tag="state")
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        """Resume from what `save` wrote, on the same number of ranks.
+
+        Raises:
+            RuntimeError: `folder` holds no state.
+        """
+        path, _ = self._deepspeed.load_checkpoint(str(folder), tag="state")
         if path is None:
-            raise RuntimeError(f"no engine state in {folder}; delete it and start the stage anew")
+            raise RuntimeError(f"no engine state in {folder}; delete it and run the stage again")
 
 
 def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_batch: int, accumulation: int) -> dict:
-    """The DeepSpeed settings that follow from the configuration; `cfg.overrides` are merged over them."""
+    """DeepSpeed's settings, derived from the configuration, with `cfg.overrides` merged over them.
+
+    Args:
+        optim: None for an engine that does not train.
+        micro_batch: rows of a forward pass on one rank.
+        accumulation: backward passes per optimiser step.
+    """
     cpu_offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    # Stages 1 and 2 shard only what is trained: an engine for inference has nothing to shard there.
+    # Stages 1 and 2 shard only what is trained, so an engine for inference has nothing to shard there.
     stage = cfg.zero_stage if optim or cfg.zero_stage == 3 else 0
     zero = {"stage": stage}
     if stage == 3:

@@ -1,4 +1,4 @@
-"""Weights by name, gathered from ZeRO-3 partitions one at a time; saving of adapters."""
+"""Weights by name, gathered from ZeRO-3 partitions one at a time; saving adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.training import distributed
 
 
 def save_adapter(folder: Path, lm: nn.Module) -> None:
-    """The trained adapter as peft's own folder; every rank must call it, the first writes."""
+    """Write the trained adapter as a folder of PEFT. Every rank must call it; the first one writes."""
     from safetensors.torch import save_file
 
     adapter = {}
@@ -29,14 +29,18 @@ def save_adapter(folder: Path, lm: nn.Module) -> None:
 
 
 MergeWatch = Callable[[str, Tensor, Tensor, Tensor, float, Tensor], None]
-"""Is shown each adapted weight: its name, the base, the adapter's A, B and scaling, and the merged weight."""
+"""Called with each adapted weight: its name, the base weight, the adapter's A, B and scaling, the merged weight."""
 
 
 class NamedWeights:
-    """`named_weights` of an engine's model, as often as wanted, and what they are without gathering them."""
+    """The `named_weights` of an engine's model: each iteration gathers them again.
+
+    Args:
+        settle: called before weights are read; `Engine.settle`.
+        options: of `named_weights`.
+    """
 
     def __init__(self, lm: nn.Module, settle: Callable[[], None], **options):
-        """`settle` is called before weights are read: `Engine.settle`."""
         self._lm, self._settle, self._options = lm, settle, options
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -44,7 +48,7 @@ class NamedWeights:
         return named_weights(self._lm, **self._options)
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, type and whole shape of each, in their order."""
+        """(name, type, whole shape) of each weight in the order of iteration, without gathering any."""
         return [
             (name, weight.dtype, tuple(getattr(weight, "ds_shape", weight.shape)))
             for name, weight, _ in _with_adapters(self._lm)
@@ -54,12 +58,13 @@ class NamedWeights:
 def named_weights(
     lm: nn.Module, *, watch: MergeWatch | None = None, values: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of a causal LM, one at a time, adapters merged in.
+    """(Hugging Face name, whole tensor) of every weight of a causal LM, with adapters merged in.
 
-    Under ZeRO-3 every rank must run through it, since each tensor is gathered from all.
+    Under ZeRO-3 every rank must iterate to the end, since each tensor is gathered from all ranks.
 
     Args:
-        values: taken in place of these parameters, in the type of the model.
+        watch: called with each adapted weight.
+        values: tensors to use in place of these parameters; the results have the type of the model.
     """
     value = lambda p: (values or {}).get(p, p)  # noqa: E731
     for name, weight, layer in _with_adapters(lm):
@@ -76,7 +81,7 @@ def named_weights(
 
 
 def _with_adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module | None]]:
-    """(Hugging Face name, parameter, the adapted layer that it belongs to or None), adapters' own left out."""
+    """(Hugging Face name, parameter, its adapted layer or None) of every weight that is not an adapter's own."""
     adapted = {f"{name}.weight": layer for name, layer in lora_modules(lm)} if hasattr(lm, "peft_config") else {}
     for name, weight in lm.named_parameters():
         if "lora_" not in name:
@@ -86,7 +91,7 @@ def _with_adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]):
-    """Whole parameters inside the block, whatever the ZeRO stage; read only."""
+    """Inside the block these parameters are whole, whatever the ZeRO stage. They must only be read."""
     if any(hasattr(p, "ds_id") for p in parameters):
         import deepspeed
 

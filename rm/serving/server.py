@@ -30,7 +30,7 @@ from torch import Tensor
 
 from core.config import NATIVE_DTYPE, Dtype
 from core.errors import ArtefactError
-from core.models.layers import LowerCache
+from core.models.layers import FrozenStateCache
 from rm.calibration import calibrate, read_calibration
 from rm.combine import KNOWN, combiner, standardise
 from rm.ensemble import AdapterEnsemble, one_base
@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     combiner(options.combine)  # a name that is not known is told before anything is loaded
     rows = read_calibration(options.calibrate) if options.calibrate else []
-    models, lower = load(options.models, dtype=options.dtype, base=options.base)
+    models, frozen = load(options.models, dtype=options.dtype, base=options.base)
     for model in models if rows else ():
         model.mean, model.std = calibrate(model, rows, batch_tokens=options.batch_tokens)
     ensemble = Ensemble(
-        options.models, models, combine=options.combine, normalise=options.normalise, lower=lower,
+        options.models, models, combine=options.combine, normalise=options.normalise, frozen=frozen,
         batch_tokens=options.batch_tokens,
     )  # fmt: skip
     app = make_app(ensemble, max_tokens=options.max_tokens)
@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(
     paths: Sequence[str], *, dtype: str, base: str | None = None
-) -> tuple[Sequence[RewardModel], Callable[[Sequence[Tokens]], LowerCache | None] | None]:
-    """The models, and `lower` of `Ensemble`: adapters of one base share it in memory, and the layers below them."""
+) -> tuple[Sequence[RewardModel], Callable[[Sequence[Tokens]], FrozenStateCache | None] | None]:
+    """The models, and `frozen` of `Ensemble`: adapters of one base share it in memory, and its frozen layers."""
     if not one_base(paths):
         return [RewardModel.from_pretrained(path, dtype=dtype, base=base) for path in paths], None
     shared = AdapterEnsemble.from_pretrained(paths, dtype=dtype, base=base)
-    return shared.members, shared.lower_cache
+    return shared.members, shared.frozen_state_cache
 
 
 class Ensemble:
@@ -74,7 +74,7 @@ class Ensemble:
     The members of an ensemble are always standardised by their mean and std; a single model only with `normalise`.
 
     Args:
-        lower: rows -> `lower` of `rm.score.score_tokens` for all members, where they have layers in common.
+        frozen: makes the frozen-state cache of given rows, for members that have frozen layers in common.
 
     Raises:
         ArtefactError: members of other tokenizers, or whose mean and std were never measured.
@@ -87,11 +87,11 @@ class Ensemble:
         *,
         combine: str = "mean",
         normalise: bool = False,
-        lower: Callable[[Sequence[Tokens]], LowerCache | None] | None = None,
+        frozen: Callable[[Sequence[Tokens]], FrozenStateCache | None] | None = None,
         batch_tokens: int = 8192,
     ):
         self.names, self.models, self.rule, self.batch_tokens = list(names), list(models), combine, batch_tokens
-        self.tokenizer, self._lower = models[0].tokenizer, lower
+        self.tokenizer, self._frozen = models[0].tokenizer, frozen
         self.standardised = normalise or len(models) > 1
         self._combine = combiner(combine)
         for name, model in zip(names, models, strict=True):
@@ -110,10 +110,10 @@ class Ensemble:
 
     def members(self, rows: Sequence[Tokens]) -> Tensor:
         """Float32 rewards [k, n], standardised where `standardised` says so."""
-        lower = self._lower(rows) if self._lower else None
+        frozen = self._frozen(rows) if self._frozen else None
         rewards = [
             score_tokens(
-                model, model.tokenizer, rows, batch_tokens=self.batch_tokens, share=model.shares_prompts, lower=lower,
+                model, model.tokenizer, rows, batch_tokens=self.batch_tokens, share=model.shares_prompts, frozen=frozen,
                 device=next(model.parameters()).device,
             )
             for model in self.models

@@ -12,7 +12,7 @@ from bon.scores import read_pools
 from core.artefacts import read_manifest
 from core.config import Config
 from core.files import read_json, read_table, write_json
-from rm.train import arm_rows
+from rm.variants import arm_rows
 from study import checks as check
 from study import files
 from study import results as study_results

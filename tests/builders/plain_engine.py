@@ -35,7 +35,7 @@ class TablePolicy(nn.Module):
         self.table = nn.Parameter(torch.zeros(states, vocabulary))
         self.state_of = state_of
 
-    def forward(self, input_ids, attention_mask, is_response, *, with_entropy=False, lower=None):
+    def forward(self, input_ids, attention_mask, is_response, *, with_entropy=False, frozen=None):
         logp = self.table[self.state_of(input_ids)[:, :-1]].log_softmax(-1)
         chosen = logp.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
         return torch.where(is_response, chosen, 0.0), None
@@ -47,5 +47,5 @@ class TableCritic(nn.Module):
         self.table = nn.Parameter(torch.zeros(states))
         self.state_of = state_of
 
-    def forward(self, input_ids, attention_mask, *, read, lower=None):
+    def forward(self, input_ids, attention_mask, *, read, frozen=None):
         return self.table[self.state_of(input_ids)].flatten()[read], None, None

@@ -11,7 +11,7 @@ def test_vllm_equals_transformers_before_and_after_sync(policy_path):
     for when in ("before", "after"):
         assert found[when]["agree"] == 1.0, found
         assert found[when]["worst"] < 2e-3, found
-    # the comparison can tell old weights from new
+    # the comparison would notice old weights
     assert found["stale"]["worst"] > 0.1, found
     assert found["seeded"] == [True, False]
 

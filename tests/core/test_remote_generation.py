@@ -44,9 +44,9 @@ def test_ppo_with_a_vllm_server_that_samples_while_it_trains(run_dir, policy_pat
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["kl_nats_per_response"] == 0.0 and rows[2]["kl_k3_nats_per_response"] > 0
     assert all(row["mismatch_mean_abs"] < 0.2 for row in rows)
-    if NATIVE_DTYPE == "float32":  # else rounding hides updates so small
+    if NATIVE_DTYPE == "float32":  # otherwise rounding hides such small updates
         assert all(row["sync_slope"] == pytest.approx(1, abs=0.05) for row in rows)
-        # The second rollout was asked for before the first update: it is the reference's, and the actor has moved on.
+        # The second rollout was begun before the first update: it is the reference's, and the actor has been updated.
         assert abs(rows[1]["kl_nats_per_response"]) < 1e-4 and rows[2]["kl_k3_nats_per_response"] > 1e-6
         assert 10 * rows[0]["mismatch_mean_abs"] < rows[1]["mismatch_mean_abs"]
     assert not (out / "sync").exists()
@@ -69,7 +69,7 @@ def wait_until_up(url: str, server: subprocess.Popen) -> None:
             time.sleep(1)
 
 
-def test_no_server_is_told_by_its_address(policy_path, tmp_path):
+def test_a_missing_server_is_named_by_its_address(policy_path, tmp_path):
     model = Model(path=str(policy_path))
     with pytest.raises(DataError, match=r"vLLM server http://127.0.0.1:9/v1/models: .*refused"):
         ServerGenerator(

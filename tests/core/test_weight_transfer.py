@@ -16,24 +16,24 @@ SIZES = {"http://a": 2, "http://b": 1, "http://c": 4}
 
 
 def test_workers_of_all_servers_are_numbered_and_called_at_once():
-    together, asked = threading.Barrier(len(SIZES), timeout=10), []
+    together, calls = threading.Barrier(len(SIZES), timeout=10), []
 
     def ask(url: str, path: str, body: dict | None):
         if path == "/get_world_size":
             return {"world_size": SIZES[url]}
         together.wait()  # servers wait for each other in NCCL: one after the other would hang here
-        asked.append((url, path, body))
+        calls.append((url, path, body))
         return None
 
     fleet = Fleet(list(SIZES), ask)
     assert fleet.workers == 7
     fleet.init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
-    offsets = {url: body["init_info"]["rank_offset"] for url, _, body in asked}
+    offsets = {url: body["init_info"]["rank_offset"] for url, _, body in calls}
     assert offsets == {"http://a": 1, "http://b": 3, "http://c": 4}
     fleet.start_weight_update()
     fleet.update_weights({"names": ["w"]})
     fleet.finish_weight_update()
-    paths = [path for _, path, _ in asked[3:]]
+    paths = [path for _, path, _ in calls[3:]]
     assert paths == [p for p in ("/start_weight_update", "/update_weights", "/finish_weight_update") for _ in SIZES]
 
 

@@ -19,7 +19,7 @@ def test_the_last_two_and_the_best(tmp_path):
     assert json.loads((tmp_path / "policies.json").read_text()) == {"2": 0.9, "4": 0.5, "5": 0.3}
 
 
-def test_all_are_kept_unless_asked(tmp_path):
+def test_all_are_kept_by_default(tmp_path):
     assert run(tmp_path, None, {1: 0.1, 2: 0.9, 3: 0.4}) == [1, 2, 3]
 
 
@@ -27,7 +27,7 @@ def test_steps_that_left_no_policy_have_no_score(tmp_path):
     assert run(tmp_path, 1, {1: 5.0, 2: 0.1, 3: 5.0, 4: 0.2}, every=2) == [4]
 
 
-def test_a_resumed_run_notes_its_steps_again(tmp_path):
+def test_a_resumed_run_records_its_steps_again(tmp_path):
     scores = {1: 0.1, 2: 0.9, 3: 0.4}
     run(tmp_path / "a", 1, scores)
     run(tmp_path / "b", 1, scores)

@@ -1,4 +1,4 @@
-"""Every function of ppo.math against a loop, an enumeration or a number worked out by hand."""
+"""Every function of ppo.math against a loop, an enumeration or a number computed by hand."""
 
 import math
 
@@ -26,7 +26,7 @@ from tests.conftest import run_program
 
 torch.manual_seed(0)
 B, T = 3, 6
-# Responses begin and end at different columns, as they do behind prompts of different lengths.
+# Responses begin and end at different columns, as they do after prompts of different lengths.
 MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
 
 
@@ -89,7 +89,7 @@ def test_logprobs_against_numpy(temperature):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e9])
-def test_what_stands_outside_responses_changes_nothing(bad):
+def test_masked_positions_change_nothing(bad):
     old, adv, values, returns, weight = (torch.randn(B, T) for _ in range(5))
     for fill in (0.0, bad):
         logp = poison(old + 0.1, fill).requires_grad_()
@@ -99,8 +99,8 @@ def test_what_stands_outside_responses_changes_nothing(bad):
         )
         vloss, _ = value_loss(new_values, poison(values, fill), poison(returns, fill), MASK, 0.2)
         (ploss + vloss).backward()
-        advantages, found = gae(poison(adv, fill), poison(values, fill), MASK, 1.0, 0.95)
-        parts = [ploss.detach(), vloss.detach(), logp.grad, new_values.grad, advantages, found, stats["clipfrac"]]
+        advantages, targets = gae(poison(adv, fill), poison(values, fill), MASK, 1.0, 0.95)
+        parts = [ploss.detach(), vloss.detach(), logp.grad, new_values.grad, advantages, targets, stats["clipfrac"]]
         parts += [masked_whiten(poison(adv, fill), MASK), masked_mean(poison(adv, fill), MASK)]
         parts += [shaped_rewards(torch.ones(B), poison(adv, fill), MASK, 0.1)]
         if fill == 0.0:

@@ -1,4 +1,4 @@
-"""PPO as a whole on problems so small that their optimum pi_0 exp(r / beta) / Z is known."""
+"""PPO as a whole on a problem so small that its optimum pi_0 exp(r / beta) / Z is known."""
 
 import itertools
 
@@ -41,8 +41,11 @@ def problem(seed: int = 0) -> tuple[torch.Generator, torch.Tensor, TablePolicy]:
 
 @torch.no_grad()
 def optimum(rewards: torch.Tensor, reference: TablePolicy, beta: float, where: str) -> torch.Tensor:
-    """[prompts, responses]. In the loss, a token's KL does not count for the tokens before it: there the first token
-    is chosen by the mean reward of what follows, in place of the soft maximum."""
+    """[prompts, responses].
+
+    With KL in the loss, the KL of a token does not count for the tokens before it. The first token is then chosen by
+    the mean reward of what follows, not by its soft maximum.
+    """
     prior = sequence_probabilities(reference).view(PROMPTS, V, V)
     r = rewards.view(PROMPTS, V, V)
     if where == "reward":
@@ -56,7 +59,7 @@ def optimum(rewards: torch.Tensor, reference: TablePolicy, beta: float, where: s
 
 
 def train(beta: float, estimator: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the policy has become and what it should be, [prompts, responses] each."""
+    """The trained policy and the optimum, [prompts, responses] each."""
     generator, rewards, reference = problem()
     policy = TablePolicy(PROMPTS * (1 + V), V, state_of)
     policy.load_state_dict(reference.state_dict())
@@ -113,7 +116,7 @@ def test_the_optimum_is_reached(estimator, where, beta):
     assert variation(*train(beta, estimator, where)) < BOUND
 
 
-def test_the_bound_tells_coefficients_and_places_of_kl_apart():
+def test_the_bound_separates_kl_coefficients_and_places():
     _, rewards, reference = problem()
     right = optimum(rewards, reference, 0.5, "reward")
     for other in (

@@ -1,4 +1,4 @@
-"""The probe tells a sync that was skipped, from a sampler whose weights are coarser than the trainer's too."""
+"""The probe notices a skipped sync, also where the sampler's weights are coarser than the actor's."""
 
 import json
 
@@ -52,7 +52,7 @@ class Rounded:
 
 
 def steps(model: config.Model, lr: float, count: int, layers: int = 4, dtype: str = "float32"):
-    """`count` steps of two updates each: the probe, as after a sync that was skipped, and what does it after all."""
+    """`count` steps of two updates each: yields the probe, before any sync, and a function that syncs."""
     tokenizer = ChatTokenizer(model)
     prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in PROMPTS]
     completions = [Completion(ids, [0.0] * len(ids), "", True) for ids in map(tokenizer.response_ids, ANSWERS)]
@@ -74,8 +74,8 @@ def steps(model: config.Model, lr: float, count: int, layers: int = 4, dtype: st
 
 
 @pytest.mark.parametrize(("lr", "least"), [(1e-5, 0.0), (1e-3, 0.8)])
-def test_rounding_of_the_weights_is_told_from_weights_that_did_not_arrive(policy_path, lr, least):
-    """From updates that bfloat16 weights swallow nearly whole to those that they take."""
+def test_rounded_weights_are_not_taken_for_weights_that_did_not_arrive(policy_path, lr, least):
+    """From updates that bfloat16 weights lose almost entirely to updates that they keep."""
     for step, (probe, sync) in enumerate(steps(config.Model(path=str(policy_path)), lr, 2)):
         with pytest.raises(DataError, match="the new weights did not arrive"):
             probe.after(step)
@@ -85,12 +85,12 @@ def test_rounding_of_the_weights_is_told_from_weights_that_did_not_arrive(policy
         assert least <= found["sync_survival"] <= found["sync_slope"] + 0.05 < 1.15
 
 
-def test_rounding_of_the_actor_is_no_sign_of_weights_that_did_not_arrive(policy_path):
+def test_rounding_of_the_actor_is_not_taken_for_weights_that_did_not_arrive(policy_path):
     """In bfloat16 a small update moves the actor's log-probs by less than their rounding, so the slope falls to 0."""
     model = config.Model(path=str(policy_path))
     for probe, sync in steps(model, 1e-5, 1, dtype="bfloat16"):
         sync()
-        probe._kept = probe._exact = 1.0  # as of weights of which all survives, which expects the most
+        probe._kept = probe._exact = 1.0  # as if all of the update survived, which makes the check strictest
         probe.after(1)
     for probe, _ in steps(model, 1e-3, 1, dtype="bfloat16"):
         with pytest.raises(DataError, match="the new weights did not arrive"):
@@ -98,10 +98,10 @@ def test_rounding_of_the_actor_is_no_sign_of_weights_that_did_not_arrive(policy_
 
 
 @pytest.mark.e2e
-def test_a_skipped_sync_of_vllm_is_caught_and_a_done_one_passes(policy_path):
+def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(policy_path):
     for found in json.loads(run_program("tests/programs/probe.py", policy_path).splitlines()[-1]):
         assert "the new weights did not arrive" in found["skipped"]
-        assert found["moved"] < MAX_MISMATCH  # so small that a bound on the difference would not have told it
+        assert found["moved"] < MAX_MISMATCH  # so small that a bound on the difference would not notice it
         assert found["synced"]["sync_slope"] < 1.15
         if config.NATIVE_DTYPE == "float32":  # nothing is rounded
             assert found["synced"]["sync_slope"] == pytest.approx(1, abs=1e-3)

@@ -43,7 +43,7 @@ def test_running_scale_is_that_of_all_rewards_so_far():
     parts = [torch.randn(n) * 3 + 7 for n in (5, 1, 40)]
     for i in range(len(parts)):
         scale.update(parts[i : i + 1])
-        if i == 1:  # a resumed run goes on with what was saved
+        if i == 1:  # a resumed run continues from what was saved
             state, scale = scale.state_dict(), RewardScale(Reward(normalise="running"), 99.0, 99.0)
             scale.load_state_dict(state)
     every = torch.cat(parts).double().numpy()
@@ -119,8 +119,8 @@ def test_a_healthy_run_has_no_warnings():
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_each_pathology_is_told_once(name):
+def test_each_warning_is_given_once(name):
     assert SICK.keys() == CHECKS.keys()
     rows = [HEALTHY] * 5 + [HEALTHY | SICK[name]] * 4
-    told = [text for n in range(1, len(rows) + 1) for text in warnings_of(rows[:n])]
-    assert told == [CHECKS[name][1]]
+    given = [text for n in range(1, len(rows) + 1) for text in warnings_of(rows[:n])]
+    assert given == [CHECKS[name][1]]

@@ -1,4 +1,4 @@
-"""vLLM with an adapter beside the weights, in float32: log-probs against the trainer's, three times."""
+"""vLLM with an adapter beside the weights, in float32: log-probs against the policy's, three times."""
 
 import json
 import os

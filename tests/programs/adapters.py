@@ -9,7 +9,8 @@ import torch
 
 from core.config import Config
 from core.config.load import load
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.proxy import LocalProxy
 from rm import train
 from rm.ensemble import AdapterEnsemble
@@ -52,15 +53,17 @@ def main(base: str, out: str) -> None:
     cfg = config(base, "merged")
     for name in ("a", "b"):
         variant = cfg.rm.variants[name]
-        trainer, model, _ = train.fit(cfg, name, variant, rows(), folder / "log" / name)
-        train.measure(trainer, model, rows(), rows(), folder / "log" / name)
+        engine, model, _ = train.fit(
+            cfg.rm, cfg.engine, variant, rows(), folder / "log" / name, name=name, seed=cfg.run.seed
+        )
+        train.measure(engine, model, rows(), rows(), folder / "log" / name)
         for save in ("merged", "adapter"):
-            train.save(config(base, save), trainer, model, variant, folder / save / name)
+            train.save(config(base, save).rm, engine, model, variant, folder / save / name, seed=cfg.run.seed)
     torch.distributed.barrier()
     whole = [RewardModel.from_pretrained(folder / "merged" / n, dtype="float32") for n in ("a", "b")]
-    whole = [engine.Engine(model, cfg.engine, micro_batch=2) for model in whole]
+    whole = [Engine(model, cfg.engine, micro_batch=2) for model in whole]
     ensemble = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in ("a", "b")], dtype="float32")
-    shared = ensemble.through(engine.Engine(ensemble, cfg.engine, micro_batch=2))
+    shared = ensemble.through(Engine(ensemble, cfg.engine, micro_batch=2))
     mine = CHATS[distributed.rank() :][:2]
     found = {
         name: distributed.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())

@@ -12,7 +12,8 @@ import torch
 
 from core import config
 from core.batching import pad_right
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.records import Micro
 from ppo.rewards import RewardScale
@@ -67,7 +68,7 @@ def train(stage: int, micro: int, **options: bool) -> dict:
     world, rank = distributed.world_size(), distributed.rank()
     per_rank = ROWS // world
     batches = {"micro_batch": micro, "accumulation": per_rank // micro, "optim": OPTIM, "total_steps": 2 * STEPS}
-    actor, critic = (engine.Engine(module, cfg, **batches) for module in models())
+    actor, critic = (Engine(module, cfg, **batches) for module in models())
     scale = RewardScale(PPO.reward, critic.module.mean, critic.module.std)
     learner = Learner(PPO, actor, critic, scale, seed=1)
     metrics = []

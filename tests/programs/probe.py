@@ -12,7 +12,8 @@ from core.errors import DataError
 from core.generation.local import Generator
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
 
@@ -32,7 +33,7 @@ def main(path: str) -> None:
     settings = config.Engine()
     lm = add_lora(load_causal_lm(model, dtype=settings.dtype), config.Lora(rank=8, top_layers=4))
     optim = config.Optim(lr=4e-4, schedule="constant", warmup=0.0)
-    actor = engine.Engine(PolicyModule(lm, 0.8), settings, micro_batch=4, optim=optim, total_steps=9)
+    actor = Engine(PolicyModule(lm, 0.8), settings, micro_batch=4, optim=optim, total_steps=9)
     dtype = getattr(torch, generation.vllm.dtype)
     probe, found = SyncProbe(actor, generator, rows=4, pad_id=tokenizer.pad_id, dtype=dtype), []
     for step in (1, 2):

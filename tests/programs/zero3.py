@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core import config
-from core.training import distributed, engine
+from core.training import distributed
+from core.training.engine import Engine
 
 # A large eps: Adam divides by it where a gradient is nearly 0, and rounding there would decide the sign of a step.
 OPTIM = config.Optim(lr=1e-2, schedule="constant", warmup=0.0, max_grad_norm=1.0, eps=1e-3)
@@ -25,7 +26,7 @@ def tiny(seed: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def whole(trained: engine.Engine) -> dict[str, torch.Tensor]:
+def whole(trained: Engine) -> dict[str, torch.Tensor]:
     return dict(trained.named_weights(trained.module))
 
 
@@ -38,8 +39,7 @@ def main(out: str) -> None:
     distributed.init_distributed()
     world, rank = distributed.world_size(), distributed.rank()
     actor, critic = (
-        engine.Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3)
-        for seed in (1, 2)
+        Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3) for seed in (1, 2)
     )
     sizes = [(p.ds_tensor.numel(), p.ds_numel) for p in actor.module.parameters()]
     facts = {"world": world, "local": sum(a for a, _ in sizes), "total": sum(b for _, b in sizes), "crossed": 0}

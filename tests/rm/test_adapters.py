@@ -138,18 +138,18 @@ def test_members_share_the_layers_below_their_adapters(members):
     for chosen, depth in ((members[:2], 1), (members, None)):
         ensemble = AdapterEnsemble.from_pretrained([adapter for adapter, _ in chosen], dtype="float32")
         rows = rows or [tokens_of(ensemble.members[0].tokenizer, chat) for chat in CHATS]
-        lower = ensemble.lower_cache(rows)
-        assert (lower and lower.layers.depth) == depth
+        cache = ensemble.frozen_state_cache(rows)
+        assert (cache and cache.layers.depth) == depth
         for member, (adapter, _) in zip(ensemble.members, chosen, strict=True):
             expected = RewardModel.from_pretrained(adapter, dtype="float32").score(CHATS)
-            torch.testing.assert_close(member.score(CHATS, lower=lower), expected, **CLOSE)
+            torch.testing.assert_close(member.score(CHATS, frozen=cache), expected, **CLOSE)
 
 
 def test_the_server_shares_a_base_where_it_can(members, base, tmp_path):
     adapters, whole = zip(*members, strict=True)
-    models, lower = serve.load([str(a) for a in adapters[:2]], dtype="float32")
-    assert models[0].lm is models[1].lm and lower is not None
-    served = serve.Ensemble(["a", "b"], models, lower=lower)
+    models, frozen = serve.load([str(a) for a in adapters[:2]], dtype="float32")
+    assert models[0].lm is models[1].lm and frozen is not None
+    served = serve.Ensemble(["a", "b"], models, frozen=frozen)
     apart, none = serve.load([str(w) for w in whole[:2]], dtype="float32")
     assert none is None and apart[0].lm is not apart[1].lm
     rows = [tokens_of(served.tokenizer, chat) for chat in CHATS]
@@ -232,7 +232,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
         RewardModel.from_pretrained(copy, base=moved)
 
 
-def test_the_authors_lora_is_told_from_ours(policy_path, members, tmp_path):
+def test_the_authors_lora_is_not_taken_for_ours(policy_path, members, tmp_path):
     folder, _ = write_lora(AutoTokenizer.from_pretrained(policy_path), policy_path, tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):

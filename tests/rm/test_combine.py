@@ -50,7 +50,7 @@ def test_one_member_and_equal_members_give_the_member(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_order_of_members_is_of_no_account(rule):
+def test_the_order_of_members_does_not_matter(rule):
     rewards = draws(5)
     torch.testing.assert_close(combine.combiner(rule)(rewards[[3, 0, 4, 2, 1]]), combine.combiner(rule)(rewards))
 

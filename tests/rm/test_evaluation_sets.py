@@ -197,11 +197,11 @@ def test_the_command_writes_what_its_tables_hold(models, tmp_path, capsys):
     for model in ("m0", "m1"):
         for name in sets:
             rows = read_table(out / model / f"{name}.parquet")
-            told = report["models"][model]["sets"][name]
-            assert told == metrics_of(rows, told["layout"], draws=200) | {"too_long": 0}
+            reported = report["models"][model]["sets"][name]
+            assert reported == metrics_of(rows, reported["layout"], draws=200) | {"too_long": 0}
             delta = np.array([r["reward_chosen"] - r["reward_rejected"] for r in rows])
             hits = np.where([r["label_tie"] for r in rows], 0.5, (delta > 0) + 0.5 * (delta == 0))
-            assert told["accuracy"]["mean"] == pytest.approx(hits.mean())
+            assert reported["accuracy"]["mean"] == pytest.approx(hits.mean())
     arena = [read_table(out / m / "arena.parquet") for m in ("m0", "m1")]
     assert [r["id"] for r in arena[0]] == ["q1", "q1#2", "same", "q1#3"] and arena[0][0]["chosen_words"] == 1
     assert arena[0][2]["reward_chosen"] == arena[0][2]["reward_rejected"]  # one text has one reward
@@ -217,8 +217,8 @@ def test_rewards_are_those_of_the_model(models, tmp_path):
     found = read_set("mt", write(tmp_path / "mt.jsonl", judgement(turn=2), judgement()))
     rows, long = score_set(model, found, batch_tokens=512)
     alone = [[float(model.score([c])) for c in (x.chosen, x.rejected)] for x in found.comparisons]
-    told = [[r["reward_chosen"], r["reward_rejected"]] for r in rows]
-    np.testing.assert_allclose(told, alone, atol=1e-5, rtol=1e-4)
+    reported = [[r["reward_chosen"], r["reward_rejected"]] for r in rows]
+    np.testing.assert_allclose(reported, alone, atol=1e-5, rtol=1e-4)
     assert long == 0
 
 

@@ -30,7 +30,7 @@ def judge(request) -> Judge:
     return load_gold(Gold(path=str(path)))
 
 
-def asked(response: str, question: str = QUESTION) -> list[dict[str, str]]:
+def chat(response: str, question: str = QUESTION) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": "Answer in one sentence."},
         {"role": "user", "content": question},
@@ -40,25 +40,25 @@ def asked(response: str, question: str = QUESTION) -> list[dict[str, str]]:
 
 def test_relevant_answer_beats_off_topic_answer_of_the_same_length(judge):
     assert len(ANSWER.split()) == len(OFF_TOPIC.split())
-    relevant, off_topic = judge.score([asked(ANSWER), asked(OFF_TOPIC)])
+    relevant, off_topic = judge.score([chat(ANSWER), chat(OFF_TOPIC)])
     assert relevant > off_topic + 0.3
 
 
 def test_repeated_words_lose_against_varied_ones(judge):
     stuck = "Ships float because water water water water water water water water pushes the hull up up up up."
-    varied, repeated = judge.score([asked(ANSWER), asked(stuck)])
+    varied, repeated = judge.score([chat(ANSWER), chat(stuck)])
     assert varied > repeated + 0.3
 
 
 def test_echo_of_the_prompt_loses_to_an_answer(judge):
-    answer, echo, statement = judge.score([asked(ANSWER), asked(QUESTION), asked("Ships made of heavy steel float.")])
+    answer, echo, statement = judge.score([chat(ANSWER), chat(QUESTION), chat("Ships made of heavy steel float.")])
     assert answer > echo
     assert answer > statement
 
 
 def test_more_words_have_a_diminishing_effect(judge):
     words = ANSWER.rstrip(".").replace(",", "").split()
-    growing = [asked(" ".join(words[:n]) + ".") for n in (4, 8, 12, 16)]
+    growing = [chat(" ".join(words[:n]) + ".") for n in (4, 8, 12, 16)]
     lengths = [terms["length"] for terms in judge.components(growing)]
     gains = np.diff(lengths)
     assert (gains > 0).all()
@@ -67,18 +67,18 @@ def test_more_words_have_a_diminishing_effect(judge):
 
 @pytest.mark.parametrize("response", ["", "  \n", "...", "!?"])
 def test_response_without_a_word_gets_the_floor(judge, response):
-    assert judge.score([asked(response)]).tolist() == [EMPTY_SCORE]
-    assert judge.score([asked("no no no no no no no no no no no no")])[0] > EMPTY_SCORE
+    assert judge.score([chat(response)]).tolist() == [EMPTY_SCORE]
+    assert judge.score([chat("no no no no no no no no no no no no")])[0] > EMPTY_SCORE
 
 
 def test_system_message_and_earlier_turns_do_not_count(judge):
-    bare = asked(ANSWER)[1:]
+    bare = chat(ANSWER)[1:]
     longer = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}, *bare]
-    np.testing.assert_allclose(judge.score([bare, longer]), judge.score([asked(ANSWER)])[0], atol=1e-5)
+    np.testing.assert_allclose(judge.score([bare, longer]), judge.score([chat(ANSWER)])[0], atol=1e-5)
 
 
 def test_components_sum_to_the_score_and_repeat_to_the_bit(judge):
-    conversations = [asked(ANSWER), asked(OFF_TOPIC), asked(""), asked(QUESTION)]
+    conversations = [chat(ANSWER), chat(OFF_TOPIC), chat(""), chat(QUESTION)]
     first, second = judge.score(conversations), judge.score(conversations)
     assert first.dtype == np.float64
     assert first.tobytes() == second.tobytes()
@@ -87,7 +87,7 @@ def test_components_sum_to_the_score_and_repeat_to_the_bit(judge):
 
 def test_score_does_not_depend_on_order_or_batch(judge, request):
     texts = [" ".join(ANSWER.split()[:n]) for n in range(1, 18)] + [ANSWER * n for n in range(1, 5)]
-    conversations = [asked(text) for text in texts]
+    conversations = [chat(text) for text in texts]
     together = judge.score(conversations)
     np.testing.assert_allclose(judge.score(conversations[::-1])[::-1], together, atol=1e-5)
     np.testing.assert_allclose([judge.score([c])[0] for c in conversations], together, atol=1e-5)
@@ -95,11 +95,11 @@ def test_score_does_not_depend_on_order_or_batch(judge, request):
     np.testing.assert_allclose(small.score(conversations), together, atol=1e-5)
 
 
-def test_linear_gold_has_the_slope_asked_for():
+def test_linear_gold_has_the_given_slope():
     rng = np.random.default_rng(0)
     proxy = {f"text {i}": float(x) for i, x in enumerate(rng.standard_normal(2000))}
     gold = LinearGold(lambda messages: proxy[messages[-1]["content"]], slope=0.6, noise=0.5, seed=3)
-    conversations = [asked(text) for text in proxy]
+    conversations = [chat(text) for text in proxy]
     scores = gold.score(conversations)
     slope, offset = np.polyfit(list(proxy.values()), scores, 1)
     assert slope == pytest.approx(0.6, abs=0.04)  # standard error 0.5 / sqrt(2000) = 0.011
@@ -116,7 +116,7 @@ def test_linear_gold_is_not_loaded_from_a_config():
 def test_gold_that_is_not_finite_names_the_conversation():
     broken = LinearGold(lambda m: float("nan") if "odd" in m[-1]["content"] else 0.0, slope=1.0, noise=0.0)
     with pytest.raises(DataError, match="number 1.*odd one"):
-        broken.score([asked("fine"), asked("odd one")])
+        broken.score([chat("fine"), chat("odd one")])
 
 
 def trained(policy_path, folder: Path) -> RewardModel:
@@ -163,7 +163,7 @@ def test_gold_that_does_not_fit_is_refused(policy_path, tmp_path):
         load_gold(Gold(kind="checkpoint", path=str(tmp_path / "none")))
 
 
-def test_gold_that_is_not_trained_yet_is_told(tmp_path):
+def test_gold_that_is_not_trained_yet_is_named(tmp_path):
     stage = Stage("label", "module", (), (), ("gold.path",))
     cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))
     with pytest.raises(ArtefactError, match="a run of its own: `make rm CONFIG"):

@@ -9,7 +9,7 @@ from core.batching import balanced, pack, pad_right
 from core.config import Model, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
-from core.models.layers import LowerCache, LowerLayers, shared_depth, train_top_layers
+from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
@@ -52,7 +52,7 @@ def test_left_and_right_padding_agree(model):
     left_mask = mask.flip(1)
     assert last_real_token(mask).tolist() == [len(r) - 1 for r in rows]
     torch.testing.assert_close(model(left, left_mask)[0], model(ids, mask)[0], atol=1e-5, rtol=1e-4)
-    # what stands in the padding is of no account
+    # what the padding holds does not matter
     poisoned = ids.masked_fill(mask == 0, model.tokenizer.eot_id)
     assert torch.equal(model(poisoned, mask)[0], model(ids, mask)[0])
 
@@ -135,14 +135,14 @@ def test_log_probs_of_responses_that_share_a_prompt_are_those_alone(model):
 
 
 @torch.no_grad()
-def test_the_lower_layers_computed_apart_change_nothing(model, policy_path):
+def test_frozen_layers_computed_apart_change_nothing(model, policy_path):
     where = Model(path=str(policy_path), attention="eager")
     base = load_causal_lm(where, dtype="float32", num_layers=4)
-    layers = LowerLayers(base, 2)
+    layers = FrozenLayers(base, 2)
     layers.check(model.lm)
     assert len(base.model.layers) == 4
     ids, mask = pad_right([model.tokenizer.conversation_ids(chat) for chat in CHATS], model.tokenizer.pad_id)
-    assert torch.equal(model(ids, mask, lower=layers(ids, mask))[0], model(ids, mask)[0])
+    assert torch.equal(model(ids, mask, frozen=layers(ids, mask))[0], model(ids, mask)[0])
     broken = load_causal_lm(where, dtype="float32", num_layers=4).requires_grad_(False)
     assert shared_depth(base.requires_grad_(False), broken) == 4
     broken.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5
@@ -259,10 +259,10 @@ def test_every_head_learns_a_pair(policy_path, head):
 
 
 @torch.no_grad()
-def test_cached_lower_layers_give_the_same_loss(model, policy_path):
+def test_cached_frozen_states_give_the_same_loss(model, policy_path):
     base = load_causal_lm(Model(path=str(policy_path), attention="eager"), dtype="float32", num_layers=4)
-    layers, passes = LowerLayers(base, 2), []
-    cache = LowerCache(layers)
+    layers, passes = FrozenLayers(base, 2), []
+    cache = FrozenStateCache(layers)
     base.register_forward_pre_hook(lambda *_: passes.append(1))
     base.model.register_forward_pre_hook(lambda *_: passes.append(1))
     pairs, variant = pairs_of(model.tokenizer), RewardVariant(text_regulariser="dpo_noref", alpha=0.2)

@@ -108,10 +108,10 @@ def test_long_lists_go_in_parts(model, url, monkeypatch):
 
 def test_requests_at_once_get_their_own_rewards(model, url):
     remote, expected = RemoteRewardModel(url), model.score(MANY)
-    asked = [[i % len(MANY), (i * i + 1) % len(MANY)][: 1 + i % 2] for i in range(40)]
+    requests = [[i % len(MANY), (i * i + 1) % len(MANY)][: 1 + i % 2] for i in range(40)]
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda rows: remote.score([MANY[r] for r in rows]), asked))
-    for rows, found in zip(asked, answers, strict=True):
+        answers = list(pool.map(lambda rows: remote.score([MANY[r] for r in rows]), requests))
+    for rows, found in zip(requests, answers, strict=True):
         torch.testing.assert_close(found, expected[rows], **CLOSE)
 
 

@@ -11,7 +11,7 @@ from core.config import RewardVariant
 from core.config.load import load
 from core.errors import ConfigError, DataError
 from core.files import read_table, write_json, write_table
-from rm.train import arm_rows, num_layers
+from rm.variants import arm_rows, num_layers
 from study import matrix
 from study import reward_models as study_models
 from study import run as study
@@ -88,10 +88,10 @@ def test_sizes_are_an_axis_of_the_matrix(tmp_path):
     assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.condition.layers for p in policies} == {12}
     variants = cfg.rm.variants
     assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
-    assert num_layers(cfg, variants["bt-100pairs-12layers-seed0"]) == 12
+    assert num_layers(cfg.rm, variants["bt-100pairs-12layers-seed0"]) == 12
     assert {p.name for p in policies} >= {"grm-200pairs-12layers-noise0.25-seed0-kl0.1"}
     own, _, _ = planned(tmp_path, "rm.num_layers=9", "rm.variants={bt: {num_layers: 5}, grm: {}}")
-    assert [num_layers(own, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
+    assert [num_layers(own.rm, own.rm.variants[f"{m}-100pairs-seed0"]) for m in ("bt", "grm")] == [5, 9]
 
 
 def test_arms_are_compared_with_the_first_variant_of_their_size(tmp_path):
@@ -226,7 +226,7 @@ def test_arms_of_one_size_share_their_wrong_labels():
     assert changed.sum() == 25
     assert all(a["flipped"] == (b["flipped"] != c) for a, b, c in zip(first, rows, changed, strict=False))
     assert arm_rows(rows, RewardVariant(), 1) == rows
-    with pytest.raises(Exception, match="asks for 300 training pairs; there are 200"):
+    with pytest.raises(Exception, match="is 300 and there are only 200 training pairs"):
         arm_rows(rows, RewardVariant(pairs=300), 1)
 
 

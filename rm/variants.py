@@ -1,0 +1,99 @@
+"""What one variant is trained on and with: its rows, its untrained model, and the cache of its frozen layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from core import config
+from core.config import RewardTraining, RewardVariant
+from core.data.chat import ChatTokenizer
+from core.data.labels import flip_labels, repeated
+from core.data.streams import stream_seed
+from core.errors import ArtefactError
+from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
+from core.models.loading import load_causal_lm
+from core.models.lora import add_lora
+from core.training import distributed
+from rm.model import RewardModel
+from rm.pairs import seed_name
+
+
+def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
+    """The rows that a variant is trained on: its first `pairs`, with a share `label_noise` of the labels flipped.
+
+    Args:
+        train: rows of pairs.parquet, in their order.
+        seed: `run.seed`; which labels are flipped depends on it and on the number of rows only.
+
+    Raises:
+        ArtefactError: fewer rows than `variant.pairs`.
+    """
+    rows = train[: variant.pairs]
+    if variant.pairs and len(rows) < variant.pairs:
+        raise ArtefactError(f"rm.variants.*.pairs is {variant.pairs} and there are only {len(train)} training pairs")
+    # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
+    return repeated(
+        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
+    )
+
+
+def build(
+    rm: RewardTraining, settings: config.Engine, variant: RewardVariant, seed: int
+) -> tuple[RewardModel, ChatTokenizer]:
+    """The untrained model and its tokenizer; variants with the same `variant.seed` start from the same head.
+
+    Args:
+        seed: `run.seed`.
+    """
+    tokenizer = ChatTokenizer(rm.base)
+    lm = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant))
+    torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
+    if rm.lora and variant.trainable_layers is None:
+        lm = add_lora(lm, rm.lora)
+    else:
+        train_top_layers(lm, _trainable(rm, variant))
+    return RewardModel(lm, variant.head, tokenizer), tokenizer
+
+
+def num_layers(rm: RewardTraining, variant: RewardVariant) -> int | None:
+    """How many layers of the backbone the variant keeps, from the lowest on; None for all."""
+    return rm.num_layers if variant.num_layers is None else variant.num_layers
+
+
+def _trainable(rm: RewardTraining, variant: RewardVariant) -> int | None:
+    return rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
+
+
+def frozen_state_cache(
+    rm: RewardTraining, settings: config.Engine, variant: RewardVariant | None = None
+) -> FrozenStateCache | None:
+    """An empty cache for the layers below the top `rm.trainable_layers` of a backbone as deep as the variant's.
+
+    Every rank holds these layers whole, so that computing their states needs no other rank.
+
+    Args:
+        variant: None for a backbone of `rm.num_layers` layers.
+
+    Returns:
+        None without `rm.cache_frozen_layers`, or where no layer is frozen.
+
+    Raises:
+        ArtefactError: `rm.base.attention` is a flash kernel, or the architecture cannot be cut there.
+    """
+    if not rm.cache_frozen_layers:
+        return None
+    base = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant or RewardVariant()))
+    if base.config.num_hidden_layers <= rm.trainable_layers:
+        return None
+    base.to(distributed.device())
+    if base.config._attn_implementation.startswith("flash"):
+        raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
+    layers = FrozenLayers(base, base.config.num_hidden_layers - rm.trainable_layers)
+    layers.check(base)
+    return FrozenStateCache(layers)
+
+
+def fits_cache(rm: RewardTraining, variant: RewardVariant) -> bool:
+    """Whether this variant keeps all cached layers frozen; the cache is of a backbone of its `num_layers`."""
+    return _trainable(rm, variant) <= rm.trainable_layers
