@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.batching import by_length
 from core.config import Gold
 from core.data.chat import Message
 from core.data.streams import stream_seed
@@ -153,25 +154,13 @@ class Embedder:
             return np.zeros((0, self.model.config.hidden_size))
         ids = self.tokenizer(list(texts), truncation=True, max_length=EMBEDDING_TOKENS).input_ids
         vectors = np.empty((len(ids), self.model.config.hidden_size))
-        for batch in _batches([len(x) for x in ids], self.batch_tokens):
+        for batch in by_length([len(x) for x in ids], self.batch_tokens):
             inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(self.device)
             states = self.model(**inputs).last_hidden_state.double()  # [B, T, H]
             mask = inputs["attention_mask"].unsqueeze(-1)
             pooled = (states * mask).sum(1) / mask.sum(1)
             vectors[batch] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
         return vectors
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices by length, in groups of at most `batch_tokens` with padding (one text at the least)."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Sorted, so the newest text is the longest of its group.
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 def _terms(prompt: str, response: str, cosine: float) -> dict[str, float]:

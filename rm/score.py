@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.batching import Batch, Group, pack
+from core.batching import Batch, Group, by_length, pack, row_length
 from core.data.chat import ChatTokenizer, Message
 from core.errors import DataError
 from core.models.layers import Lower
@@ -63,7 +63,9 @@ def score_tokens(
         lower: gives the output of the model's lower layers, where that is known.
     """
     rows = _rows(sorted(set(tokens)), share)
-    batches = _batches(rows, batch_tokens)
+    # Longest first: a batch that does not fit the memory fails at once.
+    groups = by_length([row_length(row) for row in rows], batch_tokens, longest_first=True)
+    batches = [[rows[i] for i in group] for group in groups]
     if together:
         # The last batch fills up the share of the ranks that have one less.
         batches += batches[-1:] * (-len(batches) % world_size())
@@ -113,18 +115,6 @@ def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:
             rows[-1][1].append(response)
             length += len(response)
     return rows
-
-
-def _batches(rows: list[Group], batch_tokens: int) -> list[list[Group]]:
-    """Rows of similar length, longest first, each batch within the budget (one row at the least)."""
-    size = lambda row: len(row[0]) + sum(map(len, row[1]))  # noqa: E731
-    batches: list[list[Group]] = []
-    for row in sorted(rows, key=size, reverse=True):
-        if batches and (len(batches[-1]) + 1) * size(batches[-1][0]) <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def _everyones(found: dict[tuple, float], order: list[tuple]) -> dict[tuple, float]:
