@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from core.data.chat import Message
+from core.data.chat import Message, conversation
 from core.files import digest, read_json, write_table
-from core.generation.pool import conversation
 from core.models.layers import LowerCache, LowerLayers, shared_depth
 from rm.checkpoints.layout import ABOUT_FILE
 from rm.model import RewardModel
@@ -20,7 +19,7 @@ def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tup
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
-    conversations = [conversation(s) for s in samples]
+    conversations = [conversation(s["prompt"], s["response"]) for s in samples]
     # Sizes one after the other: models of two sizes have only the smaller one's frozen layers in common.
     depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):

@@ -24,7 +24,7 @@ import torch
 
 from core.config import Config, PreferenceSource
 from core.config.load import load
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.data.labels import flip_labels
 from core.data.sources import Malformed, read_pairs
 from core.data.streams import stream_seed, unit_interval
@@ -78,7 +78,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     tokenizer = ChatTokenizer(cfg.rm.base)
     pairs, sets = data(cfg, files, tokenizer)
     rows = [row for found in sets.values() for row in found]
-    chats = [[*r["prompt"], {"role": "assistant", "content": r[k]}] for k in ("chosen", "rejected") for r in rows]
+    chats = [conversation(r["prompt"], r[k]) for k in ("chosen", "rejected") for r in rows]
     # Methods innermost: a grid that is cut short compares all methods on what it has.
     grid = list(product(SEEDS, NOISES, SIZES, cfg.rm.variants))[part::parts]
     lower = lower_cache(cfg)

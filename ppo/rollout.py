@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from core.batching import balanced, pad_right
+from core.data.chat import conversation
 from core.errors import DataError
 from core.generation.local import Completion
 from core.training import distributed
@@ -23,9 +24,7 @@ def collect(trainer, step: int) -> Rollout:
     trainer.generator.sleep()
     clock.lap("generate")
     rows, completions = sampled.rows, sampled.completions
-    answered = [
-        [*row["prompt"], {"role": "assistant", "content": c.text}] for row, c in zip(rows, completions, strict=True)
-    ]
+    answered = [conversation(row["prompt"], c.text) for row, c in zip(rows, completions, strict=True)]
     rewards = trainer.proxy.score(answered)
     clock.lap("score")
     count = len(completions) // trainer.cfg.ppo.micro_batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.data.chat import conversation
 from core.errors import ArtefactError
 from core.files import read_table
 from rm.model import RewardModel
@@ -26,7 +27,7 @@ def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8
     Raises:
         ArtefactError: fewer than two rows, or rewards that are all equal.
     """
-    chats = [[*row["prompt"], {"role": "assistant", "content": row["response"]}] for row in rows]
+    chats = [conversation(row["prompt"], row["response"]) for row in rows]
     if len(chats) < 2:
         raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more")
     rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()

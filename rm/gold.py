@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 from core.batching import by_length
 from core.config import Gold
-from core.data.chat import Message
+from core.data.chat import Message, answer_of, conversation
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import digest
-from core.generation.pool import conversation
 from rm.model import RewardModel
 
 Conversation = Sequence[Message]
@@ -74,7 +73,7 @@ def score_samples(gold: GoldModel, samples: Sequence[dict]) -> np.ndarray:
     parts = []
     with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
         for start in range(0, len(samples), CHUNK):
-            chunk = [conversation(sample) for sample in samples[start : start + CHUNK]]
+            chunk = [conversation(sample["prompt"], sample["response"]) for sample in samples[start : start + CHUNK]]
             parts.append(gold.score(chunk))
             bar.update(len(chunk))
     return np.concatenate(parts)
@@ -123,7 +122,7 @@ class Judge:
     def components(self, conversations: Sequence[Conversation]) -> list[dict[str, float]]:
         """The weighted terms of each conversation; they sum to its score."""
         prompts = [_last_user(c) for c in conversations]
-        responses = [_response(c) for c in conversations]
+        responses = [answer_of(c) for c in conversations]
         similarity = self._cosines(prompts, responses)
         return [_terms(p, r, float(s)) for p, r, s in zip(prompts, responses, similarity, strict=True)]
 
@@ -205,12 +204,6 @@ def _repeated(items: list[tuple[str, ...]]) -> float:
 
 def _last_user(messages: Conversation) -> str:
     return next(m["content"] for m in reversed(messages) if m["role"] == "user")
-
-
-def _response(messages: Conversation) -> str:
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
-    return messages[-1]["content"]
 
 
 def _checked(scores: np.ndarray, conversations: Sequence[Conversation]) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.batching import Batch, Group, by_length, pack, row_length
-from core.data.chat import ChatTokenizer, Message
+from core.data.chat import ChatTokenizer, Message, answer_of
 from core.errors import DataError
 from core.models.layers import Lower
 from core.training.distributed import global_sum, rank, world_size
@@ -34,7 +34,8 @@ def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[S
 
 def tokens_of(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> Tokens:
     """What the model reads of a conversation; DataError when it does not end with the assistant."""
-    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(_answer(conversation)))
+    response = answer_of(conversation)
+    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(response))
 
 
 @torch.no_grad()
@@ -93,12 +94,6 @@ def score_tokens(
             f"{tokenizer.decode(tokens[bad[0]][1])!r}"
         )
     return result
-
-
-def _answer(conversation: Sequence[Message]) -> str:
-    if conversation[-1]["role"] != "assistant":
-        raise DataError(f"a conversation ends with the assistant, not {conversation[-1]['role']!r}")
-    return conversation[-1]["content"]
 
 
 def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from core.batching import balanced
 from core.config import Config, RewardVariant
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.data.labels import flip_labels, repeated
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
@@ -218,9 +218,8 @@ def measure(
     lower: LowerCache | None = None,
 ) -> dict:
     """Held-out accuracy, and mean and SD of the reward on samples of the reference policy (set on the model)."""
-    answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
-    texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
-    texts += [answered(r, r["response"]) for r in calibration]
+    texts = [conversation(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in val]
+    texts += [conversation(r["prompt"], r["response"]) for r in calibration]
     rewards = score(
         trainer, model.tokenizer, texts, share=model.shares_prompts, together=True, lower=lower,
         device=distributed.device(), progress="rm: validation",

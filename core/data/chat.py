@@ -27,6 +27,22 @@ def check_prompt(messages: object) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
+def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
+    """A prompt and a response to it, as the messages that reward models score."""
+    return [*prompt, {"role": "assistant", "content": response}]
+
+
+def answer_of(messages: Sequence[Message]) -> str:
+    """The response that ends a conversation; DataError when the last message is not a text of the assistant."""
+    last = messages[-1] if messages else None
+    role = last.get("role") if isinstance(last, dict) else None
+    if role != "assistant":
+        raise DataError(f"a conversation must end with the assistant, not with {role!r}")
+    if not isinstance(last.get("content"), str):
+        raise DataError("the assistant's message needs a text")
+    return last["content"]
+
+
 class ChatTokenizer:
     """A tokenizer with its chat template, checked once.
 
@@ -76,9 +92,8 @@ class ChatTokenizer:
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt answered by the last message; the last token is the end of turn."""
-        if messages[-1]["role"] != "assistant":
-            raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
-        return self.prompt_ids(messages[:-1]) + self.response_ids(messages[-1]["content"])
+        response = answer_of(messages)
+        return self.prompt_ids(messages[:-1]) + self.response_ids(response)
 
     def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
         """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
@@ -117,7 +132,7 @@ class ChatTokenizer:
         """What the template writes after an answer, from a probe conversation."""
         question, answer = [{"role": "user", "content": "Question"}], "A probe answer"
         prompt = self._render(question, add_generation_prompt=True)
-        full = self._render([*question, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        full = self._render(conversation(question, answer), add_generation_prompt=False)
         if not full.startswith(prompt + answer):
             raise DataError(
                 f"{self.name}: its chat template renders an answer differently from its generation prompt, so a "

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 
 from core.config import PreferenceSource
-from core.data.chat import Message, check_prompt
+from core.data.chat import Message, answer_of, check_prompt
 from core.data.splits import prompt_id
 from core.errors import DataError
 
@@ -132,7 +132,7 @@ def _trl(row: dict, name: str) -> dict:
     else:
         if len(chosen) != 1 or len(rejected) != 1:
             raise DataError("an answer beside a prompt is not one message of the assistant")
-        pair = _of_answers(prompt, _answer(chosen[0]), _answer(rejected[0]))
+        pair = _of_answers(prompt, answer_of(chosen), answer_of(rejected))
     margin = row.get("margin")
     for better, worse in SCORES:
         if margin is None and row.get(better) is not None and row.get(worse) is not None:
@@ -170,7 +170,7 @@ def _of_chats(chosen: object, rejected: object) -> dict:
     plain = [[(m.get("role"), m.get("content")) for m in chat[:-1]] for chat in (chosen, rejected)]
     if plain[0] != plain[1]:
         raise DataError("the two conversations have different prompts")
-    return _of_answers(chosen[:-1], _answer(chosen[-1]), _answer(rejected[-1]))
+    return _of_answers(chosen[:-1], answer_of(chosen), answer_of(rejected))
 
 
 def _of_answers(prompt: object, chosen: str, rejected: str) -> dict:
@@ -192,12 +192,6 @@ def _turns(prompt: str) -> list[Message]:
     parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", prompt)
     turns = [{"role": "user", "content": parts[0]}]
     return turns + [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-
-
-def _answer(message: dict) -> str:
-    if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
-        raise DataError("the last message is not a text of the assistant")
-    return message["content"]
 
 
 def _number(value: object) -> float:

@@ -71,8 +71,3 @@ def _row(prompt: dict, group: list[Completion], sample_id: int) -> dict:
         "finished": completion.finished,
         "logp_sampler": float(sum(completion.logprobs)),  # nats, at the sampling temperature
     }
-
-
-def conversation(sample: dict) -> list[dict[str, str]]:
-    """A sample as the messages that reward models score."""
-    return [*sample["prompt"], {"role": "assistant", "content": sample["response"]}]

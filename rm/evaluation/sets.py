@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.config import PreferenceSource
-from core.data.chat import Message
+from core.data.chat import Message, conversation
 from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
 from core.data.splits import prompt_id
 from core.errors import DataError
@@ -193,7 +193,7 @@ def _answered(identity: str, subset: str, prompt: list[Message], chosen: str, re
 
 
 def _answer(prompt: list[Message], text: str) -> list[Message]:
-    return _chat([*prompt, {"role": "assistant", "content": text}])
+    return _chat(conversation(prompt, text))
 
 
 def _prompt(value: object) -> list:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from core.config import Config, Model, Splits
-from core.data.chat import ChatTokenizer, check_prompt
+from core.data.chat import ChatTokenizer, answer_of, check_prompt, conversation
 from core.data.splits import prompt_id, split_of
 from core.data.streams import stream_seed
 from core.errors import DataError
@@ -34,8 +34,18 @@ def test_conversation_is_prompt_then_response(tokenizer):
     rendered = tokenizer.hf.apply_chat_template(answered, tokenize=False)
     assert tokenizer.hf.decode(ids) == rendered.rstrip()
     assert ids[-1] == tokenizer.eot_id
-    with pytest.raises(DataError, match="ends with the assistant"):
+    with pytest.raises(DataError, match="must end with the assistant, not with 'user'"):
         tokenizer.conversation_ids(CHAT)
+
+
+def test_a_response_is_put_to_its_prompt_and_taken_from_it_again():
+    answered = conversation(CHAT, "Fine.")
+    assert answered == [*CHAT, {"role": "assistant", "content": "Fine."}] and answer_of(answered) == "Fine."
+    for wrong in (CHAT, [], ["text"], [*CHAT, {"content": "x"}]):
+        with pytest.raises(DataError, match="must end with the assistant"):
+            answer_of(wrong)
+    with pytest.raises(DataError, match="needs a text"):
+        answer_of([*CHAT, {"role": "assistant", "content": None}])
 
 
 def test_model_without_chat_template_is_refused(tokenizer, tmp_path):
