@@ -10,13 +10,13 @@ from core.data.chat import ChatTokenizer, Message, check_prompt
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
 from core.errors import ArtefactError, DataError
-from core.files import read_jsonl, write_jsonl, write_table
+from core.files import numbered_rows, write_jsonl, write_table
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     tokenizer = ChatTokenizer(cfg.policy)
     kept, rejected = {}, []
-    for number, row in enumerate(read_jsonl(cfg.data.prompts), start=1):
+    for number, row in numbered_rows(cfg.data.prompts):
         try:
             messages = _messages(row, cfg.data.system)
             num_tokens = len(tokenizer.prompt_ids(messages))
@@ -36,7 +36,8 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
             "order": unit_interval(identity, salt=f"order/{cfg.run.seed}"),
         }
     if not kept:
-        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt; first fault: {rejected[:1]}")
+        fault = rejected[0] if rejected else "the file holds no rows"
+        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt; first fault: {fault}")
     write_jsonl(out / "rejected.jsonl", rejected)
     write_table(out / "prompts.parquet", sorted(kept.values(), key=lambda row: row["order"]))
     counts = Counter(row["split"] for row in kept.values())

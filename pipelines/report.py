@@ -12,7 +12,7 @@ from bon.curves import read_curves
 from core import plotting
 from core.config import Config
 from core.data.streams import stream_seed
-from core.files import read_json, read_jsonl, read_table
+from core.files import read_json, read_rows, read_table
 from pipelines import report_figures as figures
 from ppo.card import write_card
 
@@ -26,8 +26,8 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     drawn = {
         "overoptimisation": figures.overoptimisation(read_curves(inputs["eval"] / "curves.csv")),
         "accuracy": figures.accuracy(variants, facts["rm"]["judge"], facts["rm"].get("longest_answer_accuracy")),
-        "reward_training": figures.reward_training({n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in variants}),
-        "ppo_training": figures.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
+        "reward_training": figures.reward_training({n: read_rows(inputs["rm"] / n / "train.jsonl") for n in variants}),
+        "ppo_training": figures.ppo_training(read_rows(inputs["ppo"] / "metrics.jsonl")),
     }
     svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
     checks = facts["eval"]["checks"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.data.chat import conversation
 from core.errors import ArtefactError
-from core.files import read_table
+from core.files import read_rows
 from rm.model import RewardModel
 
 
@@ -15,8 +15,8 @@ def read_calibration(path: Path) -> list[dict]:
     """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
     if not path.is_file():
         raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
-    rows = read_table(path)
-    if not rows or not {"prompt", "response"} <= rows[0].keys():
+    rows = read_rows(path)
+    if not {"prompt", "response"} <= rows[0].keys():
         raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
     return rows
 

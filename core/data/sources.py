@@ -9,7 +9,6 @@ ratings  prompt, response and a rating, several rows a prompt: HelpSteer
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from core.config import PreferenceSource
 from core.data.chat import Message, answer_of, check_prompt
 from core.data.splits import prompt_id
 from core.errors import DataError
+from core.files import numbered_rows
 
 SUMMARISE = "Generate one-sentence summary for the following post: "
 """Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do: the raw rows hold
@@ -273,39 +273,8 @@ def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[st
 
 
 def _rows(file: Path, malformed: Malformed) -> Iterator[tuple[int, dict]]:
-    """Numbered rows of a file; lines that are no JSON object in UTF-8 go to `malformed`."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        table: Iterable = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
-    elif file.suffix == ".json":
-        try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file}: not JSON in UTF-8 ({error})") from None
-        if not isinstance(table, list):
-            raise DataError(f"{file}: holds a {type(table).__name__}; a .json file must hold an array of rows")
-    else:
-        table = _lines(file, malformed)
-    for number, row in enumerate(table, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        elif row is not None:
-            malformed.add("not an object", f"{file.stem} row {number}")
-
-
-def _lines(file: Path, malformed: Malformed) -> Iterator[object]:
-    """One value a line, None for a blank or unreadable one, so that numbers stay those of the lines."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            value = None
-            try:
-                value = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-            except UnicodeDecodeError:
-                malformed.add("not UTF-8", f"{file.stem} row {number}")
-            except json.JSONDecodeError:
-                malformed.add("not JSON", f"{file.stem} row {number}")
-            yield value
+    """Numbered rows of a file; those that cannot be read are added to `malformed`."""
+    return numbered_rows(file, lambda number, fault: malformed.add(fault, f"{file.stem} row {number}"))
 
 
 def _chain(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from core.data.chat import Message, conversation
 from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
 from core.data.splits import prompt_id
 from core.errors import DataError
-from core.files import digest, read_jsonl, read_table
+from core.files import digest, numbered_rows
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01
@@ -68,10 +67,10 @@ def read_set(
     files = _files(path)
     malformed, items, rows = Malformed(), [], 0
     for file in files:
-        table = None if layout == "pairs" else _read(file)
-        if table == []:
+        table = [] if layout == "pairs" else list(numbered_rows(file))
+        if not table and layout != "pairs":
             continue
-        known = recognise(table[0], file) if layout == "auto" else layout
+        known = recognise(table[0][1], file) if layout == "auto" else layout
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
         layout = known  # the other files of a folder are like the first
@@ -94,8 +93,6 @@ def read_set(
 
 def recognise(row: dict, file: Path) -> str:
     """The layout whose columns `row` has; `pairs` for any other."""
-    if not isinstance(row, dict):
-        raise DataError(f"{file}, row 1: not an object but {type(row).__name__}")
     columns = row.keys()
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
@@ -241,24 +238,12 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path) -> list[dict]:
-    if file.suffix == ".parquet":
-        return read_table(file)
-    if file.suffix == ".jsonl":
-        return read_jsonl(file)
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: holds a {type(rows).__name__}; a .json file must hold an array of rows")
-    return rows
-
-
-def _parse(table: list[dict], file: Path, reader: Callable, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
+def _parse(
+    table: list[tuple[int, dict]], file: Path, reader: Callable, malformed: Malformed
+) -> tuple[list[list[Comparison]], int]:
     """Comparisons of each good row, and the number of rows."""
     items = []
-    for number, row in enumerate(table, start=1):
+    for number, row in table:
         try:
             items.append(reader(row, file.stem, number))
         except KeyError as error:
