@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from core.data.chat import Message, conversation
+from core.data.rows import SampleRow, ScoreRow
 from core.files import digest, read_json, write_table
 from core.models.layers import LowerCache, LowerLayers, shared_depth
 from rm.checkpoints.layout import ABOUT_FILE
@@ -14,7 +15,7 @@ from rm.model import RewardModel
 from rm.score import tokens_of
 
 
-def score_proxies(folder: Path, samples: list[dict], out: Path) -> dict[str, tuple[float, float]]:
+def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> dict[str, tuple[float, float]]:
     """A table of rewards for each reward model that has none yet; mean and SD of each under the reference policy."""
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
@@ -59,14 +60,14 @@ class SharedLayers:
         return same and shared_depth(self.model.lm, model.lm.requires_grad_(False)) >= self.cache.layers.depth
 
 
-def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
-    """Rows of prompt_id, sample_id, text_sha (of the response, so that scores of other samples do not join), score."""
+def write_scores(path: Path, samples: list[SampleRow], scores: list[float]) -> None:
+    """The table of a reward model, or of gold, in the order of the samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "text_sha": digest(s["response"]), "score": x}
         for s, x in zip(samples, scores, strict=True)
     ]
-    write_table(path, rows)
+    write_table(path, rows, ScoreRow)
 
 
 CACHED_STATES = 4 << 30

@@ -9,12 +9,14 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 from core.errors import ArtefactError
 
+Row = TypeVar("Row")
+"""A TypedDict of `core.data.rows`."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Formats of rows: JSON Lines, a JSON array of objects, CSV with a header, Parquet."""
 BATCH_ROWS = 1024
@@ -173,31 +175,65 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise ArtefactError(f"{where}: not Parquet, or cut short ({error})") from None
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Rows to Parquet, atomically. All rows must have the keys of the first."""
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: type | None = None) -> None:
+    """Rows to Parquet, atomically.
+
+    Args:
+        schema: the TypedDict of `core.data.rows` whose columns the rows must have.
+
+    Raises:
+        ArtefactError: no rows; rows of different columns; a column that the schema lacks, or one that it has.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not rows:
         raise ArtefactError(f"{path}: no rows to write")
+    if schema is not None:
+        _check_columns(path, rows[0], schema, exact=True)
     if odd := [i for i, row in enumerate(rows) if row.keys() != rows[0].keys()]:
         raise ArtefactError(f"{path}: row {odd[0]} has other columns than row 0")
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
+    pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
     os.replace(temporary, path)
 
 
-def read_table(path: Path) -> list[dict]:
-    return read_rows(path)
+@overload
+def read_table(path: Path) -> list[dict[str, Any]]: ...
 
 
-def join(left: list[dict], right: list[dict], on: tuple[str, ...] = ("prompt_id", "sample_id")) -> list[dict]:
+@overload
+def read_table(path: Path, schema: type[Row]) -> list[Row]: ...
+
+
+def read_table(path: Path, schema: type | None = None) -> list[Any]:
+    """Rows of a table of a run; ArtefactError also for a column of the schema that it lacks."""
+    rows = read_rows(path)
+    if schema is not None:
+        _check_columns(path, rows[0], schema, exact=False)
+    return rows
+
+
+def _check_columns(path: Path, row: Mapping[str, Any], schema: Any, *, exact: bool) -> None:
+    known = schema.__required_keys__ | schema.__optional_keys__
+    faults = [f"column {name} is missing" for name in sorted(schema.__required_keys__ - row.keys())]
+    if exact:
+        faults += [f"column {name} is extra" for name in sorted(row.keys() - known)]
+    if faults:
+        raise ArtefactError(f"{path} is no table of {schema.__name__}: {', '.join(faults)}")
+
+
+def join(
+    left: Sequence[Mapping[str, Any]],
+    right: Sequence[Mapping[str, Any]],
+    on: tuple[str, ...] = ("prompt_id", "sample_id"),
+) -> list[dict[str, Any]]:
     """Rows of `left` with the columns of `right`, matched by id; a missing or doubled id, or another text under one
     id, is an error with counts."""
     keyed = {tuple(row[k] for k in on): row for row in right}

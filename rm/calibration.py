@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.data.chat import conversation
+from core.data.rows import ResponseRow
 from core.errors import ArtefactError
-from core.files import read_rows
+from core.files import read_table
 from rm.model import RewardModel
 
 
-def read_calibration(path: Path) -> list[dict]:
-    """Rows (prompt, response) of a `calibration.parquet`; ArtefactError where the file has none."""
+def read_calibration(path: Path) -> list[ResponseRow]:
+    """Rows of a `calibration.parquet`; ArtefactError for a file that is none."""
     if not path.is_file():
         raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
-    rows = read_rows(path)
-    if not {"prompt", "response"} <= rows[0].keys():
-        raise ArtefactError(f"--calibrate {path}: the table needs rows with the columns prompt and response")
+    rows = read_table(path, ResponseRow)
+    if not isinstance(rows[0]["prompt"], list):
+        raise ArtefactError(f"--calibrate {path}: a prompt must be a list of messages")
     return rows
 
 
-def calibrate(model: RewardModel, rows: Sequence[dict], *, batch_tokens: int = 8192) -> tuple[float, float]:
-    """Mean and standard deviation (over n - 1) of the model's rewards of `rows` (prompt, response).
+def calibrate(model: RewardModel, rows: Sequence[ResponseRow], *, batch_tokens: int = 8192) -> tuple[float, float]:
+    """Mean and standard deviation (over n - 1) of the model's rewards of `rows`.
 
     Raises:
         ArtefactError: fewer than two rows, or rewards that are all equal.

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from core.batching import by_length
 from core.config import Gold
 from core.data.chat import Message, answer_of, conversation
+from core.data.rows import ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import digest
@@ -68,8 +69,8 @@ def load_gold(cfg: Gold) -> GoldModel:
     raise DataError("gold.kind linear is built in code (rm.gold.LinearGold); use judge, hub or checkpoint")
 
 
-def score_samples(gold: GoldModel, samples: Sequence[dict]) -> np.ndarray:
-    """Gold of the rows of a sample pool, float64 [n], with a progress bar."""
+def score_samples(gold: GoldModel, samples: Sequence[ResponseRow]) -> np.ndarray:
+    """Gold of the samples, float64 [n], with a progress bar."""
     parts = []
     with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
         for start in range(0, len(samples), CHUNK):

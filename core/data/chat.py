@@ -34,10 +34,9 @@ def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
 
 def answer_of(messages: Sequence[Message]) -> str:
     """The response that ends a conversation; DataError when the last message is not a text of the assistant."""
-    last = messages[-1] if messages else None
-    role = last.get("role") if isinstance(last, dict) else None
-    if role != "assistant":
-        raise DataError(f"a conversation must end with the assistant, not with {role!r}")
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    if last.get("role") != "assistant":
+        raise DataError(f"a conversation must end with the assistant, not with {last.get('role')!r}")
     if not isinstance(last.get("content"), str):
         raise DataError("the assistant's message needs a text")
     return last["content"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import TypedDict
 
 from core.config import PreferenceSource
 from core.data.chat import Message, answer_of, check_prompt
@@ -52,12 +53,28 @@ class Malformed:
         return [f"{n} x {reason} ({', '.join(self.first[reason])})" for reason, n in self.counts.most_common()]
 
 
-def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[dict]:
-    """Pairs in the order of the rows: source, prompt, prompt_id, chosen, rejected, margin, tie, row.
+class SourcePair(TypedDict):
+    """A pair as a source has it, before it is selected and split."""
 
-    `margin` is the difference of the two ratings or None; where `tie`, which response is chosen means nothing. `row`
-    counts from 1 within the file. Rows that make no pair go to `malformed`. `name` is the source of rows that tell
-    none themselves (by default the file's).
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    source: str
+    """What the row names as its source, else that of the configuration."""
+    margin: float | None
+    """Rating of chosen minus that of rejected, 0 or more; None without ratings."""
+    tie: bool
+    """Equal ratings: which response is chosen then means nothing."""
+    row: int
+    """Line or row of its file, from 1; of two rated responses the later one's."""
+    prompt_id: str
+
+
+def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[SourcePair]:
+    """Pairs in the order of the rows; rows that make no pair are added to `malformed`.
+
+    Args:
+        name: source of the rows that name none themselves, by default the name of the file.
 
     Raises:
         DataError: nothing at `source.path`, or a layout that is not recognised.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from core.config import Splits
 from core.data.chat import Message
+from core.data.rows import PromptRow
 from core.data.streams import unit_interval
 from core.errors import ArtefactError
 from core.files import digest, read_table
@@ -40,9 +41,9 @@ def split_of(key: str, splits: Splits) -> str:
     return names[-1]
 
 
-def read_split(folder: Path, split: str, limit: int | None = None) -> list[dict]:
+def read_split(folder: Path, split: str, limit: int | None = None) -> list[PromptRow]:
     """Rows of one split in the run's order; ArtefactError when there are fewer than two."""
-    rows = [row for row in read_table(folder / "prompts.parquet") if row["split"] == split]
+    rows = [row for row in read_table(folder / "prompts.parquet", PromptRow) if row["split"] == split]
     if len(rows) < 2:
         raise ArtefactError(
             f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}"

@@ -15,7 +15,7 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
-from rm.evaluation.metrics import Scored, Ties, Units, measure, paired_difference, units
+from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
 from rm.model import RewardModel
 
@@ -89,7 +89,7 @@ def model_names(paths: Sequence[str]) -> list[str]:
 
 def score_set(
     model: RewardModel, evalset: EvalSet, *, batch_tokens: int, max_tokens: int | None = None, progress: str = ""
-) -> tuple[list[dict], int]:
+) -> tuple[list[ComparisonRow], int]:
     """Rows of the set's table, and how many comparisons belong to an item with a conversation over `max_tokens`.
 
     `max_tokens` is never more than the positions that the model has. Items are left out whole, since the score of an
@@ -102,7 +102,7 @@ def score_set(
         raise DataError(f"{evalset.name}: no comparison within {limit} tokens; raise --max-tokens, or leave it out")
     chats = [chat for c in kept for chat in (c.chosen, c.rejected)]
     rewards = model.score(chats, batch_tokens=batch_tokens, progress=progress).tolist()
-    rows = [
+    rows: list[ComparisonRow] = [
         {
             "id": c.id,
             "subset": c.subset,
@@ -132,7 +132,7 @@ def within(comparisons: Sequence[Comparison], tokenizer: ChatTokenizer, limit: i
     return [c for c in comparisons if c.item not in long]
 
 
-def metrics_of(rows: list[dict], layout: str, *, ties: Ties = "half", draws: int) -> dict:
+def metrics_of(rows: list[ComparisonRow], layout: str, *, ties: Ties = "half", draws: int) -> dict:
     """`rm.evaluation.metrics.measure` and the benchmark's own scores: all that metrics.json says of one table."""
     scored = Scored.of(rows)
     return measure(rows, layout, ties=ties, draws=draws, seed=SEED) | {
@@ -163,9 +163,9 @@ def describe(evalset: EvalSet, path: Path) -> dict:
     }
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[ComparisonRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, rows)
+    write_table(path, rows, ComparisonRow)
 
 
 def render(report: dict) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,29 @@ def accuracy_with_interval(hits: np.ndarray, z: float = Z95) -> dict[str, float]
     return {"mean": p, "lo": center - half, "hi": center + half, "n": n}
 
 
+class ComparisonRow(TypedDict):
+    """A row of `grm rm-eval --out`: two conversations of an evaluation set and their rewards."""
+
+    id: str
+    """Unique within its set."""
+    subset: str
+    item: str
+    """The item of the benchmark that it belongs to."""
+    prompt_id: str
+    """Comparisons that share it are not independent."""
+    chosen_index: int
+    """Which chosen response of the item; in RM-Bench its style."""
+    rejected_index: int
+    label_tie: bool
+    """Whether the label says that neither response is better."""
+    reward_chosen: float
+    """Raw."""
+    reward_rejected: float
+    chosen_words: int
+    """Words of the chosen response."""
+    rejected_words: int
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """Columns of a table of scored comparisons, all [n]."""
@@ -51,8 +74,8 @@ class Scored:
     rejected_words: Array
 
     @classmethod
-    def of(cls, rows: Sequence[dict]) -> Scored:
-        """From rows as `rm.evaluation.command` writes them."""
+    def of(cls, rows: Sequence[ComparisonRow]) -> Scored:
+        """The columns of the rows."""
         column = lambda name, kind: np.array([row[name] for row in rows], dtype=kind)  # noqa: E731
         return cls(
             [row["item"] for row in rows], [row["subset"] for row in rows], [row["prompt_id"] for row in rows],
@@ -230,7 +253,9 @@ def ranks(x: Array) -> Array:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def measure(rows: Sequence[dict], layout: str, *, ties: Ties = "half", draws: int = 2000, seed: int = 1) -> dict:
+def measure(
+    rows: Sequence[ComparisonRow], layout: str, *, ties: Ties = "half", draws: int = 2000, seed: int = 1
+) -> dict:
     """Every number of one model on one set, from the rows of its table; undefined numbers are None."""
     scored = Scored.of(rows)
     found = units(scored, layout, ties)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from core.data.rows import ScoreRow
 from core.errors import ArtefactError
 from core.files import SUFFIXES, join, numbered_rows, read_json, read_rows, read_table, write_table
 
@@ -77,6 +78,24 @@ def test_a_truncated_or_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "damaged.parquet").write_bytes(whole[:100] + bytes(1000) + whole[1100:])
     with pytest.raises(ArtefactError, match=r"damaged\.parquet.*: not Parquet, or cut short"):
         read_table(tmp_path / "damaged.parquet")
+
+
+def test_tables_are_checked_against_their_schema(tmp_path):
+    file, row = tmp_path / "gold.parquet", {"prompt_id": "p", "sample_id": 0, "score": 1.5}
+    write_table(file, [row], ScoreRow)
+    assert read_table(file, ScoreRow) == [row]
+    write_table(file, [row | {"text_sha": "ab"}], ScoreRow)  # a column that may be absent
+    with pytest.raises(
+        ArtefactError, match=r"no table of ScoreRow: column sample_id is missing, column sample is extra"
+    ):
+        write_table(file, [{"prompt_id": "p", "sample": 0, "score": 1.5}], ScoreRow)
+    with pytest.raises(ArtefactError, match="row 1 has other columns than row 0"):
+        write_table(file, [row, row | {"text_sha": "ab"}], ScoreRow)
+    write_table(file, [{"prompt_id": "p"}])
+    with pytest.raises(
+        ArtefactError, match=r"gold\.parquet is no table of ScoreRow: column sample_id is missing, column score"
+    ):
+        read_table(file, ScoreRow)
 
 
 def test_a_folder_or_a_missing_file_is_named(tmp_path):
