@@ -116,7 +116,7 @@ def data(cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer) -> tuple
     prompts = cfg.run_dir / "prompts"
     if not prompts.is_dir():
         raise ArtefactError(f"no {prompts}: run `grm prompts --config configs/human.yaml` first")
-    splits, dropped, _ = import_pairs(cfg, prompts)
+    splits, dropped, _ = import_pairs(cfg.preferences, cfg.data, prompts=prompts, seed=cfg.run.seed)
     print(f"left out of training: {dropped}", flush=True)
     fits = lambda rows: [r for r in rows if longest(r, tokenizer) <= cfg.rm.max_tokens]  # noqa: E731
     sets = {"in distribution": fits(splits["rm_val"])[:EVALUATED]}

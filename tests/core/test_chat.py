@@ -97,6 +97,6 @@ def test_prompts_stage_counts_what_it_drops(policy_path, tmp_path):
     )
     metrics = run(cfg, {}, tmp_path)
     assert sum(metrics["prompts"].values()) == 50
-    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["stands twice"] == 1
+    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["duplicate"] == 1
     lines = [json.loads(x)["line"] for x in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert lines == [51, 52, 53, 54]
