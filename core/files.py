@@ -52,7 +52,7 @@ def path_digest(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write through a temporary file, so that a reader never sees half of it."""
+    """Write through a temporary file, so that no reader sees a half-written one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str, allow_nan=False) + "\n")
@@ -234,17 +234,20 @@ def join(
     right: Sequence[Mapping[str, Any]],
     on: tuple[str, ...] = ("prompt_id", "sample_id"),
 ) -> list[dict[str, Any]]:
-    """Rows of `left` with the columns of `right`, matched by id; a missing or doubled id, or another text under one
-    id, is an error with counts."""
+    """Rows of `left` with the columns of `right`, matched by id.
+
+    Raises:
+        ArtefactError: a missing or duplicate id, or one id with different texts in the two tables; with counts.
+    """
     keyed = {tuple(row[k] for k in on): row for row in right}
     wanted = [tuple(row[k] for k in on) for row in left]
     missing = [key for key in wanted if key not in keyed]
-    doubled = len(right) - len(keyed), len(wanted) - len(set(wanted))
+    duplicates = len(right) - len(keyed), len(wanted) - len(set(wanted))
     unused = len(keyed.keys() - set(wanted))
-    if missing or any(doubled) or unused:
+    if missing or any(duplicates) or unused:
         raise ArtefactError(
             f"tables do not join on {', '.join(on)}: {len(missing)} rows without a partner (first {missing[:1]}), "
-            f"{unused} partners unused, {doubled[1]} and {doubled[0]} doubled ids"
+            f"{unused} partners unused, {duplicates[1]} and {duplicates[0]} duplicate ids"
         )
     joined = [{**row, **keyed[key]} for row, key in zip(left, wanted, strict=True)]
     for column in ("text_sha", "response"):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.config import Data, Preferences, Splits
+from core.data.chat import with_system
 from core.data.rows import PairRow, PromptRow
 from core.data.sources import Malformed, SourcePair, read_pairs
-from core.data.splits import normalised, opening, prompt_id
+from core.data.splits import normalised, opening, pair_id, prompt_id
 from core.data.streams import unit_interval
 from core.errors import ArtefactError
-from core.files import digest, read_table, write_jsonl
+from core.files import read_table, write_jsonl
 from rm.evaluation.sets import read_set
 
 DUPLICATE = "duplicate"
@@ -74,8 +75,8 @@ def import_pairs(
     if out is not None:  # before the shares are checked: whoever is told of too many wants to see them
         write_jsonl(out / "rejected.jsonl", malformed.rows)
     check_shares(rows_of, preferences.max_rejected_share, malformed)
-    for pair_id in contradicted:
-        dropped[seen[pair_id][1]][CONTRADICTED] += 1
+    for pair in contradicted:
+        dropped[seen[pair][1]][CONTRADICTED] += 1
     for split, rows in splits.items():
         splits[split] = rows = [row for row in rows if row["pair_id"] not in contradicted]
         rows.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"order/{seed}"))
@@ -105,13 +106,11 @@ def evaluation_prompts(prompts: Path, decontaminate: Sequence[Path]) -> set[str]
 
 def as_row(pair: SourcePair, *, system: str | None = None, split: str = "rm_val", weight: float = 1.0) -> PairRow:
     """A pair of a source as a row of `pairs.parquet`, with the system message `system` where it has none."""
-    prompt = pair["prompt"]
-    if system and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system}, *prompt]
+    prompt = with_system(pair["prompt"], system)
     identity = prompt_id(prompt)
     return {
         "prompt_id": identity,
-        "pair_id": digest([identity, sorted([pair["chosen"], pair["rejected"]])]),
+        "pair_id": pair_id(identity, [pair["chosen"], pair["rejected"]]),
         "source": pair["source"],
         "prompt": prompt,
         "chosen": pair["chosen"],

@@ -17,10 +17,10 @@ from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
 from core.data.rows import CalibrationRow, PairRow, SampleRow, ScoreRow
-from core.data.splits import read_split
+from core.data.splits import pair_id, read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import digest, write_table
+from core.files import write_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
 from pipelines.import_pairs import Imported, import_pairs
@@ -115,7 +115,7 @@ def clean_pairs(samples: Sequence[SampleRow], scores: np.ndarray, split: str) ->
         pairs.append(
             {
                 "prompt_id": two[0]["prompt_id"],
-                "pair_id": digest([two[0]["prompt_id"], sorted(s["response"] for s in two)]),
+                "pair_id": pair_id(two[0]["prompt_id"], [s["response"] for s in two]),
                 "split": split,
                 "source": "policy",
                 "prompt": two[0]["prompt"],

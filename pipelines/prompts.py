@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from core.config import Config, Data, Splits
-from core.data.chat import ChatTokenizer, Message, check_prompt
+from core.data.chat import ChatTokenizer, Message, check_prompt, with_system
 from core.data.rows import PromptRow
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
@@ -90,7 +90,5 @@ def _messages(row: dict[str, Any], system: str | None) -> list[Message]:
     elif "messages" in row:
         messages = check_prompt(row["messages"])
     else:
-        raise DataError("no `prompt` (a string) and no `messages`")
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+        raise DataError("neither `prompt` (a string) nor `messages`")
+    return with_system(messages, system)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from core.batching import by_length
 from core.config import Gold
-from core.data.chat import Message, answer_of, conversation
+from core.data.chat import Message, conversation, response_of
 from core.data.rows import ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
@@ -123,7 +123,7 @@ class Judge:
     def components(self, conversations: Sequence[Conversation]) -> list[dict[str, float]]:
         """The weighted terms of each conversation; they sum to its score."""
         prompts = [_last_user(c) for c in conversations]
-        responses = [answer_of(c) for c in conversations]
+        responses = [response_of(c) for c in conversations]
         similarity = self._cosines(prompts, responses)
         return [_terms(p, r, float(s)) for p, r, s in zip(prompts, responses, similarity, strict=True)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.batching import Batch, Group, by_length, pack, row_length
-from core.data.chat import ChatTokenizer, Message, answer_of
+from core.data.chat import ChatTokenizer, Message, response_of
 from core.errors import DataError
 from core.models.layers import Lower
 from core.training.distributed import global_sum, rank, world_size
@@ -34,7 +34,7 @@ def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[S
 
 def tokens_of(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> Tokens:
     """What the model reads of a conversation; DataError when it does not end with the assistant."""
-    response = answer_of(conversation)
+    response = response_of(conversation)
     return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(response))
 
 

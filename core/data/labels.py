@@ -11,7 +11,7 @@ from core.data.streams import unit_interval
 
 
 def flip_labels(pairs: list[PairRow], rate: float, rng: np.random.Generator) -> list[PairRow]:
-    """The pairs with exactly floor(N * rate) of them, drawn uniformly, labelled the wrong way round."""
+    """The pairs, with the labels of exactly floor(N * rate) of them flipped, which are drawn uniformly."""
     # The product of a decimal rate can fall just short of an integer: 100 * 0.29 is 28.999999999999996.
     count = int(np.floor(len(pairs) * rate + 1e-9))
     wrong = set(rng.choice(len(pairs), size=count, replace=False).tolist())

@@ -17,7 +17,7 @@ class PromptRow(TypedDict):
     prompt: list[Message]
     """Its last message is the user's."""
     num_tokens: int
-    """With the header of the response, in tokens of the policy."""
+    """In tokens of the policy, with the header of the response."""
     split: str
     """rm_train, rm_val, rl_train, calibration or eval."""
     order: float
@@ -39,7 +39,7 @@ class PairRow(TypedDict):
     """The response that the label prefers; the worse one where the label is flipped."""
     rejected: str
     flipped: bool
-    """Whether label noise has swapped the two responses."""
+    """Whether label noise has swapped chosen and rejected."""
     margin: float | None
     """Rating of the better response minus that of the worse, in units of the source; None without ratings."""
     weight: float
@@ -62,7 +62,7 @@ class SampleRow(TypedDict):
     """Of the response as it was sampled, with its end of turn where it is finished."""
     n_tokens: int
     finished: bool
-    """Whether the response ended by itself; False where it was cut at `generation.max_new_tokens`."""
+    """Whether the response ended by itself; False if it was cut off at `generation.max_new_tokens`."""
     logp_sampler: float
     """Log-probability of the response under the sampler, at the sampling temperature, in nats."""
 

@@ -1,4 +1,4 @@
-"""Pools of samples: `n` responses to each prompt, drawn in shards that survive a kill."""
+"""Pools of samples: `n` responses to each prompt, drawn in shards, so that a killed stage can resume."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def sample_pool(
     seed: int,
     name: str,
 ) -> list[SampleRow]:
-    """`n` responses to every prompt of `rows`, as rows `len(rows) * n` long, prompt by prompt.
+    """`n` responses to every prompt of `rows`: `len(rows) * n` rows, prompt by prompt.
 
     Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on, and is read back
-    when it is there already. Its seed is a function of `seed`, `name` and its number alone, so a resumed
-    pool equals an uninterrupted one. At the end the shards become one table, `out/samples.parquet`.
+    if it exists already. Its seed depends on `seed`, `name` and its number alone, so a resumed pool equals an
+    uninterrupted one. At the end the shards are merged into one table, `out/samples.parquet`.
 
     Args:
-        make_generator: not called when all shards are there.
+        make_generator: not called if all shards exist.
         seed: `cfg.run.seed`.
-        name: of the random stream, by custom that of the stage.
+        name: of the random stream; the stages use their own name.
     """
     folder, whole = out / "samples", out / "samples.parquet"
     if whole.exists():

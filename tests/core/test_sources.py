@@ -1,4 +1,4 @@
-"""Preference data of others: layouts, malformed rows, splits, decontamination, weights."""
+"""Published preference data: layouts, malformed rows, splits, decontamination, weights."""
 
 import json
 
@@ -155,7 +155,7 @@ def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
 
 
 def test_unknown_columns_and_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="columns text are of no layout known"):
+    with pytest.raises(DataError, match="columns text are of no known layout"):
         pairs_of(write(tmp_path / "x.jsonl", {"text": "?"}))
     with pytest.raises(DataError, match="nowhere/at/all: neither"):
         pairs_of(tmp_path / "nowhere/at/all")
