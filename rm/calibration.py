@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a reward model's rewards on samples of the reference policy."""
+"""Mean and standard deviation of a reward model's rewards on samples of the reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rm.model import RewardModel
 
 
 def read_calibration(path: Path) -> list[ResponseRow]:
-    """Rows of a `calibration.parquet`; ArtefactError for a file that is none."""
+    """Rows of a `calibration.parquet`; ArtefactError for any other file."""
     if not path.is_file():
-        raise ArtefactError(f"--calibrate {path}: no such file; a run has preferences/calibration.parquet")
+        raise ArtefactError(f"--calibrate {path}: no such file; give preferences/calibration.parquet of a run")
     rows = read_table(path, ResponseRow)
     if not isinstance(rows[0]["prompt"], list):
         raise ArtefactError(f"--calibrate {path}: a prompt must be a list of messages")
@@ -30,8 +30,8 @@ def calibrate(model: RewardModel, rows: Sequence[ResponseRow], *, batch_tokens: 
     """
     chats = [conversation(row["prompt"], row["response"]) for row in rows]
     if len(chats) < 2:
-        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more")
+        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more of them")
     rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()
     if not (std := float(rewards.std())) > 0:
-        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}: there is no scale to calibrate")
+        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}, so there is no scale to calibrate")
     return float(rewards.mean()), std

@@ -1,11 +1,11 @@
-"""One reward from the rewards of an ensemble: pure functions over rewards [k, n] of k members and n conversations.
+"""One reward from the rewards of an ensemble: pure functions of rewards [k, n] of k members and n conversations.
 
-Members are brought to one scale first, since Bradley-Terry leaves the offset of each reward model free: a minimum of
-raw rewards is little more than the member with the lowest offset. `standardise` does it against samples of the
-reference policy (PPO), `centre_by_prompt` within each prompt (best-of-n, where even an offset of each prompt is free).
+Members are first brought to one scale. Bradley-Terry leaves the offset of each reward model free, so a minimum of raw
+rewards is mostly that of the member with the lowest offset. `standardise` uses samples of the reference (for PPO),
+`centre_by_prompt` the samples of each prompt (for best-of-n, where even the offset of each prompt is free).
 
-All combiners keep type and device, do not depend on the order of the members, and give the member back where k = 1.
-They raise DataError on rewards that are not [k, n] with k >= 1 or not finite.
+All combiners keep type and device, do not depend on the order of the members, and return the rewards of a single
+member unchanged. They raise DataError for rewards that are not finite, or not [k, n] with k >= 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def standardise(rewards: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     """(r_i - mean_i) / std_i [k, n], with mean and standard deviation of each member's rewards under pi_0 [k].
 
     Raises:
-        DataError: not one mean and one positive standard deviation a member.
+        DataError: not one mean and one positive standard deviation for each member.
     """
     _check(rewards)
     if len(mean) != len(rewards) or len(std) != len(rewards) or not all(s > 0 for s in std):
@@ -39,8 +39,8 @@ def centre_by_prompt(rewards: Tensor, prompts: Sequence, std: Sequence[float]) -
     """(r_i - mean of r_i over the samples of the same prompt) / std_i [k, n].
 
     Args:
-        prompts: [n], which prompt a sample belongs to.
-        std: [k] of `within_prompt_std`, of calibration prompts rather than those that are evaluated.
+        prompts: [n], the prompt that each sample belongs to.
+        std: [k] of `within_prompt_std`, measured on calibration prompts rather than on the ones that are evaluated.
     """
     _check(rewards)
     return standardise(rewards - _prompt_means(rewards, prompts), [0.0] * len(rewards), std)
@@ -51,7 +51,7 @@ def within_prompt_std(rewards: Tensor, prompts: Sequence) -> list[float]:
     _check(rewards)
     free = rewards.shape[1] - len(set(prompts))
     if free < 1:
-        raise DataError("no prompt has two samples, so there is no spread within prompts")
+        raise DataError("no prompt has two samples, so no spread within prompts can be measured")
     squares = (rewards - _prompt_means(rewards, prompts)).double().square()
     return (squares.sum(1) / free).sqrt().tolist()
 
@@ -71,8 +71,8 @@ def minimum(rewards: Tensor) -> Tensor:
 def uncertainty_weighted(rewards: Tensor, weight: float) -> Tensor:
     """UWO, mean_i r_i - weight * (1/k) sum_i (r_i - mean)^2: Coste et al. (2310.02743).
 
-    The variance is the paper's, over k (not k - 1, which is what the PPO part of their code has and which makes the
-    same weight k / (k - 1) times as strong). The paper uses 0.5 for best-of-n and 0.1 for PPO.
+    The variance is divided by k, as in the paper. The PPO part of its code divides by k - 1, so that the same weight is
+    k / (k - 1) times as strong. The paper uses a weight of 0.5 for best-of-n and 0.1 for PPO.
     """
     _check(rewards)
     if not (weight >= 0 and math.isfinite(weight)):
@@ -81,10 +81,10 @@ def uncertainty_weighted(rewards: Tensor, weight: float) -> Tensor:
 
 
 def quantile(rewards: Tensor, q: float) -> Tensor:
-    """The q-quantile over members, linear between neighbours: 0 is the minimum, 0.5 the median."""
+    """The q-quantile over members, interpolated linearly: 0 is the minimum, 0.5 the median."""
     _check(rewards)
     if not 0 <= q <= 1:
-        raise DataError(f"a quantile lies between 0 and 1, not at {q}")
+        raise DataError(f"a quantile must be between 0 and 1, not {q}")
     ordered = rewards.sort(0).values
     place = q * (len(ordered) - 1)
     low = min(int(place), len(ordered) - 1)
@@ -113,7 +113,7 @@ KNOWN = "mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA"
 
 
 def combiner(text: str) -> Combiner:
-    """The combiner that `text` names, as in `mean` or `uwo:0.5`; DataError for another name or number."""
+    """The combiner that `text` names, such as `mean` or `uwo:0.5`; DataError for an unknown name or a bad number."""
     name, _, number = text.partition(":")
     if name in PLAIN and not number:
         return PLAIN[name]
@@ -122,14 +122,14 @@ def combiner(text: str) -> Combiner:
         function = WITH_NUMBER[name]
     except (KeyError, ValueError):
         raise DataError(f"no combiner {text!r}: known are {KNOWN}") from None
-    function(torch.zeros(1, 1), value)  # a number that it refuses is told at once
+    function(torch.zeros(1, 1), value)  # so that a bad number is reported now
     return lambda rewards: function(rewards, value)
 
 
 def proxy_reward(rewards: Tensor, units: Sequence[tuple[float, float]], rule: str | None) -> Tensor:
-    """What is optimised, [n], from raw rewards [k, n] of members with (mean, std) under pi_0 each.
+    """What is optimised, [n], from raw rewards [k, n]; `units` are (mean, std) of each member under pi_0.
 
-    A single member keeps its own units (`rule` None); of several, the standardised rewards are combined by `rule`.
+    A single member (`rule` None) keeps its own units. The rewards of several are standardised and combined by `rule`.
     """
     if rule is None:
         return rewards[0]
@@ -138,14 +138,14 @@ def proxy_reward(rewards: Tensor, units: Sequence[tuple[float, float]], rule: st
 
 
 def proxy_units(units: Sequence[tuple[float, float]], rule: str | None) -> tuple[float, float]:
-    """Mean and standard deviation that `proxy_reward` is shown in: a combination is in standard deviations already."""
+    """Mean and standard deviation of `proxy_reward` under pi_0; a combination is in standard deviations already."""
     return units[0] if rule is None else (0.0, 1.0)
 
 
 def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
     """[k, n], at each sample the mean over the samples of its prompt."""
     if len(prompts) != rewards.shape[1]:
-        raise DataError(f"{rewards.shape[1]} samples need as many prompts, not {len(prompts)}")
+        raise DataError(f"{rewards.shape[1]} samples need one prompt each, not {len(prompts)} prompts")
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([number[p] for p in prompts], dtype=torch.long, device=rewards.device)
     sums = rewards.new_zeros(len(rewards), len(number)).index_add(1, group, rewards)
@@ -155,6 +155,6 @@ def _prompt_means(rewards: Tensor, prompts: Sequence) -> Tensor:
 
 def _check(rewards: Tensor) -> None:
     if rewards.ndim != 2 or not len(rewards) or not rewards.is_floating_point():
-        raise DataError(f"rewards of an ensemble are floats [members, conversations], not {list(rewards.shape)}")
+        raise DataError(f"rewards of an ensemble must be floats [members, conversations], not {list(rewards.shape)}")
     if bad := (~rewards.isfinite()).nonzero().tolist():
         raise DataError(f"{len(bad)} rewards of the ensemble are not finite; the first is [member, row] {bad[0]}")
