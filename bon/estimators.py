@@ -222,7 +222,8 @@ def _block_means(proxy_PN: Array, value_PN: Array) -> Array:
     is_start[:, 1:] = proxy_PN[:, 1:] != proxy_PN[:, :-1]
     block = np.cumsum(is_start.ravel()) - 1  # every row opens a block, so none spans two rows
     means = np.bincount(block, weights=value_PN.ravel()) / np.bincount(block)
-    return means[block].reshape(value_PN.shape)
+    result_PN: Array = means[block].reshape(value_PN.shape)
+    return result_PN
 
 
 def _check_scores(scores: ArrayLike, name: str, like: Array | None = None) -> Array:

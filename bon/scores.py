@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from bon.pools import Pools, from_tables
-from core.data.chat import Message
+from core.data.chat import Message, conversation
+from core.data.rows import SampleRow, ScoreRow
 from core.files import digest, read_json, read_table, write_table
-from core.generation.pool import conversation
 from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
@@ -23,12 +23,12 @@ CACHED_STATES = 4 << 30
 """Bytes of host memory for the output of layers that several reward models share."""
 
 
-def score_proxies(folder: Path, samples: list[dict], out: Path) -> list[str]:
+def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str]:
     """A table of rewards for each reward model that has none yet; the names of all."""
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
-    conversations = [conversation(s) for s in samples]
+    conversations = [conversation(s["prompt"], s["response"]) for s in samples]
     # Sizes one after the other: models of two sizes have only the smaller one's frozen layers in common.
     depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
@@ -67,14 +67,14 @@ class SharedLayers:
         return same and shared_depth(self.model.lm, model.lm.requires_grad_(False)) >= self.cache.layers.depth
 
 
-def write_scores(path: Path, samples: list[dict], scores: list[float]) -> None:
-    """Rows of prompt_id, sample_id, text_sha (of the response, so that scores of other samples do not join), score."""
+def write_scores(path: Path, samples: list[SampleRow], scores: list[float]) -> None:
+    """The table of a reward model, or of gold, in the order of the samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "text_sha": digest(s["response"]), "score": x}
         for s, x in zip(samples, scores, strict=True)
     ]
-    write_table(path, rows)
+    write_table(path, rows, ScoreRow)
 
 
 def reward_models(rm_folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Soft best-of-n: of n samples one is drawn with probability proportional to exp(proxy / temperature).
+"""Soft best-of-n: one of n samples is drawn with probability proportional to exp(proxy / temperature).
 
-Verdun et al. 2025 (2505.03156), Aminian et al. 2025 (2507.05913): it trades proxy for a smaller distance from the
-reference. Temperature 0 is best-of-n, infinity a plain sample.
+It gives up some proxy for a smaller KL from the reference (Verdun et al. 2025, 2505.03156; Aminian et al. 2025,
+2507.05913). Temperature 0 is best-of-n, infinite temperature is a plain sample.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ def soft_best_of_n(
 ) -> Array:
     """Expected `value` [P, K] of soft best-of-n; proxy and value [P, N].
 
-    There is no closed form over all subsets, since each has its own normaliser. Each of `draws` permutations cuts a
-    pool into N // n disjoint subsets: unbiased, and every sample is used once a permutation. `best_of_n` at 0.
+    There is no closed form over all subsets, since each subset has its own normaliser. So each of `draws` permutations
+    cuts a pool into N // n disjoint subsets, whose mean is unbiased and uses no sample twice. At temperature 0 the
+    result is that of `best_of_n`.
 
     Raises:
-        ValueError: a negative temperature, shapes that differ, n outside 1..N.
+        ValueError: a negative temperature, different shapes, or n outside 1..N.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be 0 or more")
     if temperature == 0:
         return best_of_n(proxy, value, ns)
-    best_of_n(proxy[:1], value[:1], ns)  # its checks of shapes and ns
+    best_of_n(proxy[:1], value[:1], ns)  # for its checks of shapes and ns
     proxy, value = np.asarray(proxy, dtype=float), np.asarray(value, dtype=float)
     P, N = proxy.shape
-    found, rng = np.zeros((P, len(ns))), np.random.default_rng(seed)
+    result, rng = np.zeros((P, len(ns))), np.random.default_rng(seed)
     for _ in range(draws):
         order = rng.permuted(np.tile(np.arange(N), (P, 1)), axis=1)
         p, v = np.take_along_axis(proxy, order, 1) / temperature, np.take_along_axis(value, order, 1)
@@ -40,5 +41,5 @@ def soft_best_of_n(
             logits = p[:, : groups * n].reshape(P, groups, n)
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
             chosen = (weights * v[:, : groups * n].reshape(P, groups, n)).sum(-1) / weights.sum(-1)
-            found[:, k] += chosen.mean(axis=1) / draws
-    return found
+            result[:, k] += chosen.mean(axis=1) / draws
+    return result

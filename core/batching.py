@@ -1,7 +1,8 @@
 """Token sequences as model inputs: padded rows, and rows in which several responses share one prompt.
 
-A shared row is `prompt | response | response ...`: a response attends the prompt and itself, and its positions go on
-from the prompt's. Every hidden state is the one of the conversation alone; the prompt is computed once.
+A shared row is `prompt | response | response ...`. A response attends to the prompt and to itself, and its positions
+continue those of the prompt. So every hidden state equals that of the conversation alone, and the prompt is computed
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Group = tuple[Ids, Sequence[Ids]]
 
 
 class Targets(NamedTuple):
-    """Tokens whose log-probs are asked for, M in all."""
+    """The M tokens whose log-probs are to be computed."""
 
     source: Tensor  # [M] into the flattened [B * L]: the position that predicts the token
     token: Tensor  # [M]
@@ -33,13 +34,14 @@ class Batch(NamedTuple):
     positions: Tensor  # [B, L]
     lengths: list[int]  # [B] real columns
     ends: Tensor  # [R] into the flattened [B * L]: last token of each response
-    starts: Tensor  # [R] likewise: its first token
-    before: Tensor  # [R] likewise: the last token of its prompt
+    starts: Tensor  # [R] into the same: the first token of each response
+    before: Tensor  # [R] into the same: the last token of its prompt
 
     def targets(self, wanted: Sequence[int], turns: Sequence[Sequence[tuple[int, int]]] | None = None) -> Targets:
         """All tokens of the responses `wanted` (numbers below R).
 
-        turns: for each of `wanted`, further spans [start, stop) of its prompt that count for it.
+        Args:
+            turns: for each of `wanted`, spans [start, stop) of its prompt whose tokens are included too.
         """
         parts = []
         for i, r in enumerate(wanted):
@@ -55,7 +57,7 @@ class Batch(NamedTuple):
 
 
 def pad_right(sequences: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), both [B, longest]; the mask, not the pad id, says what is real."""
+    """(input_ids, attention_mask), both [B, longest]. The mask, not the pad id, marks real tokens."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
@@ -65,8 +67,14 @@ def pad_right(sequences: Sequence[Ids], pad_id: int, device: torch.device | str 
     return ids.to(device), mask.to(device)
 
 
+def row_length(group: Group) -> int:
+    """Tokens of the row that `pack` makes of a group."""
+    prompt, responses = group
+    return len(prompt) + sum(map(len, responses))
+
+
 def pack(groups: Sequence[Group], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """One row a group. Rows of a single response each keep an ordinary [B, L] mask, which every kernel takes."""
+    """One row per group. If every group has one response, the mask is an ordinary [B, L], which every kernel takes."""
     ids, mask = pad_right([[*prompt, *(t for r in responses for t in r)] for prompt, responses in groups], pad_id)
     length = ids.shape[1]
     columns = torch.arange(length)
@@ -88,15 +96,21 @@ def pack(groups: Sequence[Group], pad_id: int, device: torch.device | str = "cpu
         causal = columns[:, None] >= columns[None, :]
         real = mask.bool()[:, None, :] | torch.eye(length, dtype=torch.bool)  # a padded query attends itself: no NaN
         mask = ((mine | of_prompt) & causal & real)[:, None]
-    tensors = (ids, mask, positions)
-    lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
-    return Batch(*(t.to(device) for t in tensors), lengths, *(torch.tensor(x) for x in (ends, starts, before)))
+    return Batch(
+        ids.to(device), mask.to(device), positions.to(device), [row_length(group) for group in groups],
+        ends=torch.tensor(ends), starts=torch.tensor(starts), before=torch.tensor(before),
+    )  # fmt: skip
+
+
+def by_length(lengths: Sequence[int], budget: int, *, longest_first: bool = False) -> list[list[int]]:
+    """Indices in groups of similar length, each of at most `budget` padded tokens (rows x longest), or of one row."""
+    return _runs(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first), lengths, budget)
 
 
 def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Indices in `parts` groups of similar length whose padded sizes (rows x longest) are as equal as can be.
 
-    The largest padded size over contiguous runs of the sorted lengths is minimised; every group has a row.
+    The largest padded size over contiguous runs of the sorted lengths is minimised; no group is empty.
 
     Raises:
         ValueError: fewer lengths than parts.
@@ -120,10 +134,11 @@ def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def _runs(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Contiguous runs of `order` (shortest first), each at most `budget` padded tokens."""
+    """Contiguous runs of `order`, which is by length, each of at most `budget` padded tokens, or of one row."""
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+        # The longest row of a run is its first or its last one, as the order is from either end.
+        if groups and (len(groups[-1]) + 1) * max(lengths[groups[-1][0]], lengths[i]) <= budget:
             groups[-1].append(i)
         else:
             groups.append([i])

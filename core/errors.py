@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ArtefactError(RuntimeError):
-    """An input is missing, stale or damaged; the message says which stage to run."""
+    """An input is missing, stale or damaged; the message says which stage to run, or what else to do."""
 
 
 class DataError(ValueError):

@@ -1,4 +1,4 @@
-"""A JSON request with a timeout."""
+"""A JSON request over HTTP, with a timeout."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import urllib.request
 
 
 def ask_json(url: str, body: dict | None, timeout: float) -> object:
-    """POST `body`, or GET where it is None; the JSON answered, None for an empty answer.
+    """POST `body`, or GET if it is None. Returns the JSON of the answer, or None for an empty answer.
 
     Raises:
-        urllib.error.HTTPError, TimeoutError, OSError, http.client.HTTPException: as urllib does.
-        ValueError: the answer is no JSON.
+        urllib.error.HTTPError, TimeoutError, OSError, http.client.HTTPException: from urllib.
+        ValueError: the answer is not JSON.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})

@@ -24,7 +24,7 @@ import torch
 
 from core.config import Config, PreferenceSource
 from core.config.load import load
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.data.labels import flip_labels
 from core.data.sources import Malformed, read_pairs
 from core.data.streams import stream_seed, unit_interval
@@ -79,7 +79,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     tokenizer = ChatTokenizer(cfg.rm.base)
     pairs, sets = data(cfg, files, tokenizer)
     rows = [row for found in sets.values() for row in found]
-    chats = [[*r["prompt"], {"role": "assistant", "content": r[k]}] for k in ("chosen", "rejected") for r in rows]
+    chats = [conversation(r["prompt"], r[k]) for k in ("chosen", "rejected") for r in rows]
     # Methods innermost: a grid that is cut short compares all methods on what it has.
     grid = list(product(SEEDS, NOISES, SIZES, cfg.rm.variants))[part::parts]
     cache = frozen_state_cache(cfg.rm, cfg.engine)
@@ -119,7 +119,7 @@ def data(cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer) -> tuple
     prompts = cfg.run_dir / "prompts"
     if not prompts.is_dir():
         raise ArtefactError(f"no {prompts}: run `grm prompts --config configs/human.yaml` first")
-    splits, dropped, _ = import_pairs(cfg, prompts)
+    splits, dropped, _ = import_pairs(cfg.preferences, cfg.data, prompts=prompts, seed=cfg.run.seed)
     print(f"left out of training: {dropped}", flush=True)
     fits = lambda rows: [r for r in rows if longest(r, tokenizer) <= cfg.rm.max_tokens]  # noqa: E731
     sets = {"in distribution": fits(splits["rm_val"])[:EVALUATED]}

@@ -19,13 +19,12 @@ from bon.gains import scale
 from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
 from core.config import Config
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.files import read_table, write_table
 from core.generation.local import Generator
-from core.generation.pool import conversation
 from core.models.loading import load_causal_lm
 from core.training.distributed import device
 from core.training.weights import named_weights
@@ -40,7 +39,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     sample_checkpoints(cfg, inputs["prompts"], checkpoints, out)
     gc.collect()
     rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
-    rewards = proxy_scores(cfg, inputs["rm"], [conversation(r) for r in rows])
+    rewards = proxy_scores(cfg, inputs["rm"], [conversation(r["prompt"], r["response"]) for r in rows])
     golds = score_samples(load_gold(cfg.gold), rows).tolist()
     drop = ("split", "token_ids")
     table = [

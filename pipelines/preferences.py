@@ -1,69 +1,108 @@
-"""Stage `preferences`: two samples of each prompt, labelled by the gold reward model; or pairs of others."""
+"""Stage `preferences`: pairs of samples that the gold reward model labels, or imported pairs; with label noise.
+
+Two responses are sampled to each prompt of rm_train and rm_val, unless pairs are imported, and to each calibration
+prompt.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
-from core.data.sources import Malformed
-from core.data.splits import read_split
+from core.data.rows import CalibrationRow, PairRow, SampleRow, ScoreRow
+from core.data.splits import pair_id, read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import digest, write_table
+from core.files import write_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
-from pipelines.import_pairs import import_pairs
+from pipelines.import_pairs import Imported, import_pairs
 from rm.gold import load_gold, score_samples
 
 PAIR_SPLITS = ("rm_train", "rm_val")
 SAMPLES = 2
 
 
-def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+class Noise(TypedDict):
+    requested: float
+    """Share of pairs whose label `preferences.label_noise` flips."""
+    realised: float
+
+
+class PreferencesMetrics(TypedDict):
+    headline: str
+    pairs: dict[str, int]
+    """Pairs of each split."""
+    dropped: dict[str, dict[str, int]]
+    """Pairs that are not used, by split (sampled pairs) or source (imported ones), and by reason."""
+    noise: dict[str, Noise]
+    """By split."""
+    gold_gap_median: float | None
+    """Of the difference in gold within pairs; None for imported pairs."""
+    gold_mean: float
+    """Of the calibration samples."""
+    gold_std: float
+    gold_length_correlation: float | None
+    """Pearson correlation of gold with words, over all samples; None where one of them is constant."""
+    response_tokens: float
+    """Mean length of a sample."""
+    finished: float
+    """Share of samples that ended by themselves."""
+    rejected: dict[str, int]
+    """Malformed rows of imported sources, by reason."""
+    sources: dict[str, int]
+    """Pairs of each source."""
+
+
+def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PreferencesMetrics:
     """Writes `samples.parquet`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`."""
-    tokenizer, asked = ChatTokenizer(cfg.policy), cfg.preferences
-    limits = {"rm_train": asked.max_train_pairs, "rm_val": asked.max_val_pairs}
-    imported, dropped, malformed = import_pairs(cfg, inputs["prompts"], out) if asked.sources else ({}, {}, Malformed())
-    sampled = limits | {"calibration": asked.max_calibration_prompts}
-    if imported:
-        sampled = {"calibration": asked.max_calibration_prompts}
+    tokenizer, preferences, seed = ChatTokenizer(cfg.policy), cfg.preferences, cfg.run.seed
+    imported = None
+    if preferences.sources:
+        imported = import_pairs(preferences, cfg.data, prompts=inputs["prompts"], seed=seed, out=out)
+    limits = {"rm_train": preferences.max_train_pairs, "rm_val": preferences.max_val_pairs}
+    sampled = (limits if imported is None else {}) | {"calibration": preferences.max_calibration_prompts}
     prompts = [row for split, limit in sampled.items() for row in read_split(inputs["prompts"], split, limit)]
     samples = sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, prompts, SAMPLES,
-        out=out, shard_prompts=asked.shard_prompts, seed=cfg.run.seed, name="preferences",
+        out=out, shard_prompts=preferences.shard_prompts, seed=seed, name="preferences",
     )  # fmt: skip
     scores = score_samples(load_gold(cfg.gold), samples)
-
-    pairs, noise = [], {}
-    for split, limit in limits.items():
-        if imported:
-            clean = imported[split][:limit]
-        else:
-            clean, dropped[split] = clean_pairs(samples, scores, split)
-        if len(clean) < 2:
-            raise ArtefactError(f"split {split!r} keeps {len(clean)} pairs; dropped: {dropped.get(split, dropped)}")
-        rng = np.random.default_rng(stream_seed(cfg.run.seed, "label_noise", split))
-        labelled = flip_labels(clean, asked.label_noise, rng)
-        noise[split] = {"requested": asked.label_noise, "realised": sum(p["flipped"] for p in labelled) / len(labelled)}
-        pairs += labelled
+    clean, dropped = _imported_pairs(imported, limits) if imported else _sampled_pairs(samples, scores)
+    pairs, noise = noisy_pairs(clean, dropped, preferences.label_noise, seed)
     _write(out, samples, scores, pairs)
-    metrics = _metrics(samples, scores, pairs, dropped, noise)
-    return metrics | {"rejected": dict(malformed.counts), "sources": dict(Counter(pair["source"] for pair in pairs))}
+    return _metrics(samples, scores, pairs, dropped, noise, imported)
 
 
-def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[list[dict], dict[str, int]]:
+def _imported_pairs(
+    imported: Imported, limits: Mapping[str, int | None]
+) -> tuple[dict[str, list[PairRow]], dict[str, dict[str, int]]]:
+    return {split: imported.pairs[split][:limit] for split, limit in limits.items()}, imported.dropped
+
+
+def _sampled_pairs(
+    samples: Sequence[SampleRow], scores: np.ndarray
+) -> tuple[dict[str, list[PairRow]], dict[str, dict[str, int]]]:
+    found = {split: clean_pairs(samples, scores, split) for split in PAIR_SPLITS}
+    return {split: pairs for split, (pairs, _) in found.items()}, {split: lost for split, (_, lost) in found.items()}
+
+
+def clean_pairs(samples: Sequence[SampleRow], scores: np.ndarray, split: str) -> tuple[list[PairRow], dict[str, int]]:
     """Pairs of one split with the better sample by gold as chosen, and how many were dropped by reason.
 
     Args:
         samples: rows of the pool, the two of a prompt side by side.
-        scores: gold, one a sample.
+        scores: gold, one per sample.
     """
-    pairs, dropped = [], Counter({"identical": 0, "empty": 0, "gold tie": 0})
+    pairs: list[PairRow] = []
+    dropped = Counter({"identical": 0, "empty": 0, "gold tie": 0})
     for start in range(0, len(samples), SAMPLES):
         two = samples[start : start + SAMPLES]
         if two[0]["split"] != split:
@@ -76,7 +115,7 @@ def clean_pairs(samples: list[dict], scores: np.ndarray, split: str) -> tuple[li
         pairs.append(
             {
                 "prompt_id": two[0]["prompt_id"],
-                "pair_id": digest([two[0]["prompt_id"], sorted(s["response"] for s in two)]),
+                "pair_id": pair_id(two[0]["prompt_id"], [s["response"] for s in two]),
                 "split": split,
                 "source": "policy",
                 "prompt": two[0]["prompt"],
@@ -101,23 +140,54 @@ def _unusable(texts: list[str], gold: np.ndarray) -> str | None:
     return "gold tie" if gold[0] == gold[1] else None
 
 
-def _write(out: Path, samples: list[dict], scores: np.ndarray, pairs: list[dict]) -> None:
-    ids = [{"prompt_id": s["prompt_id"], "sample_id": s["sample_id"]} for s in samples]
-    calibration = [
-        key | {"prompt": s["prompt"], "response": s["response"]}
-        for key, s in zip(ids, samples, strict=True)
+def noisy_pairs(
+    clean: Mapping[str, list[PairRow]], dropped: Mapping[str, dict[str, int]], rate: float, seed: int
+) -> tuple[list[PairRow], dict[str, Noise]]:
+    """The pairs of all splits with a share `rate` of the labels flipped in each, and the realised shares.
+
+    Raises:
+        ArtefactError: a split with fewer than two pairs; the message has the counts of `dropped`.
+    """
+    pairs: list[PairRow] = []
+    noise: dict[str, Noise] = {}
+    for split, kept in clean.items():
+        if len(kept) < 2:
+            raise ArtefactError(f"split {split!r} keeps {len(kept)} pairs; dropped: {dropped.get(split, dropped)}")
+        rng = np.random.default_rng(stream_seed(seed, "label_noise", split))
+        labelled = flip_labels(kept, rate, rng)
+        noise[split] = {"requested": rate, "realised": sum(p["flipped"] for p in labelled) / len(labelled)}
+        pairs += labelled
+    return pairs, noise
+
+
+def _write(out: Path, samples: Sequence[SampleRow], scores: np.ndarray, pairs: list[PairRow]) -> None:
+    calibration: list[CalibrationRow] = [
+        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "prompt": s["prompt"], "response": s["response"]}
+        for s in samples
         if s["split"] == "calibration"
     ]
+    gold: list[ScoreRow] = [
+        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "score": score}
+        for s, score in zip(samples, scores.tolist(), strict=True)
+    ]
     (out / "scores").mkdir(exist_ok=True)
-    write_table(out / "pairs.parquet", pairs)
+    write_table(out / "pairs.parquet", pairs, PairRow)
     # Without gold: PPO reads this table to standardise its proxy, and may not see what it is measured by.
-    write_table(out / "calibration.parquet", calibration)
-    write_table(out / "scores" / "gold.parquet", [k | {"score": float(x)} for k, x in zip(ids, scores, strict=True)])
+    write_table(out / "calibration.parquet", calibration, CalibrationRow)
+    write_table(out / "scores" / "gold.parquet", gold, ScoreRow)
 
 
-def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped: dict, noise: dict) -> dict:
+def _metrics(
+    samples: Sequence[SampleRow],
+    scores: np.ndarray,
+    pairs: list[PairRow],
+    dropped: dict[str, dict[str, int]],
+    noise: dict[str, Noise],
+    imported: Imported | None,
+) -> PreferencesMetrics:
     sizes = Counter(pair["split"] for pair in pairs)
-    gaps = [abs(p["gold_chosen"] - p["gold_rejected"]) for p in pairs if p["gold_chosen"] is not None]
+    golds = [(pair["gold_chosen"], pair["gold_rejected"]) for pair in pairs]
+    gaps = [abs(a - b) for a, b in golds if a is not None and b is not None]
     gap = float(np.median(gaps)) if gaps else None
     about = f"imported from {len(dropped)} sources" if gap is None else f"gold gap median {gap:.2f}"
     calibration = scores[[s["split"] == "calibration" for s in samples]]
@@ -128,7 +198,7 @@ def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped
     return {
         "headline": (
             f"{'+'.join(str(sizes[split]) for split in PAIR_SPLITS)} pairs, {about}, "
-            f"noise {realised:.1%} (asked {noise['rm_train']['requested']:.0%}), {lost} dropped"
+            f"label noise {realised:.1%} (requested {noise['rm_train']['requested']:.0%}), {lost} dropped"
         ),
         "pairs": dict(sizes),
         "dropped": dropped,
@@ -139,4 +209,6 @@ def _metrics(samples: list[dict], scores: np.ndarray, pairs: list[dict], dropped
         "gold_length_correlation": float(np.corrcoef(words, scores)[0, 1]) if varied else None,
         "response_tokens": float(np.mean([s["n_tokens"] for s in samples])),
         "finished": float(np.mean([s["finished"] for s in samples])),
+        "rejected": dict(imported.malformed.counts) if imported else {},
+        "sources": dict(Counter(pair["source"] for pair in pairs)),
     }

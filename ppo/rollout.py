@@ -59,10 +59,7 @@ class Collector:
         self._generator.sleep()
         clock.lap("generate")
         rewards = self._engines.proxy.score(
-            [
-                [*row["prompt"], {"role": "assistant", "content": c.text}]
-                for row, c in zip(sampled.rows, sampled.completions, strict=True)
-            ]
+            [conversation(row["prompt"], c.text) for row, c in zip(sampled.rows, sampled.completions, strict=True)]
         )
         clock.lap("score")
         count = len(sampled.completions) // self._ppo.micro_batch

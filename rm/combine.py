@@ -63,7 +63,7 @@ def within_prompt_std(rewards: Tensor, prompts: Sequence[Hashable]) -> list[floa
     _check(rewards)
     free = rewards.shape[1] - len(set(prompts))
     if free < 1:
-        raise DataError("no prompt has two samples, so there is no spread within prompts")
+        raise DataError("no prompt has two samples, so no spread within prompts can be measured")
     squares = (rewards - _prompt_means(rewards, prompts)).double().square()
     return (squares.sum(1) / free).sqrt().tolist()
 
@@ -103,7 +103,7 @@ def quantile(rewards: Tensor, q: float) -> Tensor:
     """
     _check(rewards)
     if not 0 <= q <= 1:
-        raise DataError(f"a quantile lies between 0 and 1, not at {q}")
+        raise DataError(f"a quantile must be between 0 and 1, not {q}")
     ordered = rewards.sort(0).values
     place = q * (len(ordered) - 1)
     low = min(int(place), len(ordered) - 1)
@@ -175,7 +175,7 @@ def proxy_units(units: Sequence[tuple[float, float]], rule: str | None) -> tuple
 def _prompt_means(rewards: Tensor, prompts: Sequence[Hashable]) -> Tensor:
     """[k, n]: for each sample, the mean over the samples of its prompt."""
     if len(prompts) != rewards.shape[1]:
-        raise DataError(f"{rewards.shape[1]} samples need as many prompts, not {len(prompts)}")
+        raise DataError(f"{rewards.shape[1]} samples need one prompt each, not {len(prompts)} prompts")
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([number[p] for p in prompts], dtype=torch.long, device=rewards.device)
     sums = rewards.new_zeros(len(rewards), len(number)).index_add(1, group, rewards)
@@ -185,6 +185,6 @@ def _prompt_means(rewards: Tensor, prompts: Sequence[Hashable]) -> Tensor:
 
 def _check(rewards: Tensor) -> None:
     if rewards.ndim != 2 or not len(rewards) or not rewards.is_floating_point():
-        raise DataError(f"rewards of an ensemble are floats [members, conversations], not {list(rewards.shape)}")
+        raise DataError(f"rewards of an ensemble must be floats [members, conversations], not {list(rewards.shape)}")
     if bad := (~rewards.isfinite()).nonzero().tolist():
         raise DataError(f"{len(bad)} rewards of the ensemble are not finite; the first is [member, row] {bad[0]}")

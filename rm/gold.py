@@ -1,15 +1,15 @@
-"""Gold reward models: what nobody optimises and every result is measured by.
+"""Gold reward models: nothing is optimised against them, and every result is measured by them.
 
-`judge` is the offline default. It reads texts only, never the policy's weights, and its constants below are
-fixed: every number of every run is in the same unit. A score is the sum of these terms (English text assumed):
+`judge` is the offline default. It reads texts only, never the weights of the policy. Its constants below are fixed, so
+that the scores of all runs are in the same unit. A score is the sum of these terms (English text is assumed):
 
     relevance    cosine of the MiniLM embeddings of the last user message and the response
-    echo         share of the response's word trigrams that stand in that message; negative
-    fluency      mean of: ends in terminal punctuation; share of alphabetic words; no endless sentence
+    echo         share of the response's word trigrams that also occur in that message; negative
+    fluency      mean of: ends with terminal punctuation; share of alphabetic words; no very long sentence
     repetition   the larger of: share of bigrams seen before, share of sentences seen before; negative
-    length       1 - exp(-words / LENGTH_SCALE): a few words more count when there are few
+    length       1 - exp(-words / LENGTH_SCALE): further words count less and less
 
-A response without a word gets EMPTY_SCORE and no term.
+A response without words gets EMPTY_SCORE instead.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.batching import by_length
 from core.config import Gold
-from core.data.chat import Message
+from core.data.chat import Message, conversation, response_of
+from core.data.rows import ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import digest
-from core.generation.pool import conversation
 from rm.model import RewardModel
 
 Conversation = Sequence[Message]
 
-# Chosen once on samples of SmolLM2-135M-Instruct: relevance decides about half of the difference within a pair,
+# Chosen once on samples of SmolLM2-135M-Instruct: relevance makes up about half of the difference within a pair,
 # fluency a third, and longer responses win about as often as shorter ones.
 RELEVANCE_WEIGHT = 2.0
 ECHO_WEIGHT = 2.0
@@ -42,15 +43,15 @@ REPETITION_WEIGHT = 4.0
 LENGTH_WEIGHT = 1.2
 LENGTH_SCALE = 12.0
 """Words after which 63% of the length term is reached."""
-ENDLESS_SENTENCE = 30
-"""Words of a sentence beyond which its fluency falls, as ENDLESS_SENTENCE / words."""
+LONG_SENTENCE = 30
+"""Words of a sentence that is not too long; for longer ones this part of fluency is LONG_SENTENCE / words."""
 EMPTY_SCORE = -2.0
-"""Below a response that says one word twelve times."""
+"""Below the score of a response that repeats one word twelve times."""
 
 EMBEDDING_TOKENS = 256
-"""The embedding model was trained on texts up to this long; the rest of a text is not read by it."""
+"""Longest text that the embedding model was trained on; it does not read the rest of a text."""
 CHUNK = 256
-"""Conversations between two moves of the progress bar."""
+"""Conversations between two updates of the progress bar."""
 
 
 class GoldModel(Protocol):
@@ -60,27 +61,27 @@ class GoldModel(Protocol):
 
 
 def load_gold(cfg: Gold) -> GoldModel:
-    """The gold reward model of a configuration; DataError for `linear`, which tests build in code."""
+    """The gold reward model of a configuration; DataError for `linear`, which is built in code."""
     if cfg.kind == "judge":
         return Judge(cfg.path, cfg.batch_tokens)
     if cfg.kind in ("checkpoint", "hub"):
         return TrainedGold(cfg.path, cfg.batch_tokens)
-    raise DataError("gold.kind linear is built in code (rm.gold.LinearGold); use judge, hub or checkpoint")
+    raise DataError("gold.kind linear can only be built in code (rm.gold.LinearGold): use judge, hub or checkpoint")
 
 
-def score_samples(gold: GoldModel, samples: Sequence[dict]) -> np.ndarray:
-    """Gold of the rows of a sample pool, float64 [n], with a progress bar."""
+def score_samples(gold: GoldModel, samples: Sequence[ResponseRow]) -> np.ndarray:
+    """Gold of the samples, float64 [n], with a progress bar."""
     parts = []
     with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
         for start in range(0, len(samples), CHUNK):
-            chunk = [conversation(sample) for sample in samples[start : start + CHUNK]]
+            chunk = [conversation(sample["prompt"], sample["response"]) for sample in samples[start : start + CHUNK]]
             parts.append(gold.score(chunk))
             bar.update(len(chunk))
     return np.concatenate(parts)
 
 
 class TrainedGold:
-    """A reward model of `rm`, of the hub or a folder, as gold."""
+    """A trained reward model, from the hub or a folder, as gold."""
 
     def __init__(self, path: str, batch_tokens: int):
         self.batch_tokens = batch_tokens
@@ -93,7 +94,7 @@ class TrainedGold:
 
 @dataclass(frozen=True)
 class LinearGold:
-    """gold = slope * proxy + noise * N(0, 1), the draw fixed by the text: E[gold | proxy] is known, for tests."""
+    """gold = slope * proxy + noise * N(0, 1), where the text seeds the draw. E[gold | proxy] is known, for tests."""
 
     proxy: Callable[[Conversation], float]
     slope: float
@@ -122,12 +123,12 @@ class Judge:
     def components(self, conversations: Sequence[Conversation]) -> list[dict[str, float]]:
         """The weighted terms of each conversation; they sum to its score."""
         prompts = [_last_user(c) for c in conversations]
-        responses = [_response(c) for c in conversations]
+        responses = [response_of(c) for c in conversations]
         similarity = self._cosines(prompts, responses)
         return [_terms(p, r, float(s)) for p, r, s in zip(prompts, responses, similarity, strict=True)]
 
     def _cosines(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """[n] cosines; each different text is embedded once, since the samples of a prompt share it."""
+        """[n] cosines; each distinct text is embedded once, because the samples of a prompt share it."""
         texts = sorted({*prompts, *responses})
         vectors = self._embed(texts)
         row = {text: i for i, text in enumerate(texts)}
@@ -136,7 +137,7 @@ class Judge:
 
 
 class Embedder:
-    """Normalised mean-pooled sentence embeddings."""
+    """Sentence embeddings: the normalised mean of the last hidden states."""
 
     def __init__(self, path: str, batch_tokens: int):
         from transformers import AutoModel, AutoTokenizer
@@ -148,30 +149,18 @@ class Embedder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """float64 [n, H] of length one each."""
+        """float64 [n, H], each row of length 1."""
         if not texts:
             return np.zeros((0, self.model.config.hidden_size))
         ids = self.tokenizer(list(texts), truncation=True, max_length=EMBEDDING_TOKENS).input_ids
         vectors = np.empty((len(ids), self.model.config.hidden_size))
-        for batch in _batches([len(x) for x in ids], self.batch_tokens):
+        for batch in by_length([len(x) for x in ids], self.batch_tokens):
             inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(self.device)
             states = self.model(**inputs).last_hidden_state.double()  # [B, T, H]
             mask = inputs["attention_mask"].unsqueeze(-1)
             pooled = (states * mask).sum(1) / mask.sum(1)
             vectors[batch] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
         return vectors
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices by length, in groups of at most `batch_tokens` with padding (one text at the least)."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Sorted, so the newest text is the longest of its group.
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 def _terms(prompt: str, response: str, cosine: float) -> dict[str, float]:
@@ -205,23 +194,17 @@ def _echo(prompt: list[str], response: list[str]) -> float:
 def _fluency(text: str, words: list[str], sentences: list[list[str]]) -> float:
     ends = bool(re.search(r"[.!?][\"'”’)*\]]*\s*$", text))
     alphabetic = sum(re.sub(r"['’-]", "", word).isalpha() for word in words) / len(words)
-    pace = min(1.0, ENDLESS_SENTENCE / max(map(len, sentences)))
+    pace = min(1.0, LONG_SENTENCE / max(map(len, sentences)))
     return (ends + alphabetic + pace) / 3
 
 
 def _repeated(items: list[tuple[str, ...]]) -> float:
-    """Share of the items that stood before."""
+    """Share of the items that occurred before."""
     return 1.0 - len(set(items)) / len(items) if items else 0.0
 
 
 def _last_user(messages: Conversation) -> str:
     return next(m["content"] for m in reversed(messages) if m["role"] == "user")
-
-
-def _response(messages: Conversation) -> str:
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
-    return messages[-1]["content"]
 
 
 def _checked(scores: np.ndarray, conversations: Sequence[Conversation]) -> np.ndarray:

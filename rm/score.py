@@ -1,4 +1,4 @@
-"""Scoring conversations with a reward model: the one path that every stage uses."""
+"""Scoring of conversations with a reward model, for all stages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.batching import Batch, Group, pack
-from core.data.chat import ChatTokenizer, Message
+from core.batching import Batch, Group, by_length, pack, row_length
+from core.data.chat import ChatTokenizer, Message, response_of
 from core.errors import DataError
 from core.models.layers import FrozenStates
 from core.training.distributed import global_sum, rank, world_size
 
 ROW_TOKENS = 1024
-"""Responses share a row with their prompt up to this length: attention grows with its square."""
+"""Responses share a row with their prompt up to this length, because the cost of attention grows with its square."""
 
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]
-"""A prompt (it may be empty) and the response after it; the reward is read at the last token."""
+"""A prompt, which may be empty, and the response to it; the reward is read at the last token."""
 
 
 def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[Sequence[Message]], **options) -> Tensor:
@@ -33,8 +33,9 @@ def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[S
 
 
 def tokens_of(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> Tokens:
-    """What the model reads of a conversation; DataError when it does not end with the assistant."""
-    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(_answer(conversation)))
+    """The prompt and the response of a conversation; DataError when it does not end with the assistant."""
+    response = response_of(conversation)
+    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(response))
 
 
 @torch.no_grad()
@@ -52,25 +53,27 @@ def score_tokens(
 ) -> Tensor:
     """Float32 rewards [n] on the CPU, in the order given.
 
-    Identical rows are scored once, so that they tie exactly. Batches hold rows of similar length, up to
+    Identical conversations are scored once, so that their rewards are equal. Batches hold rows of similar length, up to
     `batch_tokens` padded tokens.
 
     Args:
         forward: a `RewardModel`, or an engine that holds one.
         share: compute a prompt once for several of its responses.
-        together: all ranks give the same rows and divide the work, with equally many calls each (as
-            ZeRO-3 needs); each gets all rewards.
+        together: all ranks pass the same rows and divide the work, with the same number of calls each, as ZeRO-3
+            requires. Every rank gets all rewards.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
     """
     rows = _rows(sorted(set(tokens)), share)
-    batches = _batches(rows, batch_tokens)
+    # Longest first, so that a batch that does not fit into memory fails at once.
+    groups = by_length([row_length(row) for row in rows], batch_tokens, longest_first=True)
+    batches = [[rows[i] for i in group] for group in groups]
     if together:
-        # The last batch fills up the share of the ranks that have one less.
+        # The last batch is repeated for the ranks that have one batch less.
         batches += batches[-1:] * (-len(batches) % world_size())
         mine = batches[rank() :: world_size()]
     else:
         mine = batches
-    found: dict[tuple, float] = {}
+    reward_of: dict[tuple, float] = {}
     quiet = not progress or (together and rank() != 0)
     with tqdm(total=sum(len(rs) for b in mine for _, rs in b), desc=progress, disable=quiet, unit="resp") as bar:
         for batch in mine:
@@ -80,11 +83,11 @@ def score_tokens(
                 frozen=frozen(inputs) if frozen else None,
             )[0]  # fmt: skip
             keys = [(prompt, response) for prompt, responses in batch for response in responses]
-            found |= zip(keys, rewards.float().tolist(), strict=True)
+            reward_of |= zip(keys, rewards.float().tolist(), strict=True)
             bar.update(len(keys))
     if together:
-        found = _everyones(found, sorted(set(tokens)))
-    result = torch.tensor([found[t] for t in tokens], dtype=torch.float32)
+        reward_of = _all_ranks(reward_of, sorted(set(tokens)))
+    result = torch.tensor([reward_of[t] for t in tokens], dtype=torch.float32)
     if bad := (~result.isfinite()).nonzero().flatten().tolist():
         raise DataError(
             f"{len(bad)} of {len(result)} rewards are not finite; the first is of the response "
@@ -93,14 +96,8 @@ def score_tokens(
     return result
 
 
-def _answer(conversation: Sequence[Message]) -> str:
-    if conversation[-1]["role"] != "assistant":
-        raise DataError(f"a conversation ends with the assistant, not {conversation[-1]['role']!r}")
-    return conversation[-1]["content"]
-
-
 def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:
-    """(prompt, response) in prompt order -> rows of one prompt and as many responses as fit."""
+    """Pairs (prompt, response), sorted by prompt -> rows of one prompt and as many responses as fit."""
     if not share:
         return [(prompt, [response]) for prompt, response in pairs]
     rows: list[Group] = []
@@ -115,20 +112,8 @@ def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:
     return rows
 
 
-def _batches(rows: list[Group], batch_tokens: int) -> list[list[Group]]:
-    """Rows of similar length, longest first, each batch within the budget (one row at the least)."""
-    size = lambda row: len(row[0]) + sum(map(len, row[1]))  # noqa: E731
-    batches: list[list[Group]] = []
-    for row in sorted(rows, key=size, reverse=True):
-        if batches and (len(batches[-1]) + 1) * size(batches[-1][0]) <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def _everyones(found: dict[tuple, float], order: list[tuple]) -> dict[tuple, float]:
-    """The rewards of all ranks; where two ranks scored the same batch, their mean, on every rank alike."""
-    sums = global_sum(*(found.get(key, 0.0) for key in order))
-    counts = global_sum(*(float(key in found) for key in order))
+def _all_ranks(reward_of: dict[tuple, float], order: list[tuple]) -> dict[tuple, float]:
+    """The rewards of all ranks, on every rank. Where two ranks scored the same batch, their mean."""
+    sums = global_sum(*(reward_of.get(key, 0.0) for key in order))
+    counts = global_sum(*(float(key in reward_of) for key in order))
     return {key: total / count for key, total, count in zip(order, sums, counts, strict=True)}

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from core import config
 from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
+from core.data.chat import conversation
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json, write_table
 from core.models.layers import FrozenStateCache
@@ -214,9 +215,8 @@ def measure(
         Accuracies against gold and against the labels, with intervals; mean and SD of the reward; and its correlation
         with the number of words.
     """
-    answered = lambda row, text: [*row["prompt"], {"role": "assistant", "content": text}]  # noqa: E731
-    texts = [answered(r, r[side]) for side in ("chosen", "rejected") for r in val]
-    texts += [answered(r, r["response"]) for r in calibration]
+    texts = [conversation(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in val]
+    texts += [conversation(r["prompt"], r["response"]) for r in calibration]
     rewards = score(
         engine, model.tokenizer, texts, share=model.shares_prompts, together=True, frozen=cache,
         device=distributed.device(), progress="rm: validation",

@@ -11,8 +11,6 @@ Rows are joined by id, never by position: where a layout has no ids, texts are t
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
-from core.files import digest, read_jsonl, read_table
+from core.files import digest, read_rows
 from study.design import Condition
 
 LAYOUTS = ("gold_labelled_gens", "grm", "table")
@@ -62,7 +60,7 @@ def read_series(path: Path) -> list[dict]:
     Raises:
         ArtefactError: missing columns, numbers that are not finite, the same run, step, prompt and sample twice.
     """
-    rows = _rows(Path(path))
+    rows = read_rows(Path(path))
     kl = next((c for c in KLS if c in rows[0]), None)
     missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in rows[0]]
     if missing or kl is None:
@@ -85,11 +83,11 @@ def read_series(path: Path) -> list[dict]:
 def _recognise(path: Path) -> str:
     if path.is_dir():
         return "grm" if (path / "gold_score.csv").is_file() else "table"
-    return "gold_labelled_gens" if {"answers", "gold_scores"} <= _rows(path)[0].keys() else "table"
+    return "gold_labelled_gens" if {"answers", "gold_scores"} <= read_rows(path)[0].keys() else "table"
 
 
 def _gold_labelled_gens(path: Path) -> Pools:
-    rows = _rows(path)
+    rows = read_rows(path)
     lists = [k for k, v in rows[0].items() if isinstance(v, list) and k not in ("answers", "gold_scores")]
     if not lists:
         raise ArtefactError("no proxy: add a column of as many scores as there are answers, proxy_scores for example")
@@ -131,7 +129,7 @@ def _grm(path: Path) -> Pools:
 
 def _grm_rows(file: Path) -> list[dict]:
     rows, counts = [], {}
-    for number, row in enumerate(_rows(file), start=1):
+    for number, row in enumerate(read_rows(file), start=1):
         name = lambda *names: next((row[n] for n in names if row.get(n) not in (None, "")), None)  # noqa: B023, E731
         prompt_id, text, score = (
             name("id", "prompt_id"),
@@ -153,12 +151,12 @@ def _grm_rows(file: Path) -> list[dict]:
 
 def _table(path: Path) -> Pools:
     if path.is_dir():
-        scores = {f.stem: read_table(f) for f in sorted((path / "scores").glob("*.parquet"))}
+        scores = {f.stem: read_rows(f) for f in sorted((path / "scores").glob("*.parquet"))}
         if "gold" not in scores or len(scores) < 2 or not (path / "samples.parquet").is_file():
             raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
         gold, second = scores.pop("gold"), scores.pop("gold2", None)
-        return from_tables(read_table(path / "samples.parquet"), gold, scores, second)
-    rows = _rows(path)
+        return from_tables(read_rows(path / "samples.parquet"), gold, scores, second)
+    rows = read_rows(path)
     if missing := [c for c in ("prompt_id", "sample_id", "gold") if c not in rows[0]]:
         raise ArtefactError(f"no column {', '.join(missing)}; it has {', '.join(rows[0])}")
     proxies = [c for c in rows[0] if c not in NO_PROXY and _is_number(rows[0][c])]
@@ -217,29 +215,6 @@ def _is_number(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return not isinstance(value, bool)
-
-
-def _rows(path: Path) -> list[dict]:
-    """Rows of a .jsonl, .json (an array), .csv or .parquet file."""
-    if not path.is_file():
-        raise ArtefactError(f"no file {path}")
-    if path.suffix == ".parquet":
-        rows = read_table(path)
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtefactError(f"{path}: not JSON ({error})") from None
-    elif path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-    else:
-        raise ArtefactError(f"{path}: give a .jsonl, .json, .csv or .parquet file")
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-        raise ArtefactError(f"{path}: holds no rows")
-    return rows
 
 
 def by_seed(names: Sequence[str]) -> dict[Condition, list[str]]:

@@ -1,1 +1,1 @@
-"""Messages, chat templates, splits, random streams, and preference data in its published layouts."""
+"""Messages and chat templates, rows of tables, splits, random streams, and published preference data."""

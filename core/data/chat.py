@@ -1,4 +1,4 @@
-"""Messages, prompt ids and the chat template: the only place where text becomes tokens."""
+"""Messages, conversations and the chat template: the only place where text becomes tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ Message = dict[str, str]
 
 
 def check_prompt(messages: object) -> list[Message]:
-    """`messages` when it is a prompt (roles alternate, user last, no empty turn); DataError otherwise."""
+    """The messages of a prompt: roles alternate, the last one is the user's, and no turn is empty.
+
+    Raises:
+        DataError: anything else, or text that is not valid Unicode.
+    """
     if not isinstance(messages, list) or not messages:
         raise DataError("a prompt must be a non-empty list of messages")
     for m in messages:
@@ -24,18 +28,49 @@ def check_prompt(messages: object) -> list[Message]:
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or not turns or turns[-1] != "user":
         raise DataError(f"roles must alternate user, assistant, ... and end with user, not {roles}")
+    check_unicode(*(m["content"] for m in messages))
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def check_unicode(*texts: str) -> None:
+    """DataError for half of a surrogate pair, which JSON can contain but UTF-8 cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError("not valid Unicode") from None
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The messages after the system message `system`, unless they have one of their own."""
+    if system and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return list(messages)
+
+
+def conversation(prompt: Sequence[Message], response: str) -> list[Message]:
+    """A prompt and a response to it, as the messages that reward models score."""
+    return [*prompt, {"role": "assistant", "content": response}]
+
+
+def response_of(messages: Sequence[Message]) -> str:
+    """The response that ends a conversation; DataError when the last message is not a text of the assistant."""
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    if last.get("role") != "assistant":
+        raise DataError(f"a conversation must end with the assistant, not with {last.get('role')!r}")
+    if not isinstance(last.get("content"), str):
+        raise DataError("the assistant's message needs a text")
+    return last["content"]
 
 
 class ChatTokenizer:
     """A tokenizer with its chat template, checked once.
 
-    A conversation is `prompt_ids(prompt) + response_ids(text)`: exactly the tokens that the policy
-    produced them in, for reward models, the critic and the policy alike. BOS comes from the template only.
+    A conversation is `prompt_ids(prompt) + response_ids(response)`. These are the tokens that the policy generates, and
+    the policy, reward models and the critic all read them. BOS comes from the template only.
 
     Raises:
-        DataError: no chat template; pad token equal to an end-of-turn token; a template whose rendering of an
-            answered prompt does not begin with its rendering of the prompt.
+        DataError: no chat template; a pad token that ends turns; a template whose rendering of a conversation does not
+            begin with its rendering of the prompt.
     """
 
     def __init__(self, model: Model):
@@ -63,28 +98,27 @@ class ChatTokenizer:
         self.pad_id = self.hf.pad_token_id
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to and including the header of the answer."""
+        """Tokens of a prompt, up to and including the header of the response."""
         return self._encode(self._render(messages, add_generation_prompt=True))
 
     def response_ids(self, text: str) -> list[int]:
-        """Tokens of an answer and its end of turn."""
+        """Tokens of a response and its end of turn."""
         return [*self._encode(text), self.eot_id]
 
     def rendered_ids(self, text: str) -> list[int]:
-        """Tokens of a text in which the template's special tokens stand already; none is added."""
+        """Tokens of a text that already contains the special tokens of the template; none is added."""
         return self._encode(text)
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a prompt answered by the last message; the last token is the end of turn."""
-        if messages[-1]["role"] != "assistant":
-            raise DataError(f"a conversation ends with the assistant, not {messages[-1]['role']!r}")
-        return self.prompt_ids(messages[:-1]) + self.response_ids(messages[-1]["content"])
+        """Tokens of a prompt and the response to it; the last token is the end of turn."""
+        response = response_of(messages)
+        return self.prompt_ids(messages[:-1]) + self.response_ids(response)
 
     def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
         """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
 
         Raises:
-            DataError: a template that writes earlier turns otherwise than it generates them.
+            DataError: a template that renders earlier turns of the assistant differently from generated ones.
         """
         whole, spans = self.prompt_ids(prompt), []
         for i, message in enumerate(prompt):
@@ -93,8 +127,8 @@ class ChatTokenizer:
             start, turn = len(self.prompt_ids(prompt[:i])), self.response_ids(message["content"])
             if whole[start : start + len(turn)] != turn:
                 raise DataError(
-                    f"{self.name}: its chat template has no span that is the assistant's turn {message['content']!r} "
-                    "as it was generated: set rm.variants.*.regularise to last, or use another template"
+                    f"{self.name}: its chat template does not render the assistant's turn {message['content']!r} as it "
+                    "was generated: set rm.variants.*.regularise to last, or use another template"
                 )
             spans.append((start, start + len(turn)))
         return spans
@@ -104,7 +138,7 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of vocabulary and template: two models score the same tokens when theirs are equal."""
+        """Digest of vocabulary and template: models with the same fingerprint read the same tokens."""
         return digest([sorted(self.hf.get_vocab().items()), self.hf.chat_template, self.pad_id, self.eot_id])
 
     def _encode(self, text: str) -> list[int]:
@@ -114,16 +148,16 @@ class ChatTokenizer:
         return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def _end_of_turn(self) -> str:
-        """What the template writes after an answer, from a probe conversation."""
-        question, answer = [{"role": "user", "content": "Question"}], "A probe answer"
+        """What the template writes after a response, from a probe conversation."""
+        question, response = [{"role": "user", "content": "Question"}], "A probe response"
         prompt = self._render(question, add_generation_prompt=True)
-        full = self._render([*question, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        if not full.startswith(prompt + answer):
+        full = self._render(conversation(question, response), add_generation_prompt=False)
+        if not full.startswith(prompt + response):
             raise DataError(
-                f"{self.name}: its chat template renders an answer differently from its generation prompt, so a "
+                f"{self.name}: its chat template renders a response differently from its generation prompt, so a "
                 "response cannot be scored as it was generated; use a template in which one begins with the other"
             )
-        return full[len(prompt + answer) :].strip() or self.hf.eos_token
+        return full[len(prompt + response) :].strip() or self.hf.eos_token
 
     def _single_id(self, token: str) -> int:
         ids = self._encode(token)

@@ -1,15 +1,14 @@
-"""Preference data of others, in the layouts they publish it in -> pairs of responses to one prompt.
+"""Published preference data: its layouts, read as pairs of responses to one prompt.
 
 unified  llm-blender/Unified-Feedback: conv_A, conv_B, conv_A_rating, conv_B_rating
-trl      chosen, rejected (texts, answers or whole chats; `prompt` where it is not in them): TRL's preference
+trl      chosen, rejected (texts, responses or whole chats, with `prompt` unless they contain it): TRL's preference
          format, Skywork-80K, preference_700K, UltraFeedback-binarized
 hh       chosen, rejected as one text of "Human:" and "Assistant:" turns: HH-RLHF
-ratings  prompt, response and a rating, several rows a prompt: HelpSteer
+ratings  prompt, response and a rating, several rows per prompt: HelpSteer
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -17,28 +16,34 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import TypedDict
 
 from core.config import PreferenceSource
-from core.data.chat import Message, check_prompt
+from core.data.chat import Message, check_prompt, check_unicode, response_of
 from core.data.splits import prompt_id
 from core.errors import DataError
+from core.files import numbered_rows
 
 SUMMARISE = "Generate one-sentence summary for the following post: "
-"""Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do: the raw rows hold
-the post alone."""
+"""Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do, because their rows
+hold the post alone."""
 RATINGS = ("rating", "score", "helpfulness", "overall_score")
 """Columns of the `ratings` layout, in order of preference."""
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Formats of a source; CSV cannot hold messages."""
 
 
 @dataclass(slots=True)
 class Malformed:
-    """Rows that cannot be used, counted by reason with the first three of each."""
+    """Rows that cannot be used, counted by reason, with the first three of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    """By reason."""
     first: dict[str, list[str]] = field(default_factory=dict)
-    rows: list[dict] = field(default_factory=list)
+    """Reason -> file and number of its first rows."""
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """Reason and place of each, for `rejected.jsonl`."""
     read: int = 0
     """Rows that could be used."""
 
@@ -52,12 +57,28 @@ class Malformed:
         return [f"{n} x {reason} ({', '.join(self.first[reason])})" for reason, n in self.counts.most_common()]
 
 
-def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[dict]:
-    """Pairs in the order of the rows: source, prompt, prompt_id, chosen, rejected, margin, tie, row.
+class SourcePair(TypedDict):
+    """A pair as a source has it, before it is selected and split."""
 
-    `margin` is the difference of the two ratings or None; where `tie`, which response is chosen means nothing. `row`
-    counts from 1 within the file. Rows that make no pair go to `malformed`. `name` is the source of rows that tell
-    none themselves (by default the file's).
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    source: str
+    """What the row names as its source, else that of the configuration."""
+    margin: float | None
+    """Rating of chosen minus that of rejected, 0 or more; None without ratings."""
+    tie: bool
+    """Equal ratings: which response is chosen then means nothing."""
+    row: int
+    """Line or row of its file, from 1; of two rated responses the later one's."""
+    prompt_id: str
+
+
+def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None = None) -> Iterator[SourcePair]:
+    """Pairs in the order of the rows; rows that make no pair are added to `malformed`.
+
+    Args:
+        name: source of the rows that name none themselves, by default the name of the file.
 
     Raises:
         DataError: nothing at `source.path`, or a layout that is not recognised.
@@ -65,19 +86,19 @@ def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None 
     for file, rows in _tables(source, malformed):
         layout, rows = _recognised(rows, file, malformed) if source.layout == "auto" else (source.layout, rows)
         if layout == "ratings":
-            found = _rated(rows, file, malformed, name or file)
+            numbered = _rated(rows, file, malformed, name or file)
         else:
-            found = _each(rows, LAYOUTS.get(layout), file, malformed, name or file)
-        for number, pair in found:
+            numbered = _each(rows, LAYOUTS.get(layout), file, malformed, name or file)
+        for number, pair in numbered:
             if pair["chosen"] == pair["rejected"]:
                 malformed.add("chosen and rejected are identical", f"{file} row {number}")
-                malformed.read -= layout != "ratings"  # there a row is a response, and stays a good one
+                malformed.read -= layout != "ratings"  # there a row is one response, which can still be used
             else:
                 yield pair | {"row": number, "prompt_id": prompt_id(pair["prompt"])}
 
 
 def _recognised(rows: Iterator[tuple], file: str, malformed: Malformed) -> tuple[str | None, Iterator[tuple]]:
-    """The layout of the first row that is of any, and the rows from it on; rows before it are malformed."""
+    """The layout of the first row that has a known one, and the rows from there on; earlier rows are malformed."""
     odd: list[tuple[int, DataError]] = []
     for number, row in rows:
         try:
@@ -94,7 +115,7 @@ def _recognised(rows: Iterator[tuple], file: str, malformed: Malformed) -> tuple
 
 
 def recognise(row: dict, where: str) -> str:
-    """The layout whose columns a row has; DataError with the known ones for any other."""
+    """The layout whose columns a row has; DataError, which lists the known layouts, for other columns."""
     columns = row.keys()
     if {"conv_A", "conv_B"} <= columns:
         return "unified"
@@ -105,8 +126,8 @@ def recognise(row: dict, where: str) -> str:
     if {"prompt", "response"} <= columns and any(c in columns for c in RATINGS):
         return "ratings"
     raise DataError(
-        f"{where}: columns {', '.join(sorted(columns))} are of no layout known here: conv_A and conv_B; chosen and "
-        f"rejected; or prompt, response and one of {', '.join(RATINGS)}"
+        f"{where}: columns {', '.join(sorted(columns))} are of no known layout; known are conv_A and conv_B; chosen "
+        f"and rejected; and prompt, response and one of {', '.join(RATINGS)}"
     )
 
 
@@ -128,11 +149,11 @@ def _trl(row: dict, name: str) -> dict:
             raise DataError("chosen and rejected are texts, and there is no prompt")
         pair = _of_answers(prompt, chosen, rejected)
     elif prompt is None or (isinstance(chosen, list) and chosen and chosen[0].get("role") != "assistant"):
-        pair = _of_chats(chosen, rejected)  # the prompt stands in both; UltraFeedback-binarized repeats it as a column
+        pair = _of_chats(chosen, rejected)  # both begin with the prompt; UltraFeedback-binarized repeats it as a column
     else:
         if len(chosen) != 1 or len(rejected) != 1:
-            raise DataError("an answer beside a prompt is not one message of the assistant")
-        pair = _of_answers(prompt, _answer(chosen[0]), _answer(rejected[0]))
+            raise DataError("next to a prompt, chosen and rejected must be one message each")
+        pair = _of_answers(prompt, response_of(chosen), response_of(rejected))
     margin = row.get("margin")
     for better, worse in SCORES:
         if margin is None and row.get(better) is not None and row.get(worse) is not None:
@@ -149,7 +170,7 @@ def _hh(row: dict, name: str) -> dict:
 
 
 LAYOUTS: dict[str, Callable[[dict, str], dict]] = {"unified": _unified, "trl": _trl, "hh": _hh}
-"""Layouts of one pair a row; `ratings` has several rows a pair."""
+"""Layouts of one pair per row; `ratings` has several rows per pair."""
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -163,41 +184,32 @@ def parse_dialogue(text: str) -> list[Message]:
 
 
 def _of_chats(chosen: object, rejected: object) -> dict:
-    """Prompt and answers of two chats that differ in their last message only."""
+    """Prompt and responses of two chats that differ in their last message only."""
     for chat in (chosen, rejected):
         if not isinstance(chat, list) or len(chat) < 2 or not all(isinstance(m, dict) for m in chat):
-            raise DataError("a conversation is not a list of at least two messages")
+            raise DataError("a conversation must be a list of at least two messages")
     plain = [[(m.get("role"), m.get("content")) for m in chat[:-1]] for chat in (chosen, rejected)]
     if plain[0] != plain[1]:
         raise DataError("the two conversations have different prompts")
-    return _of_answers(chosen[:-1], _answer(chosen[-1]), _answer(rejected[-1]))
+    return _of_answers(chosen[:-1], response_of(chosen), response_of(rejected))
 
 
 def _of_answers(prompt: object, chosen: str, rejected: str) -> dict:
     messages = check_prompt(_turns(prompt) if isinstance(prompt, str) else prompt)
     if not chosen.strip() or not rejected.strip():
         raise DataError("a response is empty")
-    try:
-        "".join([*(m["content"] for m in messages), chosen, rejected]).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise DataError("not valid Unicode") from None
+    check_unicode(chosen, rejected)
     return {"prompt": messages, "chosen": chosen, "rejected": rejected}
 
 
 def _turns(prompt: str) -> list[Message]:
-    """A prompt given as one text: of several turns where it is written as HH-RLHF or HelpSteer2 write them."""
+    """A prompt given as one text, which has several turns if it is written as in HH-RLHF or HelpSteer2."""
     if re.match(r"\s*Human:", prompt):
         turns = parse_dialogue("\n\n" + prompt.strip())
         return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     parts = re.split(r"\n?<extra_id_1>(User|Assistant)\n", prompt)
     turns = [{"role": "user", "content": parts[0]}]
     return turns + [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-
-
-def _answer(message: dict) -> str:
-    if message.get("role") != "assistant" or not isinstance(message.get("content"), str):
-        raise DataError("the last message is not a text of the assistant")
-    return message["content"]
 
 
 def _number(value: object) -> float:
@@ -216,7 +228,7 @@ def _each(
 
 
 def _rated(rows: Iterable[tuple[int, dict]], file: str, malformed: Malformed, name: str) -> Iterator[tuple]:
-    """Each two rated responses of a prompt; the number is that of the later row."""
+    """Every two rated responses to a prompt; the number is that of the later row."""
     prompts: dict[str, list[tuple]] = {}
     for number, row in rows:
         read = _tried(_rating, row, name, f"{file} row {number}", malformed)
@@ -241,11 +253,11 @@ def _rating(row: dict, name: str) -> tuple[list[Message], str, float, str]:
 
 
 def _tried(read: Callable, row: dict, name: str, where: str, malformed: Malformed):
-    """What `read` makes of a row; None, with the reason kept, when it refuses."""
+    """What `read` makes of a row; None if it refuses the row, with the reason in `malformed`."""
     try:
-        found = read(row, name)
+        result = read(row, name)
         malformed.read += 1
-        return found
+        return result
     except KeyError as error:
         malformed.add(f"no column {error.args[0]!r}", where)
     except DataError as error:
@@ -255,7 +267,7 @@ def _tried(read: Callable, row: dict, name: str, where: str, malformed: Malforme
 
 
 def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[str, Iterator[tuple[int, dict]]]]:
-    """Name and numbered rows of each file of the source; of the hub's split where there is no such path."""
+    """Name and numbered rows of each file of the source, or of a split on the hub if no such path exists."""
     path = source.path
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name != "dataset_infos.json")
@@ -265,13 +277,15 @@ def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[st
     if files:
         yield from ((file.stem, _rows(file, malformed)) for file in files)
     elif path.exists() or path.is_absolute() or len(path.parts) != 2:
-        raise DataError(f"{path}: neither a {', '.join(SUFFIXES)} file, a folder of such, nor a hub id (owner/name)")
+        raise DataError(
+            f"{path}: neither a {', '.join(SUFFIXES)} file, nor a folder of such files, nor a hub id (owner/name)"
+        )
     else:
         from datasets import load_dataset
 
         try:
             rows = load_dataset(str(path), source.subset, split=source.split, revision=source.revision)
-        except Exception as error:  # whatever the hub client raises, its user needs the option
+        except Exception as error:  # of any kind that the hub client raises: its message needs the option
             raise DataError(
                 f"{path}: no such file or folder, and the hub gives no split {source.split!r} of it: {error}"
             ) from None
@@ -279,39 +293,8 @@ def _tables(source: PreferenceSource, malformed: Malformed) -> Iterator[tuple[st
 
 
 def _rows(file: Path, malformed: Malformed) -> Iterator[tuple[int, dict]]:
-    """Numbered rows of a file; lines that are no JSON object in UTF-8 go to `malformed`."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        table: Iterable = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
-    elif file.suffix == ".json":
-        try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file}: not JSON in UTF-8 ({error})") from None
-        if not isinstance(table, list):
-            raise DataError(f"{file}: holds a {type(table).__name__}; a .json file must hold an array of rows")
-    else:
-        table = _lines(file, malformed)
-    for number, row in enumerate(table, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        elif row is not None:
-            malformed.add("not an object", f"{file.stem} row {number}")
-
-
-def _lines(file: Path, malformed: Malformed) -> Iterator[object]:
-    """One value a line, None for a blank or unreadable one, so that numbers stay those of the lines."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            value = None
-            try:
-                value = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-            except UnicodeDecodeError:
-                malformed.add("not UTF-8", f"{file.stem} row {number}")
-            except json.JSONDecodeError:
-                malformed.add("not JSON", f"{file.stem} row {number}")
-            yield value
+    """Numbered rows of a file; those that cannot be read are added to `malformed`."""
+    return numbered_rows(file, lambda number, fault: malformed.add(fault, f"{file.stem} row {number}"))
 
 
 def _chain(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:

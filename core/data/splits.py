@@ -1,4 +1,4 @@
-"""What a prompt is known by, and which split it belongs to."""
+"""Ids of prompts and pairs, and the split that a prompt belongs to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from core.config import Splits
 from core.data.chat import Message
+from core.data.rows import PromptRow
 from core.data.streams import unit_interval
 from core.errors import ArtefactError
 from core.files import digest, read_table
@@ -17,20 +18,25 @@ def prompt_id(messages: Sequence[Message]) -> str:
     return digest([[m["role"], m["content"]] for m in messages])
 
 
+def pair_id(prompt: str, responses: Sequence[str]) -> str:
+    """Stable id of a pair, whichever response is chosen: 16 hex digits over the id of its prompt and both responses."""
+    return digest([prompt, sorted(responses)])
+
+
 def normalised(messages: Sequence[Message]) -> str:
-    """The turns of a prompt without case, space, punctuation and system message: what two prompts are compared by."""
+    """The turns of a prompt without case, space, punctuation and system message, to compare prompts by."""
     turns = [m["content"] for m in messages if m["role"] != "system"]
     return "\n".join("".join(c for c in turn.lower() if c.isalnum()) for turn in turns)
 
 
 def opening(messages: Sequence[Message]) -> str:
-    """The normalised prompt up to its first user turn: conversations that share it are not independent."""
+    """The normalised prompt up to its first user turn; conversations that share it are not independent."""
     first = next(i for i, m in enumerate(messages) if m["role"] == "user")
     return normalised(messages[: first + 1])
 
 
 def split_of(key: str, splits: Splits) -> str:
-    """The split of a prompt, fixed by its normalised text: shares are cut from a hash in [0, 1)."""
+    """The split of the prompt whose normalised text is `key`: the part of [0, 1) that its hash falls into."""
     u, edge = unit_interval(key, salt="split"), 0.0
     names = list(Splits.model_fields)
     for name in names:
@@ -40,9 +46,9 @@ def split_of(key: str, splits: Splits) -> str:
     return names[-1]
 
 
-def read_split(folder: Path, split: str, limit: int | None = None) -> list[dict]:
-    """Rows of one split in the run's order; ArtefactError when there are fewer than two."""
-    rows = [row for row in read_table(folder / "prompts.parquet") if row["split"] == split]
+def read_split(folder: Path, split: str, limit: int | None = None) -> list[PromptRow]:
+    """Rows of one split in the order of the run, at most `limit`; ArtefactError when the split has fewer than two."""
+    rows = [row for row in read_table(folder / "prompts.parquet", PromptRow) if row["split"] == split]
     if len(rows) < 2:
         raise ArtefactError(
             f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}"

@@ -1,4 +1,4 @@
-"""Named random streams: every draw has a name, so none depends on how many came before it."""
+"""Named random streams: every draw has a name, so none depends on how many draws came before it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def unit_interval(key: str, salt: str = "") -> float:
-    """A number in [0, 1) fixed by `key`; independent of every other key, so splits never reshuffle."""
+    """A number in [0, 1) that depends on `key` and `salt` alone, so splits stay the same when keys are added."""
     return int.from_bytes(hashlib.sha256(f"{salt}\0{key}".encode()).digest()[:8], "big") / 2**64
 
 

@@ -1,4 +1,4 @@
-"""Pools of samples: `n` responses to each prompt, drawn in shards that survive a kill."""
+"""Pools of samples: `n` responses to each prompt, drawn in shards, so that a killed stage can resume."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.data.chat import ChatTokenizer
+from core.data.rows import PromptRow, SampleRow
 from core.data.streams import stream_seed
 from core.files import read_table, write_table
 from core.generation.local import Completion, Generator
@@ -17,32 +18,31 @@ from core.generation.local import Completion, Generator
 def sample_pool(
     make_generator: Callable[[], Generator],
     tokenizer: ChatTokenizer,
-    rows: Sequence[dict],
+    rows: Sequence[PromptRow],
     n: int,
     *,
     out: Path,
     shard_prompts: int,
     seed: int,
     name: str,
-) -> list[dict]:
-    """`n` responses to every prompt of `rows`: `len(rows) * n` samples, prompt by prompt.
+) -> list[SampleRow]:
+    """`n` responses to every prompt of `rows`: `len(rows) * n` rows, prompt by prompt.
 
-    Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on. A shard that exists
-    is read instead of being sampled. The seed of a shard depends on `seed`, `name` and its number alone, so a resumed
-    pool equals an uninterrupted one. At the end the shards become one table, `out/samples.parquet`.
+    Each shard of `shard_prompts` prompts is written to `out/samples/shard-0000.parquet` and so on, and is read back
+    if it exists already. Its seed depends on `seed`, `name` and its number alone, so a resumed pool equals an
+    uninterrupted one. At the end the shards are merged into one table, `out/samples.parquet`.
 
     Args:
-        make_generator: not called when all shards exist.
-        rows: of `prompts.parquet` (prompt_id, split, prompt).
-        seed: `run.seed`.
-        name: of the random stream; the name of the stage.
+        make_generator: not called if all shards exist.
+        seed: `cfg.run.seed`.
+        name: of the random stream; the stages use their own name.
     """
     folder, whole = out / "samples", out / "samples.parquet"
     if whole.exists():
-        return read_table(whole)
+        return read_table(whole, SampleRow)
     generator = None
     folder.mkdir(parents=True, exist_ok=True)
-    samples: list[dict] = []
+    samples: list[SampleRow] = []
     with tqdm(total=len(rows), desc=f"{name}: {n} samples each", unit="prompt") as bar:
         for index, start in enumerate(range(0, len(rows), shard_prompts)):
             shard, path = rows[start : start + shard_prompts], folder / f"shard-{index:04d}.parquet"
@@ -50,15 +50,16 @@ def sample_pool(
                 generator = generator or make_generator()
                 prompts = [tokenizer.prompt_ids(row["prompt"]) for row in shard]
                 groups = generator.generate(prompts, n=n, seed=stream_seed(seed, name, index))
-                write_table(path, [_row(*pair, k) for pair in zip(shard, groups, strict=True) for k in range(n)])
-            samples += read_table(path)
+                drawn = [_row(*pair, k) for pair in zip(shard, groups, strict=True) for k in range(n)]
+                write_table(path, drawn, SampleRow)
+            samples += read_table(path, SampleRow)
             bar.update(len(shard))
-    write_table(whole, samples)
+    write_table(whole, samples, SampleRow)
     shutil.rmtree(folder)
     return samples
 
 
-def _row(prompt: dict, group: list[Completion], sample_id: int) -> dict:
+def _row(prompt: PromptRow, group: list[Completion], sample_id: int) -> SampleRow:
     completion = group[sample_id]
     return {
         "prompt_id": prompt["prompt_id"],
@@ -69,10 +70,5 @@ def _row(prompt: dict, group: list[Completion], sample_id: int) -> dict:
         "token_ids": completion.token_ids,
         "n_tokens": len(completion.token_ids),
         "finished": completion.finished,
-        "logp_sampler": float(sum(completion.logprobs)),  # nats, at the sampling temperature
+        "logp_sampler": float(sum(completion.logprobs)),
     }
-
-
-def conversation(sample: dict) -> list[dict[str, str]]:
-    """A sample as the messages that reward models score."""
-    return [*sample["prompt"], {"role": "assistant", "content": sample["response"]}]

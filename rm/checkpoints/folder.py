@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
+from core.files import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONVERT = (
@@ -114,7 +114,7 @@ def tokens_from(tokenizer: ChatTokenizer, size: int) -> dict[str, int]:
 def files(folder: Path) -> list[Path]:
     """The safetensors files of the folder: an adapter, a model, or its shards; ArtefactError for none, or pickles."""
     if (index := folder / "model.safetensors.index.json").is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     found = [p for name in ("adapter_model.safetensors", "model.safetensors") if (p := folder / name).is_file()]
     if len(found) == 1:
         return found

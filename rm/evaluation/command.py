@@ -15,26 +15,27 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
-from rm.evaluation.metrics import Scored, Ties, Units, measure, paired_difference, units
+from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
 from rm.model import RewardModel
 
 SEED = 1
-"""Of the bootstrap; one for all, so that models on the same comparisons get the same draws."""
+"""Of the bootstrap, the same for all models, so that models on the same comparisons get the same draws."""
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    asked = [parse_set(text) for text in options.set]
-    if doubled := sorted({name for name, _, _ in asked if [n for n, _, _ in asked].count(name) > 1}):
-        raise DataError(f"--set {doubled[0]} is given twice: name each set differently, as in a=PATH b=PATH")
+    given = [parse_set(text) for text in options.set]
+    given_names = [name for name, _, _ in given]
+    if repeated := sorted({name for name in given_names if given_names.count(name) > 1}):
+        raise DataError(f"--set {repeated[0]} is given twice: name each set differently, as in a=PATH b=PATH")
     names = model_names(options.models)
     sets = [
         read_set(name, path, layout, label_ties=options.label_ties, max_malformed=options.max_malformed)
-        for name, layout, path in asked
+        for name, layout, path in given
     ]
     results: dict[str, dict] = {}
-    found: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
+    units_of: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
     for name, path in zip(names, options.models, strict=True):
         model = RewardModel.from_pretrained(path, dtype=options.dtype)
         results[name] = {"path": path, "dtype": options.dtype, "sets": {}}
@@ -46,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
             results[name]["sets"][evalset.name] = metrics_of(
                 rows, evalset.layout, ties=options.ties, draws=options.bootstrap
             ) | {"too_long": long}
-            found[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
-        del model  # before the next one is loaded
+            units_of[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
+        del model  # so that two are never in memory
     report = {
-        "sets": {s.name: describe(s, path) for s, (_, _, path) in zip(sets, asked, strict=True)},
+        "sets": {s.name: describe(s, path) for s, (_, _, path) in zip(sets, given, strict=True)},
         "models": results,
-        "differences": differences(found, options.bootstrap),
+        "differences": differences(units_of, options.bootstrap),
         "options": {k: v for k, v in vars(options).items() if k not in ("models", "set")},
         "code": code_version(),
         "packages": package_versions(),
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     print(render(report))
     if options.out:
         write_json(options.out / "metrics.json", report)
-        print(f"\nnumbers in {options.out / 'metrics.json'}, rewards beside it", file=sys.stderr)
+        print(f"\nmetrics in {options.out / 'metrics.json'}, rewards in the folders next to it", file=sys.stderr)
     return 0
 
 
@@ -69,14 +70,14 @@ def parse_set(text: str) -> tuple[str, str, Path]:
     name, _, layout = head.partition(":")
     if not path or not re.fullmatch(r"[\w.-]+", name) or layout not in ("", "auto", *LAYOUTS):
         raise DataError(
-            f"--set {text}: write NAME=PATH or NAME:LAYOUT=PATH; names are of letters, digits, '_', '.', '-'; "
+            f"--set {text}: write NAME=PATH or NAME:LAYOUT=PATH, the name with letters, digits, '_', '.' and '-'; "
             f"layouts are {', '.join(LAYOUTS)}"
         )
     return name, layout or "auto", Path(path)
 
 
 def model_names(paths: Sequence[str]) -> list[str]:
-    """A folder name for each model: as many last parts of its path as tell it from the others."""
+    """A folder name for each model: the last parts of its path, as many as are needed to make them distinct."""
     parts = [[p for p in Path(path).parts if p not in ("/", "..")] or ["model"] for path in paths]
     if len(set(map(tuple, parts))) != len(parts):
         raise DataError("a model is given twice: give each once")
@@ -84,25 +85,25 @@ def model_names(paths: Sequence[str]) -> list[str]:
         names = ["_".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise DataError(f"no distinct names for the models {', '.join(paths)}: move or link one to another folder name")
+    raise DataError(f"no distinct names for the models {', '.join(paths)}: move one, or link to it under another name")
 
 
 def score_set(
     model: RewardModel, evalset: EvalSet, *, batch_tokens: int, max_tokens: int | None = None, progress: str = ""
-) -> tuple[list[dict], int]:
-    """Rows of the set's table, and how many comparisons belong to an item with a conversation over `max_tokens`.
+) -> tuple[list[ComparisonRow], int]:
+    """Rows of the set's table, and the number of comparisons that are left out as too long.
 
-    `max_tokens` is never more than the positions that the model has. Items are left out whole, since the score of an
-    item without one of its candidates is another score.
+    Too long is an item with a conversation of more than `max_tokens` tokens, or more than the model has positions for.
+    It is left out as a whole, because the score of an item depends on all of its responses.
     """
     positions = getattr(model.lm.config, "max_position_embeddings", None)
     limit = min(n for n in (max_tokens, positions, sys.maxsize) if n)
     kept = within(evalset.comparisons, model.tokenizer, limit)
     if not kept:
-        raise DataError(f"{evalset.name}: no comparison within {limit} tokens; raise --max-tokens, or leave it out")
+        raise DataError(f"{evalset.name}: no comparison within {limit} tokens: raise --max-tokens, or omit the set")
     chats = [chat for c in kept for chat in (c.chosen, c.rejected)]
     rewards = model.score(chats, batch_tokens=batch_tokens, progress=progress).tolist()
-    rows = [
+    rows: list[ComparisonRow] = [
         {
             "id": c.id,
             "subset": c.subset,
@@ -123,7 +124,7 @@ def score_set(
 
 def within(comparisons: Sequence[Comparison], tokenizer: ChatTokenizer, limit: int) -> list[Comparison]:
     """Comparisons of the items whose conversations all have at most `limit` tokens."""
-    lengths: dict[int, int] = {}  # a conversation stands in several comparisons of an item
+    lengths: dict[int, int] = {}  # a conversation is in several comparisons of an item
     for c in comparisons:
         for chat in (c.chosen, c.rejected):
             if id(chat) not in lengths:
@@ -132,22 +133,22 @@ def within(comparisons: Sequence[Comparison], tokenizer: ChatTokenizer, limit: i
     return [c for c in comparisons if c.item not in long]
 
 
-def metrics_of(rows: list[dict], layout: str, *, ties: Ties = "half", draws: int) -> dict:
-    """`rm.evaluation.metrics.measure` and the benchmark's own scores: all that metrics.json says of one table."""
+def metrics_of(rows: list[ComparisonRow], layout: str, *, ties: Ties = "half", draws: int) -> dict:
+    """What metrics.json has for one table: `rm.evaluation.metrics.measure`, and the scores that a benchmark defines."""
     scored = Scored.of(rows)
     return measure(rows, layout, ties=ties, draws=draws, seed=SEED) | {
         "benchmark": benchmark_score(layout, scored, units(scored, layout, ties), ties)
     }
 
 
-def differences(found: dict[str, dict[str, Units]], draws: int) -> dict[str, dict[str, dict]]:
-    """Set -> model -> accuracy less that of the first model."""
+def differences(units_of: dict[str, dict[str, Units]], draws: int) -> dict[str, dict[str, dict]]:
+    """Set -> model -> accuracy minus that of the first model, for all models but the first."""
     return {
         name: {
             model: paired_difference(mine, next(iter(models.values())), draws=draws, seed=SEED)
             for model, mine in list(models.items())[1:]
         }
-        for name, models in found.items()
+        for name, models in units_of.items()
     }
 
 
@@ -163,13 +164,13 @@ def describe(evalset: EvalSet, path: Path) -> dict:
     }
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[ComparisonRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, rows)
+    write_table(path, rows, ComparisonRow)
 
 
 def render(report: dict) -> str:
-    """The report as markdown tables, aligned for a terminal."""
+    """The report as Markdown tables, aligned for a terminal."""
     models = report["models"]
     parts = [_table(_HEADLINES, [_headline(s, m, models[m]["sets"][s]) for s in report["sets"] for m in models])]
     parts.append("Intervals are 95%: w Wilson, b bootstrap over prompts. ECE of sigmoid(r_chosen - r_rejected), T its "
@@ -177,8 +178,8 @@ def render(report: dict) -> str:
     parts.append(_table(["set", "part", "n", *models], _parts(report)))
     rows = [
         [name, f"{model} - {next(iter(models))}", _number(d["mean"], "+.3f"), _interval(d, "+.3f"), str(d["n"])]
-        for name, found in report["differences"].items()
-        for model, d in found.items()
+        for name, of_set in report["differences"].items()
+        for model, d in of_set.items()
     ]
     if rows:
         parts.append(_table(["set", "models", "accuracy difference", "95%, paired", "n"], rows))
@@ -204,14 +205,14 @@ def _headline(name: str, model: str, m: dict) -> list[str]:
 
 
 def _parts(report: dict) -> list[list[str]]:
-    """Subsets, then the parts of the benchmark's own score."""
+    """Subsets, then the parts of the score that the benchmark defines."""
     rows = []
     for name in report["sets"]:
         results = [model["sets"][name] for model in report["models"].values()]
         for subset in sorted({s for m in results for s in m["subsets"]}):
-            found = [m["subsets"].get(subset, {}) for m in results]
-            counts = sorted({f.get("n", 0) for f in found})
-            rows.append([name, subset, "/".join(map(str, counts)), *(_number(f.get("mean")) for f in found)])
+            accuracies = [m["subsets"].get(subset, {}) for m in results]
+            counts = sorted({a.get("n", 0) for a in accuracies})
+            rows.append([name, subset, "/".join(map(str, counts)), *(_number(a.get("mean")) for a in accuracies)])
         own = [(m["benchmark"] or {}).get("parts", {}) for m in results]
         rows += [[name, f"= {part}", "", *(_number(o.get(part)) for o in own)] for part in own[0]]
     return rows
@@ -238,8 +239,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
-def _interval(found: dict, form: str = ".3f") -> str:
-    return "-" if found["lo"] is None else f"[{found['lo']:{form}}, {found['hi']:{form}}]"
+def _interval(estimate: dict, form: str = ".3f") -> str:
+    return "-" if estimate["lo"] is None else f"[{estimate['lo']:{form}}, {estimate['hi']:{form}}]"
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
@@ -249,19 +250,23 @@ def _number(value: float | None, form: str = ".3f") -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grm rm-eval", description="Accuracy of reward models on evaluation sets.")
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folder or hub id; differences are against the first"
+        "models", nargs="+", metavar="MODEL", help="folder or hub id; accuracies are compared with those of the first"
     )
     parser.add_argument(
         "--set", action="append", required=True, metavar="NAME[:LAYOUT]=PATH",
-        help=f"file or folder; repeat it. Layouts, told from the columns by default: {', '.join(LAYOUTS)}",
+        help=f"file or folder; may be repeated. Layouts, by default detected from the columns: {', '.join(LAYOUTS)}",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder of metrics.json and the rewards; nothing is written without")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass")
+    parser.add_argument(
+        "--out", type=Path, help="folder for metrics.json and the rewards (default: nothing is written)"
+    )
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="leave out items with a longer conversation (default: the "
                         "positions of the model)")  # fmt: skip
-    parser.add_argument("--ties", choices=get_args(Ties), default="half", help="how equal rewards count")
-    parser.add_argument("--label-ties", choices=get_args(LabelTies), default="drop", help="rows without a winner")
-    parser.add_argument("--max-malformed", type=float, default=MAX_MALFORMED, help="largest share of bad rows")
-    parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE)
+    parser.add_argument("--ties", choices=get_args(Ties), default="half", help="how equal rewards count (%(default)s)")
+    parser.add_argument("--label-ties", choices=get_args(LabelTies), default="drop", help="rows that tie (%(default)s)")
+    parser.add_argument(
+        "--max-malformed", type=float, default=MAX_MALFORMED, help="largest share of malformed rows (%(default)s)"
+    )
+    parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts (%(default)s)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
     return parser

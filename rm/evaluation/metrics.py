@@ -1,6 +1,6 @@
 """Metrics of a reward model on comparisons: pure functions of rewards, lengths and labels, in float64.
 
-n comparisons, u units (what accuracy counts: a comparison, or an item of several candidates in RewardBench 2).
+n comparisons; u units, which accuracy is the mean over: a comparison, or in RewardBench 2 an item of several responses.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,20 +19,43 @@ TIE_CREDIT: dict[str, float] = {"half": 0.5, "drop": math.nan, "wrong": 0.0}
 Z95 = 1.96
 ECE_BINS = 10
 TEMPERATURE_RANGE = 1e3
-"""Temperatures are sought within this factor of the root mean square of the margins."""
+"""Temperatures are searched within this factor of the root mean square of the reward differences."""
 
 
 def pair_accuracy(preferred: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[n] 1 where the preferred response has the higher reward, 0 where the lower, 1/2 on a tie."""
+    """[n]: 1 if the preferred response has the higher reward, 0 if the lower one, 1/2 for a tie."""
     return (preferred > other) + 0.5 * (preferred == other)
 
 
 def accuracy_with_interval(hits: np.ndarray, z: float = Z95) -> dict[str, float]:
-    """Mean and Wilson score interval (95% at z = 1.96; Wilson 1927) of hits [n] in {0, 1/2, 1}."""
+    """Mean and Wilson score interval (95% for z = 1.96; Wilson 1927) of hits [n] in {0, 1/2, 1}."""
     n, p = len(hits), float(np.mean(hits))
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {"mean": p, "lo": center - half, "hi": center + half, "n": n}
+
+
+class ComparisonRow(TypedDict):
+    """A row of `grm rm-eval --out`: two conversations of an evaluation set and their rewards."""
+
+    id: str
+    """Unique within its set."""
+    subset: str
+    item: str
+    """The item of the benchmark that it belongs to."""
+    prompt_id: str
+    """Comparisons that share it are not independent."""
+    chosen_index: int
+    """Which chosen response of the item; in RM-Bench its style."""
+    rejected_index: int
+    label_tie: bool
+    """Whether the label says that neither response is better."""
+    reward_chosen: float
+    """Raw."""
+    reward_rejected: float
+    chosen_words: int
+    """Words of the chosen response."""
+    rejected_words: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +74,8 @@ class Scored:
     rejected_words: Array
 
     @classmethod
-    def of(cls, rows: Sequence[dict]) -> Scored:
-        """From rows as `rm.evaluation.command` writes them."""
+    def of(cls, rows: Sequence[ComparisonRow]) -> Scored:
+        """The columns of the rows."""
         column = lambda name, kind: np.array([row[name] for row in rows], dtype=kind)  # noqa: E731
         return cls(
             [row["item"] for row in rows], [row["subset"] for row in rows], [row["prompt_id"] for row in rows],
@@ -62,37 +85,38 @@ class Scored:
         )  # fmt: skip
 
     def responses(self) -> tuple[Array, Array]:
-        """Rewards and words of the responses [2n or fewer]: a candidate of several comparisons counts once."""
-        found = {}
+        """Rewards and words of the responses, [2n] or fewer: a response in several comparisons counts once."""
+        responses = {}
         for i, item in enumerate(self.item):
-            found[item, "chosen", self.chosen_index[i]] = self.chosen[i], self.chosen_words[i]
-            found[item, "rejected", self.rejected_index[i]] = self.rejected[i], self.rejected_words[i]
-        rewards, words = np.array(list(found.values())).T
+            responses[item, "chosen", self.chosen_index[i]] = self.chosen[i], self.chosen_words[i]
+            responses[item, "rejected", self.rejected_index[i]] = self.rejected[i], self.rejected_words[i]
+        rewards, words = np.array(list(responses.values())).T
         return rewards, words
 
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """What accuracy is the mean of."""
+    """What accuracy is the mean over."""
 
     names: list[str]
     subset: list[str]
     prompt: list[str]
     hits: Array
-    """[u] in [0, 1]; NaN where a tie is dropped."""
+    """[u], each in [0, 1]; NaN for a dropped tie."""
 
 
 def pair_hits(chosen: Array, rejected: Array, ties: Ties = "half") -> Array:
-    """[n] 1 or 0; on equal values 1/2, NaN (drop) or 0 (wrong)."""
+    """[n]: 1 or 0; for equal values 1/2 (half), NaN (drop) or 0 (wrong)."""
     return np.where(chosen == rejected, TIE_CREDIT[ties], (chosen > rejected).astype(np.float64))
 
 
 def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = False) -> Units:
-    """Units of a set and their hits; `by_words` prefers the longer answer instead of the higher reward.
+    """Units of a set and their hits; `by_words` prefers the longer response instead of the higher reward.
 
-    Layout `rewardbench2`: an item is a hit when each of its chosen answers beats each rejected one (all but Ties have
-    one chosen answer); the worst chosen tied with k rejected at the top counts 1 / (1 + k) with `half`, as in the
-    authors' code. Else each comparison is a unit. Comparisons whose labels tie count 1/2 whatever their values.
+    In the layout `rewardbench2` an item is a hit if each of its chosen responses beats each rejected one (all subsets
+    but Ties have one chosen response). If k rejected ones tie with the worst chosen one at the top, the item counts
+    1 / (1 + k) with `half`, as in the authors' code. In other layouts each comparison is a unit. Comparisons whose
+    labels tie count 1/2.
     """
     chosen, rejected = (
         (scored.chosen_words, scored.rejected_words) if by_words else (scored.chosen, scored.rejected)
@@ -120,20 +144,20 @@ def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = 
 def mean_with_intervals(hits: Array, clusters: Sequence[str], *, draws: int, seed: int) -> dict:
     """Mean of the hits [u] that are not NaN, with its Wilson interval and a bootstrap over clusters.
 
-    `lo`, `hi` are those of `interval`: "cluster bootstrap" where a cluster holds several units, which are then not
-    independent, else "wilson". None where one cluster holds all: it says nothing of other clusters.
+    `interval` names the interval that `lo` and `hi` are from: "cluster bootstrap" if a cluster has several units, which
+    are then not independent, else "wilson". All three are None if one cluster has all units.
     """
     kept = ~np.isnan(hits)
     names = [c for c, keep in zip(clusters, kept, strict=True) if keep]
     if not names:
         return {"mean": None, "lo": None, "hi": None, "n": 0, "clusters": 0, "interval": None, "wilson": None}
-    found = accuracy_with_interval(hits[kept])
-    many = len(set(names))
-    found |= {"clusters": many, "interval": "wilson", "wilson": [found["lo"], found["hi"]]}
-    if many < len(names):
-        found["lo"], found["hi"] = cluster_bootstrap(hits[kept], names, draws=draws, seed=seed)
-        found["interval"] = None if found["lo"] is None else "cluster bootstrap"
-    return found
+    accuracy: dict = accuracy_with_interval(hits[kept])
+    num_clusters = len(set(names))
+    accuracy |= {"clusters": num_clusters, "interval": "wilson", "wilson": [accuracy["lo"], accuracy["hi"]]}
+    if num_clusters < len(names):
+        accuracy["lo"], accuracy["hi"] = cluster_bootstrap(hits[kept], names, draws=draws, seed=seed)
+        accuracy["interval"] = None if accuracy["lo"] is None else "cluster bootstrap"
+    return accuracy
 
 
 def cluster_bootstrap(
@@ -141,8 +165,8 @@ def cluster_bootstrap(
 ) -> tuple[float, float] | tuple[None, None]:
     """95% percentile interval of the mean of values [u] when whole clusters are drawn with replacement.
 
-    The mean is over units, so a draw with larger clusters has more of them (a ratio of sums). It is too narrow for
-    few clusters (below some 20), and (None, None) for one.
+    The mean is over units (a ratio of sums), so larger clusters weigh more. The interval is too narrow for fewer than
+    about 20 clusters, and (None, None) for one.
     """
     groups = list(_groups(clusters).values())
     if len(groups) < 2:
@@ -150,7 +174,7 @@ def cluster_bootstrap(
     values = np.asarray(values, dtype=np.float64)
     sums = np.array([[values[at].sum(), len(at)] for at in groups])
     rng, size = np.random.default_rng(seed), len(groups)
-    step = max(1, 10**7 // size)  # counts of one block stay below 80 MB
+    step = max(1, 10**7 // size)  # so that the counts of one block stay below 80 MB
     blocks = [min(step, draws - done) for done in range(0, draws, step)]
     totals = np.concatenate([rng.multinomial(size, np.full(size, 1 / size), size=b) @ sums for b in blocks])
     lo, hi = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
@@ -158,7 +182,7 @@ def cluster_bootstrap(
 
 
 def paired_difference(model: Units, first: Units, *, draws: int, seed: int) -> dict:
-    """Accuracy of `model` less that of `first` over the units that both have, with a bootstrap over prompts."""
+    """Accuracy of `model` minus that of `first` over the units that both have, with a bootstrap over prompts."""
     other = {name: i for i, name in enumerate(first.names)}
     both = [(i, other[name]) for i, name in enumerate(model.names) if name in other]
     both = [(i, j) for i, j in both if not (math.isnan(model.hits[i]) or math.isnan(first.hits[j]))]
@@ -171,10 +195,11 @@ def paired_difference(model: Units, first: Units, *, draws: int, seed: int) -> d
 
 
 def expected_calibration_error(delta: Array, bins: int = ECE_BINS) -> float:
-    """ECE of p = sigmoid(delta [n]), delta = reward of the chosen less that of the rejected answer (Guo et al. 2017).
+    """Expected calibration error of p = sigmoid(delta) (Guo et al. 2017).
 
-    The chosen answer always stands first, so the label is constant and p itself cannot be binned against it. Folded:
-    confidence = sigmoid(|delta|) in [1/2, 1], correct = delta > 0 (1/2 on ties), `bins` of equal width.
+    delta [n] is the reward of the chosen response minus that of the rejected one. As the chosen response is always the
+    first, the label is constant, and p itself cannot be binned against it. So confidence is sigmoid(|delta|) in
+    [1/2, 1], a pair is correct if delta > 0 (1/2 for a tie), and the `bins` have equal width.
     """
     confidence = _sigmoid(np.abs(delta))
     correct = pair_accuracy(delta, np.zeros_like(delta))
@@ -184,16 +209,16 @@ def expected_calibration_error(delta: Array, bins: int = ECE_BINS) -> float:
 
 
 def negative_log_likelihood(delta: Array, temperature: float = 1.0) -> float:
-    """Mean of -log sigmoid(delta / temperature), nats."""
+    """Mean of -log sigmoid(delta / temperature), in nats."""
     return float(np.mean(np.logaddexp(0.0, -delta / temperature)))
 
 
 def fit_temperature(delta: Array) -> dict:
     """Temperature T > 0 that maximises the likelihood of the labels under sigmoid(delta / T) (Guo et al. 2017).
 
-    The likelihood is concave in 1 / T, so its derivative has at most one root, found by bisection. Where it has none
-    T is the `bound` it runs to: "low" when every pair is right, "high" when rewards are worse than chance. T is None
-    when all deltas are 0.
+    The likelihood is concave in 1 / T, so its derivative has at most one root, which bisection finds. Without a root, T
+    is the bound that it tends to, and `bound` is "low" (every pair is right) or "high" (rewards are worse than chance).
+    T is None if all deltas are 0.
     """
     scale = float(np.sqrt(np.mean(delta**2)))
     if scale == 0:
@@ -203,7 +228,7 @@ def fit_temperature(delta: Array) -> dict:
     lo, hi = -math.log(TEMPERATURE_RANGE), math.log(TEMPERATURE_RANGE)
     if slope(lo) <= 0:
         return {"temperature": scale * TEMPERATURE_RANGE, "bound": "high"}
-    # Perfectly separated rewards have no root; in float64 the slope is then 0 at the end, not below.
+    # Without a wrong pair there is no root, but in float64 the slope at the end is 0, not above it.
     if (unit >= 0).all() or slope(hi) > 0:
         return {"temperature": scale / TEMPERATURE_RANGE, "bound": "low"}
     for _ in range(60):
@@ -213,30 +238,32 @@ def fit_temperature(delta: Array) -> dict:
 
 
 def pearson(x: Array, y: Array) -> float | None:
-    """Correlation of x [n] and y [n]; None where either is constant."""
+    """Pearson correlation of x [n] and y [n]; None if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def spearman(x: Array, y: Array) -> float | None:
-    """Correlation of ranks, equal values having their mean rank."""
+    """Correlation of ranks, where equal values have their mean rank; None if either is constant."""
     return pearson(ranks(x), ranks(y))
 
 
 def ranks(x: Array) -> Array:
-    """[n] from 1; equal values share the mean of their ranks."""
+    """[n], from 1; equal values have the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def measure(rows: Sequence[dict], layout: str, *, ties: Ties = "half", draws: int = 2000, seed: int = 1) -> dict:
-    """Every number of one model on one set, from the rows of its table; undefined numbers are None."""
+def measure(
+    rows: Sequence[ComparisonRow], layout: str, *, ties: Ties = "half", draws: int = 2000, seed: int = 1
+) -> dict:
+    """All metrics of one model on one set; undefined ones are None."""
     scored = Scored.of(rows)
-    found = units(scored, layout, ties)
+    counted = units(scored, layout, ties)
     by_subset = {
-        name: mean_with_intervals(found.hits[at], [found.prompt[i] for i in at], draws=draws, seed=seed)
-        for name, at in sorted(_groups(found.subset).items())
+        name: mean_with_intervals(counted.hits[at], [counted.prompt[i] for i in at], draws=draws, seed=seed)
+        for name, at in sorted(_groups(counted.subset).items())
     }
     means = [m["mean"] for m in by_subset.values() if m["mean"] is not None]
     longest = units(scored, layout, "half", by_words=True).hits
@@ -249,7 +276,7 @@ def measure(rows: Sequence[dict], layout: str, *, ties: Ties = "half", draws: in
         "ties": ties,
         "reward_ties": int((scored.chosen == scored.rejected)[labelled].sum()),
         "label_ties": int(scored.label_tie.sum()),
-        "accuracy": mean_with_intervals(found.hits, found.prompt, draws=draws, seed=seed),
+        "accuracy": mean_with_intervals(counted.hits, counted.prompt, draws=draws, seed=seed),
         "macro_accuracy": float(np.mean(means)) if means else None,
         "subsets": by_subset,
         "longest_answer_accuracy": float(longest.mean()),
@@ -273,7 +300,7 @@ def _calibration(delta: Array) -> dict:
 
 
 def _length(scored: Scored, labelled: NDArray[np.bool_]) -> dict:
-    """Correlations of reward with length in words: over responses, and of differences within pairs."""
+    """Correlations of reward with length in words: over responses, and of the differences within pairs."""
     rewards, words = scored.responses()
     delta = (scored.chosen - scored.rejected)[labelled], (scored.chosen_words - scored.rejected_words)[labelled]
     return {
@@ -297,7 +324,7 @@ def _sigmoid(x: Array) -> Array:
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
     """Name -> positions, in order of first appearance."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        found.setdefault(name, []).append(i)
-    return found
+        groups.setdefault(name, []).append(i)
+    return groups

@@ -1,19 +1,18 @@
-"""Evaluation sets of reward models: files in the layouts their authors publish -> comparisons of two conversations."""
+"""Evaluation sets of reward models: files in their published layouts -> comparisons of two conversations."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from core.config import PreferenceSource
-from core.data.chat import Message
+from core.data.chat import Message, conversation
 from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
 from core.data.splits import prompt_id
 from core.errors import DataError
-from core.files import digest, read_jsonl, read_table
+from core.files import digest, numbered_rows
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01
@@ -22,7 +21,7 @@ LabelTies = Literal["drop", "half"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two conversations, each ending with the assistant; usually of one prompt, but not in a chat of several turns."""
+    """Two conversations that end with the assistant; their prompts may differ in chats of several turns."""
 
     id: str
     """Unique within its set."""
@@ -32,12 +31,12 @@ class Comparison:
     chosen: list[Message]
     rejected: list[Message]
     item: str
-    """Comparisons of one benchmark item share it."""
+    """Of the benchmark; comparisons of one item share it."""
     chosen_index: int = 0
-    """Which candidate of the item; in RM-Bench the style."""
+    """Which chosen response of the item; in RM-Bench its style."""
     rejected_index: int = 0
     label_tie: bool = False
-    """The judges saw no difference, so which one stands as chosen means nothing."""
+    """The judges saw no difference, so which of the two is chosen means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,9 @@ class EvalSet:
     layout: str
     comparisons: list[Comparison]
     rows: int
-    """Read from the files."""
+    """Number of rows in the files."""
     label_ties: int
-    """Rows whose labels tie, whether dropped or kept."""
+    """Number of rows whose labels tie, dropped or not."""
     malformed: Malformed
 
 
@@ -58,26 +57,27 @@ def read_set(
     """The set in `path`, a file or a folder of files (JSON Lines, JSON arrays, Parquet).
 
     Args:
-        layout: one of `LAYOUTS`, or auto: told from the columns of the first row.
-        label_ties: drop the rows whose labels tie, or keep them (they count 1/2).
+        layout: one of `LAYOUTS`, or auto: detected from the columns of the first row.
+        label_ties: drop the rows whose labels tie, or keep them, to count 1/2.
 
     Raises:
+        ArtefactError: a file that cannot be read.
         DataError: no such file, an unknown layout, nothing to compare, an item in two files, or a larger share of
             malformed rows than `max_malformed`.
     """
     files = _files(path)
     malformed, items, rows = Malformed(), [], 0
     for file in files:
-        table = None if layout == "pairs" else _read(file)
-        if table == []:
+        table = [] if layout == "pairs" else list(numbered_rows(file))
+        if not table and layout != "pairs":
             continue
-        known = recognise(table[0], file) if layout == "auto" else layout
+        known = recognise(table[0][1], file) if layout == "auto" else layout
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
-        layout = known  # the other files of a folder are like the first
-        found, read = _pairs(file, malformed) if known == "pairs" else _parse(table, file, LAYOUTS[known], malformed)
+        layout = known  # the other files of a folder are taken to be like the first
+        parsed, read = _pairs(file, malformed) if known == "pairs" else _parse(table, file, LAYOUTS[known], malformed)
         rows += read
-        items += [(file, item) for item in found]
+        items += [(file, item) for item in parsed]
     bad = malformed.counts.total()
     if bad > max_malformed * rows:
         raise DataError(
@@ -94,8 +94,6 @@ def read_set(
 
 def recognise(row: dict, file: Path) -> str:
     """The layout whose columns `row` has; `pairs` for any other."""
-    if not isinstance(row, dict):
-        raise DataError(f"{file}, row 1: not an object but {type(row).__name__}")
     columns = row.keys()
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
@@ -109,7 +107,7 @@ def recognise(row: dict, file: Path) -> str:
             return "rm_bench"
         if "subset" in columns:
             return "rewardbench2"
-        raise DataError(f"{file}: lists of answers, but neither `domain` (rm_bench) nor `subset` (rewardbench2)")
+        raise DataError(f"{file}: lists of responses, but neither `domain` (rm_bench) nor `subset` (rewardbench2)")
     if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), str):
         known = {subset for section in REWARDBENCH_SECTIONS.values() for subset in section}
         if row.get("subset") in known:
@@ -121,14 +119,14 @@ def _hhh(row: dict, stem: str, number: int) -> list[Comparison]:
     targets = row["targets"]
     choices, labels = targets["choices"], list(targets["labels"])
     if len(choices) != 2 or sorted(labels) != [0, 1]:
-        raise DataError("targets are not two choices with one label 1")
+        raise DataError("targets must be two choices with the labels 0 and 1")
     chosen = labels.index(1)
     prompt = parse_dialogue(row["input"])
     return [_answered(f"{stem}:{number}", stem, prompt, choices[chosen], choices[1 - chosen])]
 
 
 def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
-    """Turn 1 is judged on the first answers alone, turn 2 on the whole chats."""
+    """Turn 1 is judged by the first responses alone, turn 2 by the whole chats."""
     turn, judge = row["turn"], str(row.get("judge", ""))
     if turn not in (1, 2):
         raise DataError("turn is neither 1 nor 2")
@@ -139,16 +137,17 @@ def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
     chosen, rejected, tie = _winner(row["winner"])
     subset = f"{'gpt-4' if 'gpt' in judge else 'human'}, turn {turn}"
     identity = f"{row['question_id']}/{turn}/{row.get('model_a')}/{row.get('model_b')}/{judge}"
-    question = f"question {row['question_id']}"  # both turns of a question, whatever was answered
+    question = f"question {row['question_id']}"  # both turns of a question, with any responses
     return [Comparison(identity, subset, question, sides[chosen], sides[rejected], identity, label_tie=tie)]
 
 
 def _ppe(row: dict, stem: str, number: int) -> list[Comparison]:
-    answers = {"model_a": row["response_1"], "model_b": row["response_2"]}
+    responses = {"model_a": row["response_1"], "model_b": row["response_2"]}
     chosen, rejected, tie = _winner(row["winner"])
-    found = _answered(_id(row, stem, number), str(row.get("subset") or stem), _prompt(row["prompt"]), answers[chosen],
-                      answers[rejected])  # fmt: skip
-    return [replace(found, label_tie=tie)]
+    subset = str(row.get("subset") or stem)
+    texts = responses[chosen], responses[rejected]
+    comparison = _answered(_id(row, stem, number), subset, _prompt(row["prompt"]), *texts)
+    return [replace(comparison, label_tie=tie)]
 
 
 def _rewardbench(row: dict, stem: str, number: int) -> list[Comparison]:
@@ -162,7 +161,7 @@ def _rewardbench2(row: dict, stem: str, number: int) -> list[Comparison]:
 
 def _rm_bench(row: dict, stem: str, number: int) -> list[Comparison]:
     if len(row["chosen"]) != STYLES or len(row["rejected"]) != STYLES:
-        raise DataError(f"not {STYLES} chosen and {STYLES} rejected answers")
+        raise DataError(f"not {STYLES} chosen and {STYLES} rejected responses")
     return _crossed(row, _id(row, stem, number), row["domain"])
 
 
@@ -170,13 +169,13 @@ LAYOUTS: dict[str, Callable[[dict, str, int], list[Comparison]] | None] = {
     "hhh": _hhh, "mt_bench": _mt_bench, "rewardbench": _rewardbench, "rewardbench2": _rewardbench2,
     "rm_bench": _rm_bench, "ppe": _ppe, "pairs": None,
 }  # fmt: skip
-"""Layout -> comparisons of a row, given the file's stem and the row's number; `pairs` is read by core.data.sources."""
+"""Layout -> comparisons of a row, given the stem of its file and its number; core.data.sources reads `pairs`."""
 
 
 def _crossed(row: dict, identity: str, subset: str) -> list[Comparison]:
-    """Each chosen answer of a row with each rejected one."""
+    """Each chosen response of a row with each rejected one."""
     if not row["chosen"] or not row["rejected"]:
-        raise DataError("no chosen or no rejected answer")
+        raise DataError("no chosen or no rejected response")
     prompt = _prompt(row["prompt"])
     chosen, rejected = ([_answer(prompt, text) for text in row[side]] for side in ("chosen", "rejected"))
     about = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
@@ -193,7 +192,7 @@ def _answered(identity: str, subset: str, prompt: list[Message], chosen: str, re
 
 
 def _answer(prompt: list[Message], text: str) -> list[Message]:
-    return _chat([*prompt, {"role": "assistant", "content": text}])
+    return _chat(conversation(prompt, text))
 
 
 def _prompt(value: object) -> list:
@@ -201,22 +200,22 @@ def _prompt(value: object) -> list:
 
 
 def _chat(messages: object) -> list[Message]:
-    """`messages` when it is an answered chat. Answers may be empty: a benchmark is taken with what its models said."""
+    """The messages of a conversation; DataError for anything else. Responses may be empty, as in some benchmarks."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError("a conversation is not a list of messages")
+        raise DataError("a conversation must be a list of messages")
     if not all(isinstance(m.get("content"), str) for m in messages):
-        raise DataError("a message is not text")
+        raise DataError("a message needs a text")
     roles = [m.get("role") for m in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError("roles do not alternate user, assistant, ... up to an answer")
+        raise DataError("roles must alternate user, assistant, ... and end with assistant")
     if any(m["role"] == "user" and not m["content"].strip() for m in messages):
         raise DataError("a user turn is empty")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def _winner(value: object) -> tuple[str, str, bool]:
-    """(chosen side, rejected side, whether it is a tie)."""
+    """(side of the chosen response, side of the rejected one, whether they tie)."""
     if value in ("model_a", "model_b"):
         return value, "model_b" if value == "model_a" else "model_a", False
     if isinstance(value, str) and value.startswith("tie"):  # also "tie (bothbad)", "tie (inconsistent)"
@@ -235,30 +234,18 @@ def _files(path: Path) -> list[Path]:
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
     if not files:
         raise DataError(
-            f"--set: {path} is neither a {', '.join(SUFFIXES)} file nor a folder of such; fetch a set with "
+            f"--set: {path} is neither a file nor a folder of files ({', '.join(SUFFIXES)}); fetch a set with "
             "`hf download NAME --repo-type dataset --local-dir FOLDER`"
         )
     return files
 
 
-def _read(file: Path) -> list[dict]:
-    if file.suffix == ".parquet":
-        return read_table(file)
-    if file.suffix == ".jsonl":
-        return read_jsonl(file)
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: holds a {type(rows).__name__}; a .json file must hold an array of rows")
-    return rows
-
-
-def _parse(table: list[dict], file: Path, reader: Callable, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
-    """Comparisons of each good row, and the number of rows."""
+def _parse(
+    table: list[tuple[int, dict]], file: Path, reader: Callable, malformed: Malformed
+) -> tuple[list[list[Comparison]], int]:
+    """Comparisons of each row that can be used, and the number of all rows."""
     items = []
-    for number, row in enumerate(table, start=1):
+    for number, row in table:
         try:
             items.append(reader(row, file.stem, number))
         except KeyError as error:
@@ -272,21 +259,22 @@ def _pairs(file: Path, malformed: Malformed) -> tuple[list[list[Comparison]], in
     """Comparisons of a file that `core.data.sources` reads, and the number of its rows."""
     items, before = [], malformed.counts.total()
     for row in read_pairs(PreferenceSource(path=file), malformed):
-        found = _answered(f"{file.stem}:{row['row']}", row["source"], row["prompt"], row["chosen"], row["rejected"])
-        items.append([replace(found, label_tie=row["tie"])])
+        identity = f"{file.stem}:{row['row']}"
+        comparison = _answered(identity, row["source"], row["prompt"], row["chosen"], row["rejected"])
+        items.append([replace(comparison, label_tie=row["tie"])])
     return items, len(items) + malformed.counts.total() - before
 
 
 def _unique(items: list[tuple[Path, list[Comparison]]]) -> list[Comparison]:
-    """All comparisons; items of one id are numbered, and refused when they are one item of two files."""
+    """All comparisons. Items with one id are numbered; one and the same item in two files is refused."""
     seen: dict[str, list[tuple[Path, str]]] = {}
-    found = []
+    comparisons = []
     for file, item in items:
         others = seen.setdefault(item[0].item, [])
         text = digest([[c.chosen, c.rejected] for c in item])
         if twin := next((other for other, same in others if same == text and other != file), None):
-            raise DataError(f"item {item[0].item!r} stands in {twin} and in {file}: give --set one of the files")
+            raise DataError(f"item {item[0].item!r} is in {twin} and in {file}: give --set one of the files")
         suffix = f"#{len(others) + 1}" if others else ""
         others.append((file, text))
-        found += [replace(c, id=c.id + suffix, item=c.item + suffix) for c in item]
-    return found
+        comparisons += [replace(c, id=c.id + suffix, item=c.item + suffix) for c in item]
+    return comparisons

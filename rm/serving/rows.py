@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jinja2 import TemplateError
 
-from core.data.chat import ChatTokenizer, check_prompt
+from core.data.chat import ChatTokenizer, check_prompt, conversation, response_of
 from core.errors import DataError
 from rm.score import Tokens, tokens_of
 
@@ -76,12 +76,7 @@ class RowReader:
     def _conversation(self, messages: object) -> Tokens:
         if not isinstance(messages, list) or len(messages) < 2:
             raise DataError("a conversation is a list of two messages or more")
-        prompt, answer = check_prompt(messages[:-1]), messages[-1]
-        if not isinstance(answer, dict) or answer.get("role") != "assistant":
-            raise DataError("a conversation ends with the assistant")
-        if not isinstance(answer.get("content"), str):
-            raise DataError("the assistant's message needs a text")
-        return tokens_of(self.tokenizer, [*prompt, answer])
+        return tokens_of(self.tokenizer, conversation(check_prompt(messages[:-1]), response_of(messages)))
 
     def _query(self, query: object, prompt: object) -> Tokens:
         if not isinstance(query, str) or not query.strip():

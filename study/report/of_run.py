@@ -15,7 +15,7 @@ from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
 from core.config import Config
 from core.data.streams import stream_seed
-from core.files import read_json, read_jsonl, read_table, write_json
+from core.files import read_json, read_rows, read_table, write_json
 from ppo.card import write_card
 from study import files, reward_models
 from study.design import Condition
@@ -52,9 +52,9 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
         figures={
             "accuracy": training.accuracy(shown, metrics["rm"]["judge"], metrics["rm"].get("longest_answer_accuracy")),
             "reward_training": training.reward_training(
-                {n: read_jsonl(inputs["rm"] / n / "train.jsonl") for n in shown}
+                {n: read_rows(inputs["rm"] / n / "train.jsonl") for n in shown}
             ),
-            "ppo_training": training.ppo_training(read_jsonl(inputs["ppo"] / "metrics.jsonl")),
+            "ppo_training": training.ppo_training(read_rows(inputs["ppo"] / "metrics.jsonl")),
         },
     )
     page.write(

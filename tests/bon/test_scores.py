@@ -4,9 +4,8 @@ import torch
 
 from bon.scores import SharedLayers, score_proxies
 from core.config import Model
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.files import read_table
-from core.generation.pool import conversation
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
@@ -19,7 +18,7 @@ def test_shared_layers_change_no_reward(policy_path, tmp_path):
         {"prompt_id": p, "sample_id": k, "prompt": [{"role": "user", "content": p}], "response": f"It is {k} {p}."}
         for p in ("one", "another question") for k in range(3)
     ]  # fmt: skip
-    conversations, models = [conversation(s) for s in samples], {}
+    conversations, models = [conversation(s["prompt"], s["response"]) for s in samples], {}
     for seed, name in enumerate(("a", "b", "other")):
         torch.manual_seed(seed)
         model = RewardModel(load_causal_lm(where, dtype="float32", num_layers=4), "mlp", ChatTokenizer(where), std=2.0)

@@ -1,10 +1,7 @@
-"""Publication, freshness and joins."""
-
-import pytest
+"""Publication and freshness."""
 
 from core.artefacts import Fingerprint, manifest_digest, open_partial, publish, read_manifest
-from core.errors import ArtefactError
-from core.files import join, read_jsonl, write_table
+from core.files import write_table
 
 
 def make(folder, sections):
@@ -35,19 +32,3 @@ def test_partial_is_kept_only_for_the_same_question(tmp_path):
     assert (open_partial(tmp_path / "bon", Fingerprint({"n": 1})) / "shard").exists()
     assert not (open_partial(tmp_path / "bon", Fingerprint({"n": 2})) / "shard").exists()
     assert read_manifest(tmp_path / "bon") is None
-
-
-def test_join_is_by_id_and_complete():
-    left = [{"prompt_id": "p", "sample_id": i, "x": i} for i in range(3)]
-    right = [{"prompt_id": "p", "sample_id": i, "score": 10 * i} for i in (2, 0, 1)]
-    assert [row["score"] for row in join(left, right)] == [0, 10, 20]
-    for wrong in (right[:2], [*right, right[0]], [*right, {"prompt_id": "q", "sample_id": 0, "score": 1}]):
-        with pytest.raises(ArtefactError, match="do not join"):
-            join(left, wrong)
-
-
-def test_bad_json_names_file_and_line(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"a": 1}\n{oops\n')
-    with pytest.raises(ArtefactError, match="x.jsonl, line 2"):
-        read_jsonl(file)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from core.config import Config, Model, Splits
-from core.data.chat import ChatTokenizer, check_prompt
+from core.data.chat import ChatTokenizer, check_prompt, conversation, response_of
 from core.data.splits import prompt_id, split_of
 from core.data.streams import stream_seed
 from core.errors import DataError
@@ -34,8 +34,18 @@ def test_conversation_is_prompt_then_response(tokenizer):
     rendered = tokenizer.hf.apply_chat_template(answered, tokenize=False)
     assert tokenizer.hf.decode(ids) == rendered.rstrip()
     assert ids[-1] == tokenizer.eot_id
-    with pytest.raises(DataError, match="ends with the assistant"):
+    with pytest.raises(DataError, match="must end with the assistant, not with 'user'"):
         tokenizer.conversation_ids(CHAT)
+
+
+def test_a_response_is_put_to_its_prompt_and_taken_from_it_again():
+    answered = conversation(CHAT, "Fine.")
+    assert answered == [*CHAT, {"role": "assistant", "content": "Fine."}] and response_of(answered) == "Fine."
+    for wrong in (CHAT, [], ["text"], [*CHAT, {"content": "x"}]):
+        with pytest.raises(DataError, match="must end with the assistant"):
+            response_of(wrong)
+    with pytest.raises(DataError, match="needs a text"):
+        response_of([*CHAT, {"role": "assistant", "content": None}])
 
 
 def test_model_without_chat_template_is_refused(tokenizer, tmp_path):
@@ -49,14 +59,14 @@ def test_template_that_rewrites_answers_is_refused(tokenizer, tmp_path):
     tokenizer.hf.save_pretrained(tmp_path)
     template = tmp_path / "chat_template.jinja"
     template.write_text(template.read_text().replace("message['content']", "(message['content'] | upper)"))
-    with pytest.raises(DataError, match="renders an answer differently"):
+    with pytest.raises(DataError, match="renders a response differently"):
         ChatTokenizer(Model(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     "messages",
     [[], "text", [{"role": "user", "content": "  "}], [{"role": "assistant", "content": "x"}], CHAT + CHAT,
-     [*CHAT, {"role": "assistant", "content": "x"}], [{"role": "user"}]],
+     [*CHAT, {"role": "assistant", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": "half \ud83d"}]],
 )  # fmt: skip
 def test_bad_prompts(messages):
     with pytest.raises(DataError):
@@ -87,6 +97,6 @@ def test_prompts_stage_counts_what_it_drops(policy_path, tmp_path):
     )
     metrics = run(cfg, {}, tmp_path)
     assert sum(metrics["prompts"].values()) == 50
-    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["stands twice"] == 1
+    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["duplicate"] == 1
     lines = [json.loads(x)["line"] for x in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert lines == [51, 52, 53, 54]

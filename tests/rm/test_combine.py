@@ -112,7 +112,7 @@ def test_scales_that_do_not_fit_are_refused():
     for means, stds in (([0.0], [1.0, 1.0]), ([0.0, 0.0], [1.0]), ([0.0, 0.0], [1.0, 0.0])):
         with pytest.raises(DataError, match="2 members"):
             combine.standardise(rewards, means, stds)
-    with pytest.raises(DataError, match="as many prompts"):
+    with pytest.raises(DataError, match="need one prompt each"):
         combine.centre_by_prompt(rewards, ["a"], [1.0, 1.0])
     with pytest.raises(DataError, match="no prompt has two samples"):
         combine.within_prompt_std(rewards, list(range(9)))

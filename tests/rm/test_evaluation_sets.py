@@ -108,7 +108,7 @@ def test_lists_of_candidates_are_crossed(tmp_path):
 def test_an_item_of_two_files_is_refused(tmp_path):
     for name in ("filtered", "raw"):
         write(tmp_path / f"{name}.jsonl", {"id": 1, "prompt": "P", "chosen": "a", "rejected": "b", "subset": "hep-go"})
-    with pytest.raises(DataError, match=r"item '1' stands in .*filtered.jsonl and in .*raw.jsonl"):
+    with pytest.raises(DataError, match=r"item '1' is in .*filtered.jsonl and in .*raw.jsonl"):
         read_set("rb", tmp_path)
 
 
@@ -228,5 +228,5 @@ def test_long_items_are_left_out_whole(models, tmp_path):
     file = write(tmp_path / "x.jsonl", row | {"id": "1"}, row | {"id": "2", "rejected": ["r", "s"]})
     rows, long = score_set(model, read_set("x", file), batch_tokens=512, max_tokens=100)
     assert {r["item"] for r in rows} == {"2"} and long == 2
-    with pytest.raises(DataError, match="within 10 tokens; raise --max-tokens"):
+    with pytest.raises(DataError, match="within 10 tokens: raise --max-tokens"):
         score_set(model, read_set("x", file), batch_tokens=512, max_tokens=10)

@@ -6,9 +6,8 @@ import torch
 from bon.scores import score_proxies
 from core.config import Model, RewardVariant
 from core.config.load import load
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, conversation
 from core.files import read_table
-from core.generation.pool import conversation
 from core.models.layers import FrozenLayers, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
@@ -79,7 +78,7 @@ def test_pools_are_scored_alike_with_reward_models_of_several_sizes(policy_path,
         save_reward_model(tmp_path / "rm" / name, model, named_weights(lm), model.head.state_dict())
         loaded = RewardModel.from_pretrained(tmp_path / "rm" / name)
         assert len(loaded.lm.model.layers) == layers
-        expected[name] = loaded.score([conversation(s) for s in samples])
+        expected[name] = loaded.score([conversation(s["prompt"], s["response"]) for s in samples])
     score_proxies(tmp_path / "rm", samples, tmp_path)
     for name, rewards in expected.items():
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]

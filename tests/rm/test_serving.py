@@ -154,7 +154,7 @@ BAD = [
     ("score", {"conversations": [CHATS[0], "text"]}, "conversations[1]"),
     ("score", {"conversations": [[*CHATS[0][:1], {"role": "assistant", "content": None}]]}, "needs a text"),
     ("score", {"conversations": [[CHATS[0][1], CHATS[0][1]]]}, "roles must alternate"),
-    ("score", {"conversations": [[*CHATS[0][:1], {"role": "user", "content": "x"}]]}, "ends with the assistant"),
+    ("score", {"conversations": [[*CHATS[0][:1], {"role": "user", "content": "x"}]]}, "must end with the assistant"),
     ("score", {"conversations": [[*CHATS[0][:1], {"role": "assistant", "content": "no " * 400}]]}, "takes 300"),
     ("get_reward", {"queries": []}, "list 'query'"),
     ("get_reward", {"query": ["Hello", 3]}, "query[1]"),

@@ -1,0 +1,134 @@
+"""The rows of the tables that pass between stages: which columns a table has, and what they mean.
+
+`write_table` and `read_table` of `core.files` check tables against them. A column that may be absent is `NotRequired`.
+"""
+
+# No `from __future__ import annotations` here: with it, TypedDict does not see NotRequired (Python 3.11).
+from typing import NotRequired, TypedDict
+
+from core.data.chat import Message
+
+
+class PromptRow(TypedDict):
+    """`prompts/prompts.parquet`: a prompt and its split."""
+
+    prompt_id: str
+    """16 hex digits of the roles and contents of its messages (`core.data.splits.prompt_id`)."""
+    prompt: list[Message]
+    """Its last message is the user's."""
+    num_tokens: int
+    """In tokens of the policy, with the header of the response."""
+    split: str
+    """rm_train, rm_val, rl_train, calibration or eval."""
+    order: float
+    """In [0, 1), a hash of the id and the run's seed: the table is sorted by it."""
+
+
+class PairRow(TypedDict):
+    """`preferences/pairs.parquet`: two responses to one prompt, labelled."""
+
+    prompt_id: str
+    pair_id: str
+    """16 hex digits of the prompt and both responses, whichever is chosen."""
+    split: str
+    """rm_train or rm_val."""
+    source: str
+    """policy for sampled pairs, else the data set."""
+    prompt: list[Message]
+    chosen: str
+    """The response that the label prefers; the worse one where the label is flipped."""
+    rejected: str
+    flipped: bool
+    """Whether label noise has swapped chosen and rejected."""
+    margin: float | None
+    """Rating of the better response minus that of the worse, in units of the source; None without ratings."""
+    weight: float
+    """How often the pair is seen in an epoch of training."""
+    gold_chosen: float | None
+    """Gold of the chosen response; None for imported pairs."""
+    gold_rejected: float | None
+
+
+class SampleRow(TypedDict):
+    """`samples.parquet` of a pool: one response of the policy to a prompt."""
+
+    prompt_id: str
+    sample_id: int
+    """From 0, within the prompt."""
+    split: str
+    prompt: list[Message]
+    response: str
+    token_ids: list[int]
+    """Of the response as it was sampled, with its end of turn where it is finished."""
+    n_tokens: int
+    finished: bool
+    """Whether the response ended by itself; False if it was cut off at `generation.max_new_tokens`."""
+    logp_sampler: float
+    """Log-probability of the response under the sampler, at the sampling temperature, in nats."""
+
+
+class ResponseRow(TypedDict):
+    """What scoring reads of a row."""
+
+    prompt: list[Message]
+    response: str
+
+
+class CalibrationRow(TypedDict):
+    """`preferences/calibration.parquet`: samples of the reference that rewards are standardised by; without gold."""
+
+    prompt_id: str
+    sample_id: int
+    prompt: list[Message]
+    response: str
+
+
+class ScoreRow(TypedDict):
+    """`scores/NAME.parquet`: what the reward model NAME, or gold, gives a sample."""
+
+    prompt_id: str
+    sample_id: int
+    text_sha: NotRequired[str]
+    """16 hex digits of the response, so that scores of other samples do not join; in the scores of stage `bon`."""
+    score: float
+    """In the units of the reward model."""
+
+
+class HeldOutRow(TypedDict):
+    """`rm/NAME/val.parquet`: the rewards that a reward model gives a pair that it was not trained on."""
+
+    prompt_id: str
+    pair_id: str
+    reward_chosen: float
+    reward_rejected: float
+    flipped: bool
+    """As in `PairRow`."""
+
+
+class EvaluationRow(TypedDict):
+    """`eval/rl_eval.parquet`: a response of one checkpoint of PPO, with its rewards and its KL from the reference."""
+
+    run: str
+    step: int
+    """PPO steps of the checkpoint; 0 is the reference."""
+    prompt_id: str
+    sample_id: int
+    prompt: list[Message]
+    response: str
+    n_tokens: int
+    finished: bool
+    """As in `SampleRow`."""
+    logp_sampler: float
+    """As in `SampleRow`."""
+    logp: float
+    """Log-probability of the response under the checkpoint, at the sampling temperature, in nats."""
+    kl_k1: float
+    """Estimate of the KL from the reference in nats per response: log-ratio of the sampled tokens."""
+    kl_k3: float
+    """The same by the estimator that is never negative."""
+    kl_rb: float
+    """The same, summed over the exact KL of each next-token distribution."""
+    proxy: float
+    """Raw reward of what PPO optimised."""
+    gold: float
+    """Gold of the response."""

@@ -1,0 +1,25 @@
+"""Batches by length keep to their budget of padded tokens."""
+
+import random
+
+import pytest
+
+from core.batching import by_length
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_batches_by_length_fill_the_budget_and_never_exceed_it(longest_first):
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 40) for _ in range(200)] + [500]
+    batches = by_length(lengths, 100, longest_first=longest_first)
+    assert sorted(i for batch in batches for i in batch) == list(range(201))
+    padded = lambda rows: len(rows) * max(lengths[i] for i in rows)  # noqa: E731
+    assert [batch for batch in batches if padded(batch) > 100] == [[200]]  # a row that is longer than the budget
+    assert all(padded([*batch, after[0]]) > 100 for batch, after in zip(batches, batches[1:], strict=False))
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(lengths, reverse=longest_first)
+
+
+def test_rows_of_one_length_keep_their_order():
+    assert by_length([2, 2, 2], 4) == by_length([2, 2, 2], 4, longest_first=True) == [[0, 1], [2]]
+    assert by_length([], 4) == []

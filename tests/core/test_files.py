@@ -1,0 +1,129 @@
+"""Rows of every format are read alike, what cannot be read is named, and joins are by id."""
+
+import csv
+import json
+
+import pytest
+
+from core.data.rows import ScoreRow
+from core.errors import ArtefactError
+from core.files import SUFFIXES, join, numbered_rows, read_json, read_rows, read_table, write_table
+
+ROWS = [{"prompt": "Why?", "answer": 'é, "so"\nand so'}, {"prompt": "How?", "answer": ""}]
+
+
+def write(path, rows):
+    """`rows` in the format of the file's suffix."""
+    if path.suffix == ".parquet":
+        write_table(path, rows)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    file = write(tmp_path / f"rows{suffix}", ROWS)
+    assert read_rows(file) == ROWS and list(numbered_rows(file)) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
+    file = write(tmp_path / f"rows{suffix}", ROWS)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_rows(file) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{oops\n', r"a\.jsonl, line 3: not JSON \(Expecting property name"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: not an object \(but list\)"),
+        ("a.jsonl", b"null\n", r"a\.jsonl, line 1: not an object \(but NoneType\)"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: holds no rows"),
+        ("a.json", b'[{"a": 1}, 2]', r"a\.json, row 2: not an object \(but int\)"),
+        ("a.json", b'{"a": 1}', r"a\.json: holds a dict; a \.json file must hold an array"),
+        ("a.json", b'[{"a": 1},', r"a\.json: not JSON"),
+        ("a.json", b'["\xff"]', r"a\.json: not UTF-8"),
+        ("a.json", b"", r"a\.json: not JSON"),
+        ("a.csv", b"a,b\n1,2\n3,\xff\n", r"a\.csv, line 3: not UTF-8"),
+        ("a.csv", b"a,b\n1,2\n3,4,5\n", r"a\.csv, row 2: more cells than the header has"),
+        ("a.csv", b"a\n1\n" + b"x" * 200_000, r"a\.csv, row 2: not CSV \(field larger than field limit"),
+        ("a.csv", b"a,b\n", r"a\.csv: holds no rows"),
+        ("a.csv", b"", r"a\.csv: holds no rows"),
+        ("a.parquet", b"", r"a\.parquet: not Parquet, or cut short"),
+        ("a.parquet", b"PAR1 and some text", r"a\.parquet: not Parquet, or cut short"),
+        ("a.txt", b"text", r"a\.txt: give a \.jsonl, \.json, \.csv or \.parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArtefactError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_truncated_or_damaged_parquet_file_is_named(tmp_path):
+    whole = write(tmp_path / "whole.parquet", [{"a": f"row {i}"} for i in range(5000)]).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtefactError, match=r"cut\.parquet: not Parquet, or cut short"):
+        read_table(tmp_path / "cut.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(whole[:100] + bytes(1000) + whole[1100:])
+    with pytest.raises(ArtefactError, match=r"damaged\.parquet.*: not Parquet, or cut short"):
+        read_table(tmp_path / "damaged.parquet")
+
+
+def test_tables_are_checked_against_their_schema(tmp_path):
+    file, row = tmp_path / "gold.parquet", {"prompt_id": "p", "sample_id": 0, "score": 1.5}
+    write_table(file, [row], ScoreRow)
+    assert read_table(file, ScoreRow) == [row]
+    write_table(file, [row | {"text_sha": "ab"}], ScoreRow)  # a column that may be absent
+    with pytest.raises(
+        ArtefactError, match=r"no table of ScoreRow: column sample_id is missing, column sample is extra"
+    ):
+        write_table(file, [{"prompt_id": "p", "sample": 0, "score": 1.5}], ScoreRow)
+    with pytest.raises(ArtefactError, match="row 1 has other columns than row 0"):
+        write_table(file, [row, row | {"text_sha": "ab"}], ScoreRow)
+    write_table(file, [{"prompt_id": "p"}])
+    with pytest.raises(
+        ArtefactError, match=r"gold\.parquet is no table of ScoreRow: column sample_id is missing, column score"
+    ):
+        read_table(file, ScoreRow)
+
+
+def test_a_folder_or_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ArtefactError, match=r"is a folder: give a \.jsonl"):
+        read_rows(tmp_path)
+    for read in (read_rows, read_json):
+        with pytest.raises(ArtefactError, match=r"no file .*missing\.json"):
+            read(tmp_path / "missing.json")
+
+
+def test_faults_of_single_rows_can_be_collected(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\xff\n{oops\n\n7\n{"a": 2}\n')
+    faults = []
+    rows = list(numbered_rows(tmp_path / "a.jsonl", lambda *fault: faults.append(fault)))
+    assert rows == [(1, {"a": 1}), (6, {"a": 2})]
+    assert faults == [(2, "not UTF-8"), (3, "not JSON"), (5, "not an object")]
+
+
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "facts.json").write_text('{"mean": ')
+    with pytest.raises(ArtefactError, match=r"facts\.json: not JSON"):
+        read_json(tmp_path / "facts.json")
+
+
+def test_join_is_by_id_and_complete():
+    left = [{"prompt_id": "p", "sample_id": i, "x": i} for i in range(3)]
+    right = [{"prompt_id": "p", "sample_id": i, "score": 10 * i} for i in (2, 0, 1)]
+    assert [row["score"] for row in join(left, right)] == [0, 10, 20]
+    for wrong in (right[:2], [*right, right[0]], [*right, {"prompt_id": "q", "sample_id": 0, "score": 1}]):
+        with pytest.raises(ArtefactError, match="do not join"):
+            join(left, wrong)
