@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.builders.processes import ROOT, make
+
 POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
@@ -33,12 +31,6 @@ def small_policy(policy_path, tmp_path_factory) -> Path:
     return folder
 
 
-def make(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
-    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done
-
-
 @pytest.fixture(scope="session")
 def run_dir(policy_path, tmp_path_factory) -> Path:
     """A finished `make rm ppo eval` of configs/smoke.yaml, to read and to copy from."""
@@ -48,20 +40,3 @@ def run_dir(policy_path, tmp_path_factory) -> Path:
     again = make(*job, timeout=120).stderr
     assert again.count("up to date") == 7, again
     return runs / "smoke"
-
-
-def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600) -> str:
-    """Run `python ARGUMENTS` (under torchrun with `ranks`) in the environment of a stage; stdout, or a failed test."""
-    from core.environment import variables
-
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables(ranks or 1), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 LEVELS = {"core": 0, "rm": 1, "bon": 2, "ppo": 2, "pipelines": 3, "study": 4, "experiments": 5, "benchmarks": 5}
 """A package imports from lower levels, and from itself."""
@@ -101,3 +101,14 @@ def test_no_folder_is_crowded():
     for file in [*modules(ROOT).values(), *(ROOT / "tests").rglob("*.py")]:
         folders[file.parent] = folders.get(file.parent, 0) + (file.name != "__init__.py")
     assert not {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES}
+
+
+def test_no_test_imports_from_another_test():
+    """What several tests need is in tests/builders."""
+    imported = [
+        f"{file.relative_to(ROOT)}, line {line}: {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for line, name in imports(file)
+        if name.startswith("tests.") and any(part.startswith(("test_", "conftest")) for part in name.split(".")[:-1])
+    ]
+    assert not imported

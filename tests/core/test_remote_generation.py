@@ -17,8 +17,7 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.generation.remote import ServerGenerator
 from core.http import ask_json
-from tests.conftest import ROOT
-from tests.pipelines.test_main_job import free_port
+from tests.builders.processes import ROOT, free_port
 
 
 @pytest.mark.e2e

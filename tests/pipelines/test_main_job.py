@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from core.environment import variables
 from core.files import read_table
 from core.stopping import EXIT_STOPPED
 from pipelines import stages
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT, free_port
 
 SCRIPT = "import sys, time; t = time.time(); import rm, ppo, bon, pipelines; print(time.time() - t, *sys.modules)"
 
@@ -141,12 +140,6 @@ def test_vllm_serves_the_result(run_dir, tmp_path):
             server.wait()
     assert answer, (tmp_path / "log").read_text()[-3000:]
     assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 8
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def ask(url: str, body: dict, server: subprocess.Popen) -> dict | None:

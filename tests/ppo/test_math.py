@@ -22,7 +22,7 @@ from ppo.math import (
     shaped_rewards,
     value_loss,
 )
-from tests.conftest import run_program
+from tests.builders.processes import run_program
 
 torch.manual_seed(0)
 B, T = 3, 6

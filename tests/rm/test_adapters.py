@@ -28,7 +28,7 @@ from rm.model import RewardModel
 from rm.score import score, tokens_of
 from rm.serving import server as serve
 from tests.builders.checkpoints import CHATS, CLOSE, edit_json, tiny_config, write_lora
-from tests.conftest import run_program
+from tests.builders.processes import run_program
 
 LAYERS = 3
 

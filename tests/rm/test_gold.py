@@ -15,7 +15,7 @@ from rm.checkpoints.layout import save_reward_model
 from rm.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, batch, edit, edit_json, tiny_config
-from tests.rm.test_export import own
+from tests.builders.reward_models import tiny_reward_model
 
 QUESTION = "Why do ships made of heavy steel float?"
 ANSWER = "A hull pushes aside so much water that its weight exceeds the vessel, and buoyancy holds it up."
@@ -121,7 +121,7 @@ def test_gold_that_is_not_finite_names_the_conversation():
 
 def trained(policy_path, folder: Path) -> RewardModel:
     """A tiny reward model in its folder, as the stage `rm` leaves one."""
-    model = own(policy_path, "mlp")
+    model = tiny_reward_model(policy_path, "mlp")
     model.lm.to(torch.bfloat16)
     save_reward_model(folder, model, named_weights(model.lm), model.head.state_dict())
     return model

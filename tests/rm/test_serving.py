@@ -26,8 +26,7 @@ from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
 from rm.serving.server import Ensemble, make_app
 from tests.builders.checkpoints import CHATS, CLOSE
-from tests.rm.test_export import own
-from tests.rm.test_merge import near
+from tests.builders.reward_models import nudged, tiny_reward_model
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -68,7 +67,7 @@ def post(url: str, body: object) -> tuple[int, dict]:
 
 @pytest.fixture(scope="module")
 def model(policy_path) -> RewardModel:
-    return own(policy_path, "mlp")
+    return tiny_reward_model(policy_path, "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +169,7 @@ def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message)
 
 
 def test_a_fault_of_the_server_is_no_reward(policy_path):
-    broken = own(policy_path, "mlp")
+    broken = tiny_reward_model(policy_path, "mlp")
     torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))
     with serving(Ensemble(["broken"], [broken])) as address:
         status, found = post(f"{address}/score", {"conversations": CHATS})
@@ -180,7 +179,7 @@ def test_a_fault_of_the_server_is_no_reward(policy_path):
 
 
 def test_an_ensemble_standardises_and_combines(model):
-    other = near(model, 7, size=0.05)
+    other = nudged(model, 7, size=0.05)
     other.mean, other.std = -1.0, 0.5
     with serving(Ensemble(["a", "b"], [model, other], combine="min")) as address:
         status, found = post(f"{address}/score", {"conversations": MANY})
@@ -197,7 +196,7 @@ def test_an_ensemble_standardises_and_combines(model):
 
 
 def test_ensembles_that_have_no_scale_or_tokenizer_in_common_are_refused(model):
-    fresh = near(model, 8)
+    fresh = nudged(model, 8)
     fresh.mean, fresh.std = 0.0, 1.0
     with pytest.raises(ArtefactError, match="--calibrate"):
         Ensemble(["a", "fresh"], [model, fresh])

@@ -9,8 +9,7 @@ from bon.pools import Pools
 from study import checks as check
 from study.records import Series
 from study.results import by_seed, results
-from tests.study.test_conditions import series
-from tests.study.test_page import PLAN, pools
+from tests.builders.planted import PLAN, pools, series
 
 
 def chat(text):

@@ -10,6 +10,7 @@ from study.analysis.agreement import within_prompt_correlation as correlation
 from study.analysis.conditions import Plan, baselines, bon_curves, condition_proxies, findings, gains, kl_table
 from study.analysis.policies import series_curves, series_findings
 from study.analysis.verdict import CANNOT_CONCLUDE, NO_TURN_OVER, OVER_OPTIMISED
+from tests.builders.planted import series
 
 N = 256
 PLAN = Plan(np.unique(np.round(np.geomspace(1, 64, 25)).astype(int)), draws=400, ensembles=("mean", "min"))
@@ -132,18 +133,6 @@ def test_scores_that_do_not_fit_are_named(break_it, message):
     samples, gold, proxy = break_it(*tables())
     with pytest.raises(ArtefactError, match=message):
         from_tables(samples, gold, {"rm": proxy})
-
-
-def series(bend, P=150):
-    rng, rows = np.random.default_rng(0), []
-    base = rng.normal(size=P)
-    for step in range(0, 12):
-        kl = 0.4 * step
-        d = np.sqrt(kl)
-        for p in range(P):
-            rows.append({"step": step, "prompt_id": f"p{p:03d}", "proxy": base[p] + d + 0.3 * rng.normal(), "kl": kl,
-                         "gold": 2 * base[p] + d * (1 - bend * d) + 0.5 * rng.normal()})  # fmt: skip
-    return rows
 
 
 def test_series_of_policies_and_rules_to_stop():

@@ -17,30 +17,9 @@ from study.analysis.conditions import Plan
 from study.records import Series
 from study.report import page as study_page
 from study.results import by_seed, results
-from tests.study.test_conditions import series
+from tests.builders.planted import EVIL, PLAN, pools, series
 
-EVIL = "</script><script>document.title='hacked'</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def pools(P=40, N=32):
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(P, N))
-    names = [f"{m}-seed{s}" for m in ("bt", "grm") for s in range(3)]
-    return Pools(
-        tuple(f"p{i:03d}" for i in range(P)),
-        z - 0.8 * np.maximum(z - 1, 0) ** 2 + 0.3 * rng.normal(size=(P, N)),
-        {n: z + 0.4 * rng.normal(size=(P, N)) for n in names},
-        length=rng.integers(5, 50, size=(P, N)).astype(float),
-        logp=-rng.uniform(5, 40, size=(P, N)),
-        prompts=tuple(f"question {i} {EVIL}" for i in range(P)),
-        responses=tuple(
-            tuple(f"answer {i}.{k} {'needle' if i == 7 else ''}{EVIL}" for k in range(N)) for i in range(P)
-        ),
-    )
-
-
-PLAN = Plan(np.arange(1, 33), draws=200, ensembles=("mean",), temperatures=(0.5,))
 
 
 @pytest.fixture(scope="module")

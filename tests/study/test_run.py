@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 TINY = [
     "--config", "configs/smoke.yaml", "study.methods=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
