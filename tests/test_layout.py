@@ -73,6 +73,18 @@ def test_imports_go_one_way():
     assert not wrong_directions(ROOT)
 
 
+def test_tests_lie_as_the_code_does():
+    """A test imports no package to the right of its own; tests/builders may import all of them."""
+    wrong = [
+        f"{file.relative_to(ROOT)}, line {line}: {target}"
+        for package, level in LEVELS.items()
+        for file in (ROOT / "tests" / package).glob("test_*.py")
+        for line, target in imports(file)
+        if (top := target.partition(".")[0]) != package and LEVELS.get(top, -1) >= level
+    ]
+    assert not wrong
+
+
 def test_imports_go_in_no_circle():
     assert not circle(graph(ROOT)), " -> ".join(circle(graph(ROOT)))
 

@@ -7,7 +7,6 @@ import pytest
 from core import plotting
 from pipelines import report_figures as figures
 from pipelines.report import checkpoint_table, markdown, render, reward_table
-from pipelines.verdicts import cross_fitted_drop, verdicts
 
 EVIL = "<script>alert(1)</script>"
 
@@ -70,19 +69,3 @@ def test_markdown_has_the_same_tables(page):
 def test_figures_are_the_same_twice(tmp_path):
     first, second = (plotting.save(figures.overoptimisation(curves()), tmp_path, "f") for _ in range(2))
     assert first == second and (tmp_path / "f.png").stat().st_size > 10_000
-
-
-def test_verdicts_say_what_the_intervals_allow():
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(400, 4))
-    table = [{"step": 3, "kl": 2.0, "prompts": 400}]
-    up, none = ({"mean": m, "lo": m - 0.1, "hi": m + 0.1} for m in (0.5, 0.05))
-    said = verdicts(table, up, none, noise, [0, 1, 2, 3], 200, 1)
-    assert "Proxy reward rose by 0.50" in said[0] and said[1].startswith("Gold: cannot tell")
-    assert "cannot tell" in verdicts(table, none, up, noise, [0, 1, 2, 3], 200, 1)[0]
-    assert said[2].startswith("No over-optimisation shown")
-    falls = noise + np.array([0.0, 1.0, 0.5, 0.0])
-    assert verdicts(table, up, up, falls, [0, 1, 2, 3], 200, 1)[2].startswith("Over-optimised")
-    assert cross_fitted_drop(falls, 200, 1)["mean"] == pytest.approx(1.0, abs=0.2)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from core.errors import ArtefactError
 from core.training.weights import named_weights
-from pipelines.__main__ import main
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.tools.export import export
 from tests.builders.checkpoints import CHATS, CLOSE, batch, read, write_full, write_lora
+from tests.builders.command_line import grm
 from tests.builders.reward_models import tiny_reward_model
 
 STRANGER = """
@@ -61,7 +61,7 @@ def saved(model: RewardModel, folder: Path) -> Path:
 
 
 def command(*arguments: object) -> int:
-    return main(["rm-export", *map(str, arguments), "--dtype", "float32"])
+    return grm("rm-export", *arguments, "--dtype", "float32")
 
 
 @torch.no_grad()

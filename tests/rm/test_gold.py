@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from core.config import Config, Gold
+from core.config import Gold
 from core.errors import ArtefactError, DataError
 from core.training.weights import named_weights
-from pipelines.stages import Stage, fingerprint
 from rm.checkpoints.layout import save_reward_model
 from rm.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
 from rm.model import RewardModel
@@ -161,10 +160,3 @@ def test_gold_that_does_not_fit_is_refused(policy_path, tmp_path):
         load_gold(Gold(kind="checkpoint", path=str(folder)))
     with pytest.raises(ArtefactError, match="holds no reward model"):
         load_gold(Gold(kind="checkpoint", path=str(tmp_path / "none")))
-
-
-def test_gold_that_is_not_trained_yet_is_told(tmp_path):
-    stage = Stage("label", "module", (), (), ("gold.path",))
-    cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))
-    with pytest.raises(ArtefactError, match="a run of its own: `make rm CONFIG"):
-        fingerprint(stage, cfg)

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from core.files import write_json, write_table
 from core.training.weights import named_weights
-from pipelines.__main__ import main
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, edit_json, read, write_full
+from tests.builders.command_line import grm
 from tests.builders.reward_models import nudged, tiny_reward_model
 
 
@@ -31,7 +31,7 @@ def members(policy_path, tmp_path_factory) -> list[Path]:
 
 
 def command(*arguments: object) -> int:
-    return main(["rm-merge", *map(str, arguments)])
+    return grm("rm-merge", *arguments)
 
 
 def files(folder: Path) -> dict[str, torch.Tensor]:
