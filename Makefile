@@ -71,9 +71,10 @@ browser: # some tests of the study's page drive one
 
 check: lint types test-fast  ## what to run before a commit: lint, types and the fast tests
 
-lint: | ready        ## style and format
+lint: | ready        ## style, format, ends of files
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@$(PYTHON_BIN) scripts/check_files.py
 
 types: | ready       ## check types
 	@.venv/bin/mypy
