@@ -35,8 +35,5 @@ def small_policy(policy_path, tmp_path_factory) -> Path:
 def run_dir(policy_path, tmp_path_factory) -> Path:
     """A finished `make rm ppo eval` of configs/smoke.yaml, to read and to copy from."""
     runs = tmp_path_factory.mktemp("runs")
-    job = ["rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}"]
-    make(*job)
-    again = make(*job, timeout=120).stderr
-    assert again.count("up to date") == 7, again
+    make("rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}")
     return runs / "smoke"
