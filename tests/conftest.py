@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders.processes import ROOT, make
+from tests.builders.processes import ROOT, SEED, make
 
 POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_report_header() -> str:
+    return f"RLHF_TEST_SEED={SEED} (what tests draw at random depends on it)"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The structure that docs/architecture.md promises: who imports whom, no circles, no crowded folders."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +126,10 @@ def test_no_test_imports_from_another_test():
         if name.startswith("tests.") and any(part.startswith(("test_", "conftest")) for part in name.split(".")[:-1])
     ]
     assert not imported
+
+
+def test_every_marker_is_carried_by_a_test():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    declared = {marker.partition(":")[0] for marker in options["markers"]}
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert declared == {name for name in declared if re.search(rf"\bpytest\.mark\.{name}\b", tests)}

@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +15,8 @@ from study.analysis.conditions import Plan
 from study.records import Series
 from study.report import page as study_page
 from study.results import by_seed, results
+from tests.builders.browser import dom, needs_browser
 from tests.builders.planted import EVIL, PLAN, pools, series
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -154,24 +151,20 @@ def test_a_second_gold_has_its_own_verdicts(matrix):
     assert check.golds_agree(replace(found, golds=[])) == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@needs_browser
 def test_the_sample_browser_filters_in_a_real_browser(folder, tmp_path):
-    def dom(state):
-        url = f"{(folder / 'study.html').resolve().as_uri()}#{state}"
-        done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom", url],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        return done.stdout.split('id="browser"')[1].split('id="samples"')[0]
+    def samples(state):
+        page = dom(f"{(folder / 'study.html').resolve().as_uri()}#{state}", tmp_path)
+        return page.split('id="browser"')[1].split('id="samples"')[0]
 
-    everything, some = dom("rm=grm&n=16&q="), dom("rm=grm&n=2&q=needle")
+    everything, some = samples("rm=grm&n=16&q="), samples("rm=grm&n=2&q=needle")
     assert everything.count('class="prompt"') == study_page.SHOWN and "by gold · proxy" in everything
     shown = some.count('class="prompt"')
     assert shown == some.count("question 7 ") and shown <= 1 and f"{shown} shown" in some
     assert "&lt;/script&gt;" in everything
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@needs_browser
 @pytest.mark.parametrize(("which", "width"), [("folder", 390), ("folder", 1280), ("matrix", 390)])
 def test_the_page_fits_a_phone(which, width, tmp_path, request):
     """Nothing but the boxes that scroll by themselves is wider than the screen."""
@@ -185,10 +178,7 @@ def test_the_page_fits_a_phone(which, width, tmp_path, request):
         f"<iframe id=f width={width} height=900 src=page.html></iframe><script>f.onload = () => "
         "document.body.append(f.contentDocument.title)</script>"
     )
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    content, screen = map(int, re.search(r"(\d+) of (\d+)", done.stdout).groups())
+    options = ("--allow-file-access-from-files", "--virtual-time-budget=5000")
+    found = dom(frame.as_uri(), tmp_path / "profile", *options)
+    content, screen = map(int, re.search(r"(\d+) of (\d+)", found).groups())
     assert screen in range(width - 20, width + 1) and content <= screen
