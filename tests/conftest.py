@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.processes import ROOT, SEED, make
+from tests.builders.tokenizers import first_tokens
 
 POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -20,6 +21,12 @@ def policy_path() -> Path:
     if not (POLICY / "model.safetensors").is_file():
         pytest.skip(f"no {POLICY.relative_to(ROOT)}: run `make setup`")
     return POLICY
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(policy_path, tmp_path_factory) -> Path:
+    """The real tokenizer and chat template with its first 2,048 tokens: for models that are tiny anyway."""
+    return first_tokens(policy_path, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from rm.model import RewardModel
 from tests.builders.checkpoints import tiny_config
 
 
-def tiny_reward_model(policy_path: Path, head: str, **settings) -> RewardModel:
+def tiny_reward_model(tokenizer_path: Path, head: str, **settings) -> RewardModel:
     """A reward model of two layers with random weights, in float32; `settings` are those of `LlamaConfig`."""
     torch.manual_seed(4)
-    chat = ChatTokenizer(Model(path=str(policy_path)))
+    chat = ChatTokenizer(Model(path=str(tokenizer_path)))
     lm = LlamaForCausalLM(tiny_config(chat.hf, **settings))
     # as `tests.builders.checkpoints.read` does, so that rewards can be equal to the bit
     lm.set_attn_implementation("eager")

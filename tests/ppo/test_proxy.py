@@ -13,8 +13,8 @@ from tests.builders.reward_models import tiny_reward_model
 from tests.builders.reward_server import serving
 
 
-def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(policy_path):
-    model = tiny_reward_model(policy_path, "mlp")
+def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(tokenizer_path):
+    model = tiny_reward_model(tokenizer_path, "mlp")
     with serving(Ensemble(["runs/a/rm/grm"], [model], batch_tokens=256)) as url:
         proxy = RemoteProxy(url, model)
         torch.testing.assert_close(proxy.score(CHATS), model.score(CHATS), **CLOSE)

@@ -34,10 +34,10 @@ LAYERS = 3
 
 
 @pytest.fixture(scope="module")
-def base(policy_path, tmp_path_factory) -> Path:
+def base(tokenizer_path, tmp_path_factory) -> Path:
     """A tiny model of four layers; reward models use three of them."""
     folder = tmp_path_factory.mktemp("adapters") / "base"
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config(tokenizer, num_hidden_layers=LAYERS + 1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -232,8 +232,8 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
         RewardModel.from_pretrained(copy, base=moved)
 
 
-def test_the_authors_lora_is_told_from_ours(policy_path, members, tmp_path):
-    folder, _ = write_lora(AutoTokenizer.from_pretrained(policy_path), policy_path, tmp_path)
+def test_the_authors_lora_is_told_from_ours(tokenizer_path, members, tmp_path):
+    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tokenizer_path, tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):
         RewardModel.from_pretrained(members[0][1], base=tmp_path / "base")

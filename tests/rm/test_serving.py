@@ -44,8 +44,8 @@ def post(url: str, body: object) -> tuple[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def model(policy_path) -> RewardModel:
-    return tiny_reward_model(policy_path, "mlp")
+def model(tokenizer_path) -> RewardModel:
+    return tiny_reward_model(tokenizer_path, "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,8 @@ def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message)
     assert status == 400 and message in found["error"]
 
 
-def test_a_fault_of_the_server_is_no_reward(policy_path):
-    broken = tiny_reward_model(policy_path, "mlp")
+def test_a_fault_of_the_server_is_no_reward(tokenizer_path):
+    broken = tiny_reward_model(tokenizer_path, "mlp")
     torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))
     with serving(Ensemble(["broken"], [broken])) as address:
         status, found = post(f"{address}/score", {"conversations": CHATS})
