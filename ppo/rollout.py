@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from core.config import Ppo
+from core.data.chat import conversation
 from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator

@@ -103,6 +103,7 @@ say "device $DEVICE, $("$python" --version)"
 stamp="$DEVICE $({ pwd; cat "$LOCK" pyproject.toml; } | sha256sum | cut -c1-64)"
 if [[ -f $STAMP && $(<"$STAMP") == "$stamp" ]]; then
     say "environment up to date"
+    touch "$STAMP" # newer than the files that it was made from: see ready.sh
 else
     say "compiler, Python headers and venv module"
     check_tools "$python"
@@ -115,6 +116,9 @@ else
     echo "$stamp" >"$STAMP"
 fi
 say "offline models"
+# What the libraries have to say at their import helps nobody here.
+export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error DS_LOG_LEVEL=error DEEPSPEED_LOG_LEVEL=error
+if [[ $DEVICE == cpu ]]; then export DS_ACCELERATOR=cpu; fi
 "$VENV_PYTHON" scripts/offline_model.py --source "$MODEL_SOURCE"
 advise_tcmalloc
 say "done in $SECONDS s; next: make rm ppo eval"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.builders.processes import ROOT, SEED, make
+from tests.builders.tokenizers import first_tokens
+
 POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_report_header() -> str:
+    return f"RLHF_TEST_SEED={SEED} (what tests draw at random depends on it)"
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +21,12 @@ def policy_path() -> Path:
     if not (POLICY / "model.safetensors").is_file():
         pytest.skip(f"no {POLICY.relative_to(ROOT)}: run `make setup`")
     return POLICY
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(policy_path, tmp_path_factory) -> Path:
+    """The real tokenizer and chat template with its first 2,048 tokens: for models that are tiny anyway."""
+    return first_tokens(policy_path, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
@@ -33,35 +42,9 @@ def small_policy(policy_path, tmp_path_factory) -> Path:
     return folder
 
 
-def make(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
-    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done
-
-
 @pytest.fixture(scope="session")
 def run_dir(policy_path, tmp_path_factory) -> Path:
     """A finished `make rm ppo eval` of configs/smoke.yaml, to read and to copy from."""
     runs = tmp_path_factory.mktemp("runs")
-    job = ["rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}"]
-    make(*job)
-    again = make(*job, timeout=120).stderr
-    assert again.count("up to date") == 7, again
+    make("rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={runs}")
     return runs / "smoke"
-
-
-def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600) -> str:
-    """Run `python ARGUMENTS` (under torchrun with `ranks`) in the environment of a stage; stdout, or a failed test."""
-    from core.environment import variables
-
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables(ranks or 1), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout

@@ -1,10 +1,12 @@
 """The structure that docs/architecture.md promises: who imports whom, no circles, no crowded folders."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 LEVELS = {"core": 0, "rm": 1, "bon": 2, "ppo": 2, "pipelines": 3, "study": 4, "experiments": 5, "benchmarks": 5}
 """A package imports from lower levels, and from itself."""
@@ -73,6 +75,18 @@ def test_imports_go_one_way():
     assert not wrong_directions(ROOT)
 
 
+def test_tests_lie_as_the_code_does():
+    """A test imports no package to the right of its own; tests/builders may import all of them."""
+    wrong = [
+        f"{file.relative_to(ROOT)}, line {line}: {target}"
+        for package, level in LEVELS.items()
+        for file in (ROOT / "tests" / package).glob("test_*.py")
+        for line, target in imports(file)
+        if (top := target.partition(".")[0]) != package and LEVELS.get(top, -1) >= level
+    ]
+    assert not wrong
+
+
 def test_imports_go_in_no_circle():
     assert not circle(graph(ROOT)), " -> ".join(circle(graph(ROOT)))
 
@@ -101,3 +115,21 @@ def test_no_folder_is_crowded():
     for file in [*modules(ROOT).values(), *(ROOT / "tests").rglob("*.py")]:
         folders[file.parent] = folders.get(file.parent, 0) + (file.name != "__init__.py")
     assert not {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES}
+
+
+def test_no_test_imports_from_another_test():
+    """What several tests need is in tests/builders."""
+    imported = [
+        f"{file.relative_to(ROOT)}, line {line}: {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for line, name in imports(file)
+        if name.startswith("tests.") and any(part.startswith(("test_", "conftest")) for part in name.split(".")[:-1])
+    ]
+    assert not imported
+
+
+def test_every_marker_is_carried_by_a_test():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    declared = {marker.partition(":")[0] for marker in options["markers"]}
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert declared == {name for name in declared if re.search(rf"\bpytest\.mark\.{name}\b", tests)}

@@ -34,3 +34,26 @@ def test_shared_layers_change_no_reward(policy_path, tmp_path):
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
         assert torch.equal(torch.tensor(found), model.score(conversations))
         assert name in names and len(set(found)) == len(samples)
+
+
+def test_pools_are_scored_alike_with_reward_models_of_several_sizes(policy_path, tmp_path):
+    where = Model(path=str(policy_path))
+    samples = [
+        {"prompt_id": p, "sample_id": k, "prompt": [{"role": "user", "content": p}], "response": f"It is {k} {p}."}
+        for p in ("one", "another question") for k in range(3)
+    ]  # fmt: skip
+    expected = {}
+    for seed, (name, layers) in enumerate((("a", 4), ("b", 6), ("c", 4), ("d", 6))):  # sizes alternate by name
+        torch.manual_seed(seed)
+        lm = load_causal_lm(where, dtype="float32", num_layers=layers)
+        model = RewardModel(lm, "mlp", ChatTokenizer(where))
+        lm.model.layers[-1].mlp.up_proj.weight.data[seed] = 0
+        save_reward_model(tmp_path / "rm" / name, model, named_weights(lm), model.head.state_dict())
+        loaded = RewardModel.from_pretrained(tmp_path / "rm" / name)
+        assert len(loaded.lm.model.layers) == layers
+        expected[name] = loaded.score([conversation(s["prompt"], s["response"]) for s in samples])
+    score_proxies(tmp_path / "rm", samples, tmp_path)
+    for name, rewards in expected.items():
+        found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
+        assert torch.equal(torch.tensor(found), rewards), name
+    assert len({tuple(rewards.tolist()) for rewards in expected.values()}) == 4

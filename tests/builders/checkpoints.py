@@ -68,7 +68,7 @@ class AuthorsModel(nn.Module):
         return values[torch.arange(len(values)), attention_mask.sum(-1) - 1]
 
 
-def write_lora(tokenizer, policy_path: Path, tmp_path: Path) -> tuple[Path, Tensor]:
+def write_lora(tokenizer, tokenizer_path: Path, tmp_path: Path) -> tuple[Path, Tensor]:
     """A LoRA checkpoint as their trainer saves it, beside its base; returns it and its rewards of CHATS."""
     torch.manual_seed(1)
     base = LlamaForCausalLM(tiny_config(tokenizer))
@@ -93,7 +93,7 @@ def write_lora(tokenizer, policy_path: Path, tmp_path: Path) -> tuple[Path, Tens
     peft.peft_config["default"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with torch.no_grad():
-        return folder, wrapped.eval()(*batch(tokenizer, policy_path))
+        return folder, wrapped.eval()(*batch(tokenizer, tokenizer_path))
 
 
 def write_full(folder: Path, tokenizer, layer_type="mlp", neurons=1024, layers=1, *, lm_head=False, **settings):

@@ -1,15 +1,12 @@
 """Chat template, prompt ids, splits."""
 
-import json
-
 import pytest
 
-from core.config import Config, Model, Splits
+from core.config import Model, Splits
 from core.data.chat import ChatTokenizer, check_prompt, conversation, response_of
 from core.data.splits import prompt_id, split_of
 from core.data.streams import stream_seed
 from core.errors import DataError
-from pipelines.prompts import run
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +82,3 @@ def test_seeds_of_named_streams_differ():
     seeds = {stream_seed(1, "a", 0), stream_seed(1, "a", 1), stream_seed(2, "a", 0), stream_seed(1, "b", 0)}
     assert len(seeds) == 4 and stream_seed(1, "a", 0) in seeds
     assert prompt_id(CHAT) != prompt_id([{"role": "system", "content": CHAT[0]["content"]}])
-
-
-def test_prompts_stage_counts_what_it_drops(policy_path, tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"What is {i} plus {i + 1}, and why?"} for i in range(50)]
-    rows += [rows[0], {"prompt": "word " * 500}, {"prompt": ""}, {"text": "x"}]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    cfg = Config.model_validate(
-        {"policy": {"path": str(policy_path)}, "data": {"prompts": file, "max_prompt_tokens": 100}}
-    )
-    metrics = run(cfg, {}, tmp_path)
-    assert sum(metrics["prompts"].values()) == 50
-    assert sum(metrics["rejected"].values()) == 4 and metrics["rejected"]["duplicate"] == 1
-    lines = [json.loads(x)["line"] for x in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert lines == [51, 52, 53, 54]

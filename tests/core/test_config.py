@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from core.config import Config
 from core.config.load import load
 from core.errors import ConfigError
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

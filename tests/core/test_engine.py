@@ -7,8 +7,8 @@ import torch
 
 from core.config import Engine, Optim
 from core.training.engine import deepspeed_config
-from tests.conftest import run_program
-from tests.programs.zero3 import OPTIM, tiny
+from tests.builders.processes import run_program
+from tests.builders.tiny_lm import OPTIM, tiny_lm
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_two_ranks_equal_one(runs):
 def test_zero3_equals_plain_pytorch(runs):
     """The same three steps by hand: mean of four micro-batch losses, clipping, AdamW."""
     data = torch.randint(1, 64, (3, 8, 10), generator=torch.Generator().manual_seed(3))
-    model = tiny(1)
+    model = tiny_lm(1)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
     )

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.conftest import run_program
+from tests.builders.processes import run_program
 
 
 def test_vllm_equals_transformers_before_and_after_sync(policy_path):

@@ -1,72 +1,11 @@
-"""PPO that samples from a vLLM server in another process, with its weights synced over HTTP and a shared file."""
-
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
+"""Generation by vLLM servers."""
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from core.config import NATIVE_DTYPE, Generation, Model, Vllm
+from core.config import Generation, Model, Vllm
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.generation.remote import ServerGenerator
-from core.http import ask_json
-from tests.conftest import ROOT
-from tests.pipelines.test_main_job import free_port
-
-
-@pytest.mark.e2e
-def test_ppo_with_a_vllm_server_that_samples_while_it_trains(run_dir, policy_path, tmp_path):
-    for stage in ("prompts", "preferences", "rm"):
-        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    grm = [sys.executable, "-m", "pipelines"]
-    with (tmp_path / "log").open("w") as log:
-        command = [*grm, "vllm-serve", "-c", "configs/smoke.yaml", "--port", str(port)]
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_until_up(url, server)
-            job = [*grm, "ppo", "-c", "configs/smoke.yaml", f"run.dir={tmp_path}", "ppo.steps=3",
-                   f"ppo.vllm_servers=[{url}]", "ppo.overlap=true", "ppo.ema=0.5"]  # fmt: skip
-            done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-    assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "log").read_text()[-3000:]
-    out = tmp_path / "smoke" / "ppo"
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["kl_nats_per_response"] == 0.0 and rows[2]["kl_k3_nats_per_response"] > 0
-    assert all(row["mismatch_mean_abs"] < 0.2 for row in rows)
-    if NATIVE_DTYPE == "float32":  # otherwise rounding hides such small updates
-        assert all(row["sync_slope"] == pytest.approx(1, abs=0.05) for row in rows)
-        # The second rollout was begun before the first update: it is the reference's, and the actor has been updated.
-        assert abs(rows[1]["kl_nats_per_response"]) < 1e-4 and rows[2]["kl_k3_nats_per_response"] > 1e-6
-        assert 10 * rows[0]["mismatch_mean_abs"] < rows[1]["mismatch_mean_abs"]
-    assert not (out / "sync").exists()
-    last, average, base = (
-        load_file(folder / "model.safetensors") for folder in (out / "policy", out / "policy-ema", policy_path)
-    )
-    changed = [k for k, w in last.items() if not torch.equal(w, base[k].to(w.dtype))]
-    assert changed and average.keys() == last.keys()
-    for k in changed:  # an average of the way from the base to the last policy: nearer to both than they are
-        way = (last[k] - base[k]).float().norm()
-        assert 0 < (average[k] - base[k]).float().norm() < way and (average[k] - last[k]).float().norm() < way
-
-
-def wait_until_up(url: str, server: subprocess.Popen) -> None:
-    deadline = time.time() + 300
-    while server.poll() is None and time.time() < deadline:
-        try:
-            return ask_json(url + "/v1/models", None, 5)
-        except OSError:
-            time.sleep(1)
 
 
 def test_a_missing_server_is_named_by_its_address(policy_path, tmp_path):

@@ -1,26 +1,15 @@
-"""Published preference data: layouts, malformed rows, splits, decontamination, weights."""
+"""Preference data of other people: layouts, malformed rows, weights."""
 
 import json
 
 import pytest
 
-from core.config import Config
 from core.data.labels import repeated
-from core.data.rows import PromptRow
 from core.data.sources import SUMMARISE, Malformed, PreferenceSource, read_pairs
-from core.data.splits import normalised, prompt_id
-from core.errors import ArtefactError, DataError
+from core.data.splits import prompt_id
+from core.errors import DataError
 from core.files import write_table
-from pipelines.import_pairs import import_pairs
-
-
-def chat(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
-
-
-def write(path, *rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+from tests.builders.pair_files import chat, many, unified, write
 
 
 def pairs_of(path, **options):
@@ -30,13 +19,6 @@ def pairs_of(path, **options):
 
 def essentials(pair):
     return [m["content"] for m in pair["prompt"]], pair["chosen"], pair["rejected"], pair["margin"], pair["tie"]
-
-
-def unified(a=1, b=0, source="x/y", prompt="Hi", first="good", second="bad"):
-    return {
-        "source": source, "conv_A": chat(prompt, first), "conv_B": chat(prompt, second), "conv_A_rating": a,
-        "conv_B_rating": b,
-    }  # fmt: skip
 
 
 def test_unified_takes_the_higher_rating_and_marks_ties(tmp_path):
@@ -161,78 +143,6 @@ def test_unknown_columns_and_missing_files_are_named(tmp_path):
         pairs_of(tmp_path / "nowhere/at/all")
 
 
-def settings(tmp_path, **preferences):
-    messages = [{"role": "user", "content": "What is asked in the evaluation?"}]
-    row = {"prompt_id": prompt_id(messages), "prompt": messages, "num_tokens": 9, "split": "eval", "order": 0.0}
-    write_table(tmp_path / "prompts.parquet", [row], PromptRow)
-    return Config(preferences=preferences)
-
-
-def imported(cfg, prompts, out=None):
-    return import_pairs(cfg.preferences, cfg.data, prompts=prompts, seed=cfg.run.seed, out=out)
-
-
-def many(n, **changes):
-    return [unified(prompt=f"question {i}", **changes) for i in range(n)]
-
-
-def test_the_stride_counts_pairs_without_ties(tmp_path):
-    rows = [row for i in range(10) for row in (unified(1, 1, prompt=f"tie {i}"), unified(prompt=f"clear {i}"))]
-    path = write(tmp_path / "u.jsonl", *rows)
-    cfg = settings(tmp_path, sources={"u": {"path": path, "stride": 4}})
-    splits, dropped, _ = imported(cfg, tmp_path)
-    kept = sorted(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
-    assert kept == ["clear 0", "clear 4", "clear 8"] and dropped == {"u": {"tie": 10}}
-
-
-def test_a_prompt_is_in_one_split_and_never_in_an_evaluation_set(tmp_path):
-    rows = many(200) + many(200, first="better") + [unified(prompt="what is asked, in the evaluation")]
-    held = write(
-        tmp_path / "held.jsonl",
-        {"input": "Question 7", "targets": {"choices": ["a", "b"], "labels": [1, 0]}},
-    )
-    cfg = settings(tmp_path, sources={"u": {"path": write(tmp_path / "u.jsonl", *rows)}}, decontaminate=[held])
-    splits, dropped, _ = imported(cfg, tmp_path)
-    train, val = ({normalised(r["prompt"]) for r in splits[s]} for s in ("rm_train", "rm_val"))
-    assert not train & val and len(train | val) == 199 and "question7" not in train | val
-    assert dropped["u"] == {"prompt of an evaluation set": 3}
-    asked = cfg.data.splits.rm_val / (cfg.data.splits.rm_val + cfg.data.splits.rm_train)
-    assert len(val) / 199 == pytest.approx(asked, abs=0.08)
-    assert len({r["pair_id"] for rows in splits.values() for r in rows}) == 398
-
-
-def test_conversations_that_go_on_from_one_turn_are_not_divided(tmp_path):
-    rows = []
-    for i in range(60):
-        start = chat(f"question {i}", "an answer", "and then?")
-        rows.append(unified(prompt=f"question {i}"))
-        rows.append({"chosen": [*start, *chat("", "x")[1:]], "rejected": [*start, *chat("", "y")[1:]]})
-    rows.append({"chosen": chat("What is asked in the evaluation?", "a", "b", "c"),
-                 "rejected": chat("What is asked in the evaluation?", "a", "b", "d")})  # fmt: skip
-    single, several = write(tmp_path / "a.jsonl", *rows[0:-1:2]), write(tmp_path / "b.jsonl", *rows[1::2], rows[-1])
-    cfg = settings(tmp_path, sources={"a": {"path": single}, "b": {"path": several}})
-    splits, dropped, _ = imported(cfg, tmp_path)
-    first = {s: {r["prompt"][0]["content"] for r in rows} for s, rows in splits.items()}
-    assert not first["rm_train"] & first["rm_val"] and all(first.values())
-    assert len(splits["rm_train"]) + len(splits["rm_val"]) == 120
-    assert dropped == {"a": {}, "b": {"prompt of an evaluation set": 1}}
-
-
-def test_repeats_and_shares(tmp_path):
-    path = write(tmp_path / "u.jsonl", *many(3), *many(3))
-    _, dropped, _ = imported(settings(tmp_path, sources={"u": {"path": path}}), tmp_path)
-    assert dropped == {"u": {"duplicate": 3}}
-    broken = write(tmp_path / "b.jsonl", *many(9), unified(first=""))
-    with pytest.raises(ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b row 10\)"):
-        imported(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path, tmp_path)
-    assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {
-        "reason": "a response is empty",
-        "where": "b row 10",
-    }
-    allowed = settings(tmp_path, sources={"b": {"path": broken}}, max_rejected_share=0.1)
-    assert len(imported(allowed, tmp_path)[2].rows) == 1
-
-
 def test_weights_repeat_training_pairs():
     rows = [{"pair_id": prompt_id(chat(f"q {i}")), "weight": 2.5} for i in range(400)]
     counts = {row["pair_id"]: 0 for row in rows}
@@ -242,38 +152,10 @@ def test_weights_repeat_training_pairs():
     assert sum(counts.values()) / len(rows) == pytest.approx(2.5, abs=0.1)
 
 
-def test_copies_that_contradict_each_other_are_both_left_out(tmp_path):
-    first = write(tmp_path / "a.jsonl", *many(4))
-    second = write(tmp_path / "b.jsonl", unified(0, 1, prompt="question 2"), unified(prompt="question 3"))
-    sources = {"one": {"path": first}, "two": {"path": second}}
-    splits, dropped, _ = imported(settings(tmp_path, sources=sources), tmp_path)
-    kept = sorted(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
-    assert kept == ["question 0", "question 1", "question 3"]
-    assert dropped == {
-        "one": {"a copy prefers the other response": 1},
-        "two": {"a copy prefers the other response": 1, "duplicate": 1},
-    }
-
-
 def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
     found, malformed = pairs_of(write(tmp_path / "u.jsonl", {"note": "made by hand"}, *many(3)))
     assert len(found) == 3 and found[0]["row"] == 2
     assert malformed.lines() == ["1 x columns of no known layout (u row 1)"]
-
-
-def test_rows_without_a_source_have_that_of_the_configuration(tmp_path):
-    rows = [{"prompt": f"Hi {i}", "chosen": "good", "rejected": "bad"} for i in range(8)]
-    path = write(tmp_path / "file.jsonl", *rows, {**rows[0], "prompt": "Bye", "source": "its own"})
-    splits, _, _ = imported(settings(tmp_path, sources={"mine": {"path": path}}), tmp_path)
-    assert {r["source"] for rows in splits.values() for r in rows} == {"mine", "its own"}
-
-
-def test_the_share_of_bad_ratings_is_of_rows_not_of_pairs(tmp_path):
-    """Ten responses to one prompt are 45 pairs; one bad row of eleven is a share of 1 / 11."""
-    rows = [{"prompt": "Hi", "response": f"r{i}", "rating": i} for i in range(10)]
-    path = write(tmp_path / "r.jsonl", *rows, {"prompt": "Hi", "response": "", "rating": 3})
-    with pytest.raises(ArtefactError, match="r: 1 of 11 rows are malformed"):
-        imported(settings(tmp_path, sources={"r": {"path": path}}, max_rejected_share=0.05), tmp_path)
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from core.errors import DataError
 from core.generation.weight_transfer import Fleet, NcclTransfer, Source, free_address
 from core.models.lora import add_lora
 from core.training.weights import NamedWeights
-from tests.programs.zero3 import tiny
+from tests.builders.tiny_lm import tiny_lm
 
 SIZES = {"http://a": 2, "http://b": 1, "http://c": 4}
 
@@ -40,7 +40,7 @@ def test_workers_of_all_servers_are_numbered_and_called_at_once():
 @pytest.mark.parametrize("lora", [None, config.Lora(rank=2, targets=("q_proj", "up_proj"))])
 def test_what_is_announced_is_what_comes(lora):
     """vLLM cuts its buffers by the metadata: another order, type or shape would hang or load garbage."""
-    lm = tiny(1)
+    lm = tiny_lm(1)
     names = [name for name, _ in lm.named_parameters()]
     source = Source(["lm_head.weight"])
     source.weights = NamedWeights(add_lora(lm, lora) if lora else lm, lambda: None)

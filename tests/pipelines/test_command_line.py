@@ -1,9 +1,16 @@
 """What `grm` prints and refuses. No model is run."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pipelines import command_line
 from pipelines.__main__ import main
+from tests.builders.processes import ROOT
+
+SCRIPT = "import sys, rm, ppo, bon, pipelines; print(*sys.modules)"
 
 
 def test_every_command_is_listed_with_what_it_does(capsys):
@@ -53,3 +60,28 @@ def test_options_are_explained(capsys):
     assert "text regulariser" in capsys.readouterr().out
     assert main(["config", "--explain", "ppo.kll"]) == 2
     assert "ppo.kl" in capsys.readouterr().err
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"vllm", "deepspeed", "torch"} & set(done.stdout.split())
+
+
+def grm(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+
+
+def test_bad_input_is_one_message_and_exit_2(tmp_path):
+    done = grm("ppo", "--config", "configs/smoke.yaml", "ppo.kl.coeff=1", "bon.n_max=99")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the nearest is ppo.kl.coef" in done.stderr and "n_max 99 exceeds the pool" in done.stderr
+
+
+def test_missing_inputs_name_the_stage_to_run(tmp_path):
+    done = grm("rm", "--config", "configs/smoke.yaml", f"run.dir={tmp_path}")
+    assert done.returncode == 2 and "run `grm preferences` first" in done.stderr
+    missing = grm("prompts", "--config", "configs/smoke.yaml", "data.prompts=no/such.jsonl")
+    assert missing.returncode == 2 and "no/such.jsonl" in missing.stderr and "Traceback" not in missing.stderr

@@ -2,31 +2,20 @@
 
 import json
 import math
-import os
-import random
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 
-from core.artefacts import open_partial
-from core.config.load import load
 from core.environment import variables
 from core.files import read_table
-from core.stopping import EXIT_STOPPED
-from pipelines import stages
-from tests.conftest import ROOT
-
-SCRIPT = "import sys, time; t = time.time(); import rm, ppo, bon, pipelines; print(time.time() - t, *sys.modules)"
+from core.http import ask_json
+from tests.builders.processes import answers, background, free_port, make, wait_for
 
 
-def metrics(run_dir, stage):
-    return json.loads((run_dir / stage / "manifest.json").read_text())["metrics"]
+@pytest.mark.e2e
+def test_the_same_command_again_finds_everything_up_to_date(run_dir):
+    again = make("rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={run_dir.parent}", timeout=120)
+    assert again.stderr.count("up to date") == 7, again.stderr
 
 
 @pytest.mark.e2e
@@ -38,67 +27,6 @@ def test_ppo_trained_on_policy_with_synced_weights(run_dir):
     assert all(math.isfinite(v) for row in rows for v in row.values())
     assert rows[-1]["kl_k3_nats_per_response"] > 0
     assert list((run_dir / "ppo" / "tensorboard").iterdir())
-
-
-@pytest.mark.e2e
-def test_a_stopped_and_killed_ppo_goes_on_to_the_unbroken_result(run_dir, tmp_path):
-    """SIGTERM after the first step, SIGKILL at a random moment later, then left alone."""
-    from safetensors.torch import load_file
-
-    for stage in ("prompts", "preferences", "rm"):
-        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
-    job = [sys.executable, "-m", "pipelines", "ppo", "-c", "configs/smoke.yaml", f"run.dir={tmp_path}"]
-    partial = tmp_path / "smoke" / "ppo.partial"
-    with (tmp_path / "log").open("w") as log:
-        stopped = subprocess.Popen(job, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        wait_for(lambda: lines(partial / "metrics.jsonl"), stopped)
-        stopped.terminate()
-        assert stopped.wait(200) == EXIT_STOPPED, (tmp_path / "log").read_text()[-3000:]
-        state = json.loads((partial / "state" / "last.json").read_text())
-        assert state["step"] in (1, 2) and state["ranks"] == 2
-        assert "ppo: stopped after step" in (tmp_path / "log").read_text()
-        broken = subprocess.Popen(job, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        delay = random.uniform(5, 60)
-        print(f"killed after {delay:.1f} s")
-        time.sleep(delay)
-        os.killpg(broken.pid, signal.SIGKILL)
-        broken.wait()
-    time.sleep(2)  # the ranks are in groups of their own where torchrun put them there
-    subprocess.run(["pkill", "-9", "-f", f"run.dir={tmp_path}"], check=False)
-    resumed = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert resumed.returncode == 0, resumed.stderr[-6000:]
-    untimed = lambda row: {k: v for k, v in row.items() if "second" not in k}  # noqa: E731
-    unbroken, found = (
-        [untimed(json.loads(line)) for line in lines(at / "ppo" / "metrics.jsonl")]
-        for at in (run_dir, tmp_path / "smoke")
-    )
-    assert found == unbroken
-    unbroken, found = (load_file(at / "ppo" / "policy" / "model.safetensors") for at in (run_dir, tmp_path / "smoke"))
-    assert unbroken.keys() == found.keys() and all(bool((unbroken[k] == found[k]).all()) for k in found)
-
-
-def lines(file) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []
-
-
-def wait_for(holds, process: subprocess.Popen, seconds: float = 400) -> None:
-    deadline = time.time() + seconds
-    while not holds() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-
-
-@pytest.mark.e2e
-def test_another_number_of_ranks_is_refused_by_name(run_dir, tmp_path):
-    for stage in ("prompts", "rm", "preferences"):
-        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
-    job = [sys.executable, "-m", "pipelines", "ppo", "-c", "configs/smoke.yaml", f"run.dir={tmp_path}"]
-    state = tmp_path / "smoke" / "ppo.partial" / "state" / "last.json"
-    cfg = load([ROOT / "configs" / "smoke.yaml"], [f"run.dir={tmp_path}"])
-    open_partial(cfg.run_dir / "ppo", stages.fingerprint(stages.STAGES["ppo"], cfg))
-    state.parent.mkdir()
-    state.write_text(json.dumps({"step": 2, "ranks": 8, "kl": {"coef": 0.1}, "scale": {}}))
-    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "was written by 8 ranks and there are 2 now" in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.e2e
@@ -126,40 +54,16 @@ def test_the_result_loads_as_it_is(run_dir):
 @pytest.mark.e2e
 def test_vllm_serves_the_result(run_dir, tmp_path):
     """An OpenAI-style chat request to the policy's folder; the server is what `vllm serve FOLDER` starts."""
-    port = free_port()
-    folder = run_dir / "ppo" / "policy"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port),
-               "--max-model-len", "256", "--enforce-eager", "--served-model-name", "policy"]  # fmt: skip
-    settings = {**os.environ, **variables(1), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
-        try:
-            body = {"model": "policy", "max_tokens": 8, "messages": [{"role": "user", "content": "Name a fruit."}]}
-            answer = ask(f"http://127.0.0.1:{port}/v1/chat/completions", body, server)
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-    assert answer, (tmp_path / "log").read_text()[-3000:]
+    url, log = f"http://127.0.0.1:{free_port()}", tmp_path / "log"
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", run_dir / "ppo" / "policy",
+              "--port", url.rpartition(":")[2], "--max-model-len", "256", "--enforce-eager",
+              "--served-model-name", "policy"]  # fmt: skip
+    settings = variables(1) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with background(*server, log=log, env=settings) as process:
+        wait_for(lambda: answers(f"{url}/v1/models"), process)
+        body = {"model": "policy", "max_tokens": 8, "messages": [{"role": "user", "content": "Name a fruit."}]}
+        answer = ask_json(f"{url}/v1/chat/completions", body, 120)
     assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 8
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def ask(url: str, body: dict, server: subprocess.Popen) -> dict | None:
-    """The answer once the server is up; None when it is not within some minutes."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    deadline = time.time() + 300
-    while server.poll() is None and time.time() < deadline:
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)
-        except OSError:
-            time.sleep(1)
-    return None
 
 
 @pytest.mark.e2e
@@ -179,30 +83,3 @@ def test_report_is_one_page(run_dir):
     assert {"report.md", "curves.csv", "conditions.json", "policies.json", "checks.json", "policy-card.md"} <= {
         p.name for p in (run_dir / "report").iterdir()
     }
-
-
-def test_import_is_light():
-    seconds, *modules = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not {"vllm", "deepspeed", "torch"} & set(modules)
-
-
-def grm(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
-    )  # fmt: skip
-
-
-def test_bad_input_is_one_message_and_exit_2(tmp_path):
-    done = grm("ppo", "--config", "configs/smoke.yaml", "ppo.kl.coeff=1", "bon.n_max=99")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "the nearest is ppo.kl.coef" in done.stderr and "n_max 99 exceeds the pool" in done.stderr
-
-
-def test_missing_inputs_name_the_stage_to_run(tmp_path):
-    done = grm("rm", "--config", "configs/smoke.yaml", f"run.dir={tmp_path}")
-    assert done.returncode == 2 and "run `grm preferences` first" in done.stderr
-    missing = grm("prompts", "--config", "configs/smoke.yaml", "data.prompts=no/such.jsonl")
-    assert missing.returncode == 2 and "no/such.jsonl" in missing.stderr and "Traceback" not in missing.stderr

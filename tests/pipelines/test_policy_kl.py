@@ -1,4 +1,4 @@
-"""KL from the reference against brute force in float64."""
+"""KL of a policy from its reference, against brute force in float64."""
 
 import numpy as np
 import pytest

@@ -11,18 +11,22 @@ from ppo.math import (
     exact_kl,
     explained_variance,
     gae,
+    grpo,
     importance_weight,
     kl_k1,
     kl_k2,
     kl_k3,
+    kl_loss,
     logprobs,
     masked_mean,
     masked_whiten,
     policy_loss,
+    reward_to_go,
+    rloo,
     shaped_rewards,
     value_loss,
 )
-from tests.conftest import run_program
+from tests.builders.processes import run_program
 
 torch.manual_seed(0)
 B, T = 3, 6
@@ -198,3 +202,38 @@ def test_adaptive_kl_by_hand():
     other.load_state_dict(kl.state_dict())
     other.update(50.0, n=10)
     assert other.coef == kl.coef  # without a target it is fixed
+
+
+def test_rloo_and_grpo_against_loops():
+    groups = torch.tensor([3, 1, 3, 1, 3, 1])
+    returns = torch.randn(6)
+    for i in range(6):
+        others = [float(returns[j]) for j in range(6) if j != i and groups[j] == groups[i]]
+        assert float(rloo(returns, groups)[i]) == pytest.approx(float(returns[i]) - np.mean(others), abs=1e-6)
+        mine = [float(returns[j]) for j in range(6) if groups[j] == groups[i]]
+        expected = (float(returns[i]) - np.mean(mine)) / (np.std(mine, ddof=1) + 1e-6)
+        assert float(grpo(returns, groups)[i]) == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(grpo(torch.ones(4), torch.zeros(4)), torch.zeros(4))
+
+
+def test_reward_to_go_by_hand():
+    mask = torch.tensor([[False, True, True, True]])
+    found = reward_to_go(torch.tensor([[9.0, 1.0, 2.0, 4.0]]), mask, 0.5)
+    assert found.tolist() == [[0.0, 1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4.0]]
+
+
+def test_the_gradient_of_the_kl_loss_is_that_of_the_exact_kl():
+    """In expectation over all tokens of a small vocabulary; the gradient of k3 itself is another one."""
+    logits, ref = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    logp, ref_logp = logits.log_softmax(0), ref.log_softmax(0)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - ref_logp)).sum(), logits, retain_graph=True)
+    found, value = torch.zeros(6, dtype=torch.float64), 0.0
+    for token in range(6):
+        p = float(logp[token].detach().exp())
+        one = torch.ones(1, 1, dtype=torch.bool)
+        loss = kl_loss(logp[token].view(1, 1), ref_logp[token].view(1, 1), one)
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        found += p * gradient
+        value += p * float(loss.detach())
+    torch.testing.assert_close(found, exact, atol=1e-6, rtol=1e-6)
+    assert value == pytest.approx(float((logp.exp() * (logp - ref_logp)).sum()), abs=1e-6)

@@ -15,7 +15,7 @@ from core.training.weights import named_weights
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
 from ppo.train import MAX_MISMATCH
-from tests.conftest import run_program
+from tests.builders.processes import run_program
 
 PROMPTS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting.", "What is two plus two?"]
 ANSWERS = ["Apples, pears and plums.", "Air scatters blue light more than red.", "Good morning to you all!", "Four."]

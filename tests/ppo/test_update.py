@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.conftest import run_program
-from tests.programs.ppo_update import PPO, STEPS, models, rollouts
-from tests.programs.zero3 import OPTIM
+from tests.builders.ppo_problem import PPO, STEPS, models, rollouts
+from tests.builders.processes import run_program
+from tests.builders.tiny_lm import OPTIM
 
 LAYOUTS = {
     1: ("3x8", "3x2"),

@@ -6,24 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from core import config
 from core.training import distributed
 from core.training.engine import Engine
-
-# A large eps: Adam divides by it where a gradient is nearly 0, and rounding there would decide the sign of a step.
-OPTIM = config.Optim(lr=1e-2, schedule="constant", warmup=0.0, max_grad_norm=1.0, eps=1e-3)
-
-
-def tiny(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+from tests.builders.tiny_lm import OPTIM, tiny_lm
 
 
 def whole(trained: Engine) -> dict[str, torch.Tensor]:
@@ -39,7 +26,8 @@ def main(out: str) -> None:
     distributed.init_distributed()
     world, rank = distributed.world_size(), distributed.rank()
     actor, critic = (
-        Engine(tiny(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3) for seed in (1, 2)
+        Engine(tiny_lm(seed), cfg, micro_batch=2, accumulation=4 // world, optim=OPTIM, total_steps=3)
+        for seed in (1, 2)
     )
     sizes = [(p.ds_tensor.numel(), p.ds_numel) for p in actor.module.parameters()]
     facts = {"world": world, "local": sum(a for a, _ in sizes), "total": sum(b for _, b in sizes), "crossed": 0}

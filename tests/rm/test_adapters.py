@@ -20,7 +20,6 @@ from core.models.layers import hidden_states
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training.weights import named_weights
-from pipelines.__main__ import main
 from rm.checkpoints.adapters import save_adapter_model
 from rm.checkpoints.layout import save_reward_model
 from rm.ensemble import AdapterEnsemble, one_base
@@ -28,16 +27,17 @@ from rm.model import RewardModel
 from rm.score import score, tokens_of
 from rm.serving import server as serve
 from tests.builders.checkpoints import CHATS, CLOSE, edit_json, tiny_config, write_lora
-from tests.conftest import run_program
+from tests.builders.command_line import grm
+from tests.builders.processes import run_program
 
 LAYERS = 3
 
 
 @pytest.fixture(scope="module")
-def base(policy_path, tmp_path_factory) -> Path:
+def base(tokenizer_path, tmp_path_factory) -> Path:
     """A tiny model of four layers; reward models use three of them."""
     folder = tmp_path_factory.mktemp("adapters") / "base"
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config(tokenizer, num_hidden_layers=LAYERS + 1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -232,8 +232,8 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
         RewardModel.from_pretrained(copy, base=moved)
 
 
-def test_the_authors_lora_is_not_taken_for_ours(policy_path, members, tmp_path):
-    folder, _ = write_lora(AutoTokenizer.from_pretrained(policy_path), policy_path, tmp_path)
+def test_the_authors_lora_is_not_taken_for_ours(tokenizer_path, members, tmp_path):
+    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tokenizer_path, tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):
         RewardModel.from_pretrained(members[0][1], base=tmp_path / "base")
@@ -241,20 +241,19 @@ def test_the_authors_lora_is_not_taken_for_ours(policy_path, members, tmp_path):
 
 def test_export_and_merge_take_adapters(members, tmp_path, capsys):
     adapter, whole = members[0]
-    command = lambda *a: main([*map(str, a)])  # noqa: E731
-    assert command("rm-export", adapter, tmp_path / "whole", "--form", "merged", "--dtype", "float32") == 0
+    assert grm("rm-export", adapter, tmp_path / "whole", "--form", "merged", "--dtype", "float32") == 0
     texts = [(f / "reward_model.json").read_text() for f in (tmp_path / "whole", whole)]
     assert json.loads(texts[0]) == json.loads(texts[1])
     models = [RewardModel.from_pretrained(f, dtype="float32") for f in (tmp_path / "whole", whole)]
     assert torch.equal(models[0].score(CHATS), models[1].score(CHATS))
     for form in (0, 1):
-        assert command("rm-merge", tmp_path / f"average{form}", *(m[form] for m in members)) == 0
+        assert grm("rm-merge", tmp_path / f"average{form}", *(m[form] for m in members)) == 0
     scores = [RewardModel.from_pretrained(tmp_path / f"average{f}", dtype="float32").score(CHATS) for f in (0, 1)]
     assert torch.equal(*scores)
-    assert command("rm-merge", tmp_path / "none", members[0][0], members[1][1]) == 2
+    assert grm("rm-merge", tmp_path / "none", members[0][0], members[1][1]) == 2
     assert "layout merged, not adapter" in capsys.readouterr().err
     edit_json(Path(shutil.copytree(adapter, tmp_path / "other")) / "reward_model.json", base_model={"digest": "0"})
-    assert command("rm-merge", tmp_path / "none", adapter, tmp_path / "other") == 2
+    assert grm("rm-merge", tmp_path / "none", adapter, tmp_path / "other") == 2
     assert "base of digest 0, not of digest" in capsys.readouterr().err
 
 

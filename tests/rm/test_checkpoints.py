@@ -20,13 +20,13 @@ from tests.builders.checkpoints import CHATS, CLOSE, batch, edit, edit_json, rea
 
 
 @pytest.fixture(scope="module")
-def tokenizer(policy_path):
-    return AutoTokenizer.from_pretrained(policy_path)
+def tokenizer(tokenizer_path):
+    return AutoTokenizer.from_pretrained(tokenizer_path)
 
 
 @pytest.fixture
-def lora(tokenizer, policy_path, tmp_path) -> tuple[Path, Tensor]:
-    return write_lora(tokenizer, policy_path, tmp_path)
+def lora(tokenizer, tokenizer_path, tmp_path) -> tuple[Path, Tensor]:
+    return write_lora(tokenizer, tokenizer_path, tmp_path)
 
 
 def test_the_authors_lora_scores_as_their_code_does(lora, tmp_path):
@@ -59,10 +59,10 @@ def test_a_lora_checkpoint_on_a_base_given(lora, tmp_path):
     torch.testing.assert_close(read(folder, base=tmp_path / "moved").score(CHATS), expected, **CLOSE)
 
 
-def test_a_pad_token_that_the_authors_code_added(lora, tokenizer, policy_path):
+def test_a_pad_token_that_the_authors_code_added(lora, tokenizer, tokenizer_path):
     """Their code gives a tokenizer without pad a new one and the base a row for it, which is in no file."""
     folder, expected = lora
-    padded = AutoTokenizer.from_pretrained(policy_path)
+    padded = AutoTokenizer.from_pretrained(tokenizer_path)
     padded.add_special_tokens({"pad_token": "[PAD]"})
     padded.save_pretrained(folder)
     edit_json(folder / "config.json", vocab_size=len(padded))
@@ -115,7 +115,7 @@ def test_adapter_settings_that_do_not_fit_are_named(lora, settings, message):
     [
         ({"hidden_size": 64}, "hidden_size is 64, not 32"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, not 2"),
-        ({"vocab_size": 1000}, "vocab_size is 1000, not 49152"),
+        ({"vocab_size": 1000}, "vocab_size is 1000, not 2048"),
     ],
 )
 def test_another_base_is_refused(lora, tokenizer, tmp_path, settings, message):
@@ -132,11 +132,11 @@ def test_another_base_is_refused(lora, tokenizer, tmp_path, settings, message):
         (("linear", 1024, 1), {"tie_word_embeddings": True}),
     ],
 )
-def test_the_authors_full_checkpoint_scores_as_their_code_does(head, settings, tokenizer, policy_path, tmp_path):
+def test_the_authors_full_checkpoint_scores_as_their_code_does(head, settings, tokenizer, tokenizer_path, tmp_path):
     theirs = write_full(tmp_path, tokenizer, *head, **settings)
     model = read(tmp_path)
     with torch.no_grad():
-        expected = theirs(*batch(tokenizer, policy_path))
+        expected = theirs(*batch(tokenizer, tokenizer_path))
     torch.testing.assert_close(model.score(CHATS), expected, **CLOSE)
     assert expected.std() > 0.01
     logps = lambda: token_logprobs(model.lm.get_output_embeddings(), torch.ones(1, 32), torch.tensor([7]))  # noqa: E731
@@ -172,7 +172,7 @@ def test_full_tensors_that_do_not_fit_are_named(tokenizer, tmp_path, change, mes
         ({"vhead_layer_type": "linear"}, r"linear_bias head: v_head\.summary\.bias is missing"),
         ({"vhead_num_neurons": 512}, r"summary\.0\.weight is \[1024, 32\], not \[512, 32\]"),
         ({"vhead_num_output": 2}, "vhead_num_output is 2"),
-        ({"vocab_size": 1000}, "embed_tokens.weight has 49152 rows, but vocab_size in config.json is 1000"),
+        ({"vocab_size": 1000}, "embed_tokens.weight has 2048 rows, but vocab_size in config.json is 1000"),
         ({"model_type": "deberta-v2"}, "deberta-v2, no causal LM"),
     ],
 )
@@ -183,19 +183,19 @@ def test_a_configuration_that_does_not_fit_is_named(tokenizer, tmp_path, setting
         read(tmp_path)
 
 
-def test_a_sequence_classifier_scores_as_transformers_does(tokenizer, policy_path, tmp_path):
+def test_a_sequence_classifier_scores_as_transformers_does(tokenizer, tokenizer_path, tmp_path):
     torch.manual_seed(3)
     theirs = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="4MB")
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     tokenizer.save_pretrained(tmp_path)
-    ids, mask = batch(tokenizer, policy_path)
+    ids, mask = batch(tokenizer, tokenizer_path)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     model = read(tmp_path)
     torch.testing.assert_close(model.score(CHATS), expected, **CLOSE)
     with pytest.raises(ArtefactError, match="cannot be put on the base"):
-        read(tmp_path, base=policy_path)
+        read(tmp_path, base=tokenizer_path)
     # the mask says what is real, even where the last token is the pad
     with torch.no_grad():
         ids[:, -1], mask[:, -1] = tokenizer.unk_token_id, 1
@@ -227,11 +227,11 @@ def test_what_is_no_reward_model_is_refused(tokenizer, tmp_path):
         read(tmp_path / "empty")
 
 
-def test_our_own_layout_with_another_vocabulary_is_refused(tokenizer, policy_path, tmp_path):
-    chat = ChatTokenizer(Model(path=str(policy_path)))
+def test_our_own_layout_with_another_vocabulary_is_refused(tokenizer, tokenizer_path, tmp_path):
+    chat = ChatTokenizer(Model(path=str(tokenizer_path)))
     model = RewardModel(LlamaForCausalLM(tiny_config(tokenizer, vocab_size=1000)), "linear", chat)
     save_reward_model(tmp_path, model, named_weights(model.lm), model.head.state_dict())
-    with pytest.raises(ArtefactError, match="vocab_size is 1000, but its tokenizer has 48152 tokens beyond"):
+    with pytest.raises(ArtefactError, match="vocab_size is 1000, but its tokenizer has 1048 tokens beyond"):
         read(tmp_path)
     edit_json(tmp_path / "config.json", vocab_size=len(tokenizer))
     with pytest.raises(ArtefactError, match=r"model\.embed_tokens\.weight has 1000 rows"):

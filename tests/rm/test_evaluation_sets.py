@@ -19,7 +19,7 @@ from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.command import main, metrics_of, model_names, parse_set, score_set
 from rm.evaluation.sets import parse_dialogue, read_set
 from rm.model import RewardModel
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 DATA = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: set RLHF_DATA to the folder of real sets")

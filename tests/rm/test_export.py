@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from core.config import Model
-from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.training.weights import named_weights
-from pipelines.__main__ import main
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.tools.export import export
-from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
+from tests.builders.checkpoints import CHATS, CLOSE, batch, read, write_full, write_lora
+from tests.builders.command_line import grm
+from tests.builders.reward_models import tiny_reward_model
 
 STRANGER = """
 import json, sys, torch
@@ -52,16 +51,8 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(policy_path):
-    return AutoTokenizer.from_pretrained(policy_path)
-
-
-def own(policy_path: Path, head: str, **settings) -> RewardModel:
-    torch.manual_seed(4)
-    chat = ChatTokenizer(Model(path=str(policy_path)))
-    lm = LlamaForCausalLM(tiny_config(chat.hf, **settings))
-    lm.set_attn_implementation("eager")  # as `read` does, so that rewards can be equal to the bit
-    return RewardModel(lm, head, chat, mean=0.25, std=2.0).eval()
+def tokenizer(tokenizer_path):
+    return AutoTokenizer.from_pretrained(tokenizer_path)
 
 
 def saved(model: RewardModel, folder: Path) -> Path:
@@ -70,12 +61,12 @@ def saved(model: RewardModel, folder: Path) -> Path:
 
 
 def command(*arguments: object) -> int:
-    return main(["rm-export", *map(str, arguments), "--dtype", "float32"])
+    return grm("rm-export", *arguments, "--dtype", "float32")
 
 
 @torch.no_grad()
-def logits(model, tokenizer, policy_path, side: str) -> torch.Tensor:
-    ids, mask = batch(tokenizer, policy_path)
+def logits(model, tokenizer, tokenizer_path, side: str) -> torch.Tensor:
+    ids, mask = batch(tokenizer, tokenizer_path)
     if side == "left":
         ids = torch.stack([row.roll(len(row) - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
         mask = mask.flip(1)
@@ -83,8 +74,8 @@ def logits(model, tokenizer, policy_path, side: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, policy_path, tmp_path):
-    model = own(policy_path, "linear", tie_word_embeddings=tied)
+def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, "linear", tie_word_embeddings=tied)
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out") == 0
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -94,15 +85,15 @@ def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, policy_pat
     assert config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
     assert config.pad_token_id not in model.tokenizer.stop_ids
     for side in ("right", "left"):
-        found = logits(theirs.eval(), tokenizer, policy_path, side)
+        found = logits(theirs.eval(), tokenizer, tokenizer_path, side)
         torch.testing.assert_close(found.squeeze(-1), model.score(CHATS), **CLOSE)
     back = read(tmp_path / "out")
     assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
 
 
 @pytest.mark.parametrize("head", ["mlp", "mlp:48x2", "linear", "linear_bias"])
-def test_a_stranger_loads_any_head_with_its_own_modelling_file(head, policy_path, tmp_path):
-    model = own(policy_path, head)
+def test_a_stranger_loads_any_head_with_its_own_modelling_file(head, tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, head)
     form = "remote_code" if head == "linear" else "auto"
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", form) == 0
     back = read(tmp_path / "out")
@@ -126,8 +117,8 @@ def test_a_stranger_loads_any_head_with_its_own_modelling_file(head, policy_path
         )
 
 
-def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, policy_path, tmp_path):
-    folder, expected = write_lora(tokenizer, policy_path, tmp_path)
+def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, tokenizer_path, tmp_path):
+    folder, expected = write_lora(tokenizer, tokenizer_path, tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     for form in ("merged", "remote_code"):
         assert command(folder, tmp_path / form, "--form", form, "--base", tmp_path / "moved") == 0
@@ -136,8 +127,8 @@ def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, policy_path, tmp
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_merged_is_our_own_layout(policy_path, tmp_path):
-    model = own(policy_path, "mlp")
+def test_merged_is_our_own_layout(tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, "mlp")
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", "merged") == 0
     assert torch.equal(read(tmp_path / "out").score(CHATS), model.score(CHATS))
     about = json.loads((tmp_path / "out" / "reward_model.json").read_text())
@@ -145,10 +136,10 @@ def test_merged_is_our_own_layout(policy_path, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["classifier", "remote_code"])
-def test_rotary_settings_are_under_old_names_too(form, policy_path, tmp_path):
+def test_rotary_settings_are_under_old_names_too(form, tokenizer_path, tmp_path):
     """transformers 4 knows no `rope_parameters`: it would score with another rotary base."""
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}
-    model = own(policy_path, "linear", rope_parameters=rope)
+    model = tiny_reward_model(tokenizer_path, "linear", rope_parameters=rope)
     export(model, tmp_path / "out", form)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rope_theta"], config["torch_dtype"]) == (5e4, "float32")
@@ -157,8 +148,8 @@ def test_rotary_settings_are_under_old_names_too(form, policy_path, tmp_path):
     assert torch.equal(read(tmp_path / "out").score(CHATS), model.score(CHATS))
 
 
-def test_types_of_the_weights(policy_path, tmp_path):
-    model = own(policy_path, "linear")
+def test_types_of_the_weights(tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, "linear")
     model.lm.to(torch.bfloat16)
     for form, head in (("classifier", "score.weight"), ("remote_code", "v_head.summary.weight")):
         export(model, tmp_path / form, form)
@@ -168,8 +159,8 @@ def test_types_of_the_weights(policy_path, tmp_path):
         assert weights[head].dtype == (torch.bfloat16 if form == "classifier" else torch.float32)
 
 
-def test_what_cannot_be_exported_is_refused(tokenizer, policy_path, tmp_path, capsys):
-    model = own(policy_path, "mlp")
+def test_what_cannot_be_exported_is_refused(tokenizer, tokenizer_path, tmp_path, capsys):
+    model = tiny_reward_model(tokenizer_path, "mlp")
     source = saved(model, tmp_path / "rm")
     assert command(source, tmp_path / "out", "--form", "classifier") == 2
     assert "use --form remote_code" in capsys.readouterr().err

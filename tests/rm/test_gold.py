@@ -7,15 +7,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from core.config import Config, Gold
+from core.config import Gold
 from core.errors import ArtefactError, DataError
 from core.training.weights import named_weights
-from pipelines.stages import Stage, fingerprint
 from rm.checkpoints.layout import save_reward_model
 from rm.gold import EMPTY_SCORE, Judge, LinearGold, load_gold
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, batch, edit, edit_json, tiny_config
-from tests.rm.test_export import own
+from tests.builders.reward_models import tiny_reward_model
 
 QUESTION = "Why do ships made of heavy steel float?"
 ANSWER = "A hull pushes aside so much water that its weight exceeds the vessel, and buoyancy holds it up."
@@ -119,29 +118,29 @@ def test_gold_that_is_not_finite_names_the_conversation():
         broken.score([chat("fine"), chat("odd one")])
 
 
-def trained(policy_path, folder: Path) -> RewardModel:
+def trained(tokenizer_path, folder: Path) -> RewardModel:
     """A tiny reward model in its folder, as the stage `rm` leaves one."""
-    model = own(policy_path, "mlp")
+    model = tiny_reward_model(tokenizer_path, "mlp")
     model.lm.to(torch.bfloat16)
     save_reward_model(folder, model, named_weights(model.lm), model.head.state_dict())
     return model
 
 
-def test_a_trained_reward_model_is_gold(policy_path, tmp_path):
-    model = trained(policy_path, tmp_path / "gold")
+def test_a_trained_reward_model_is_gold(tokenizer_path, tmp_path):
+    model = trained(tokenizer_path, tmp_path / "gold")
     scores = load_gold(Gold(kind="checkpoint", path=str(tmp_path / "gold"), batch_tokens=64)).score(CHATS)
     assert scores.dtype == np.float64 and scores.shape == (3,)
     np.testing.assert_allclose(scores, model.score(CHATS).numpy(), atol=0.05, rtol=0.02)  # bf16, other batches
     assert len(set(scores.tolist())) == 3
 
 
-def test_gold_in_the_layout_of_a_sequence_classifier(policy_path, tmp_path):
+def test_gold_in_the_layout_of_a_sequence_classifier(tokenizer_path, tmp_path):
     torch.manual_seed(3)
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     network = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).eval()
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    ids, mask = batch(tokenizer, policy_path)
+    ids, mask = batch(tokenizer, tokenizer_path)
     with torch.no_grad():
         expected = network(input_ids=ids, attention_mask=mask).logits[:, 0]
     for kind in ("checkpoint", "hub"):
@@ -149,22 +148,15 @@ def test_gold_in_the_layout_of_a_sequence_classifier(policy_path, tmp_path):
         np.testing.assert_allclose(found, expected.numpy(), atol=0.1, rtol=0.05)  # gold runs in bf16
 
 
-def test_gold_that_does_not_fit_is_refused(policy_path, tmp_path):
+def test_gold_that_does_not_fit_is_refused(tokenizer_path, tmp_path):
     folder = tmp_path / "gold"
-    trained(policy_path, folder)
+    trained(tokenizer_path, folder)
     edit(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ArtefactError, match="layers.1.mlp.up_proj"):
         load_gold(Gold(kind="checkpoint", path=str(folder)))
-    trained(policy_path, folder)
+    trained(tokenizer_path, folder)
     edit_json(folder / "reward_model.json", tokenizer="another")
     with pytest.raises(ArtefactError, match="tokenizer or chat template"):
         load_gold(Gold(kind="checkpoint", path=str(folder)))
     with pytest.raises(ArtefactError, match="holds no reward model"):
         load_gold(Gold(kind="checkpoint", path=str(tmp_path / "none")))
-
-
-def test_gold_that_is_not_trained_yet_is_named(tmp_path):
-    stage = Stage("label", "module", (), (), ("gold.path",))
-    cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))
-    with pytest.raises(ArtefactError, match="a run of its own: `make rm CONFIG"):
-        fingerprint(stage, cfg)

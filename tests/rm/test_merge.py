@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -13,21 +12,11 @@ from transformers import AutoTokenizer
 
 from core.files import write_json, write_table
 from core.training.weights import named_weights
-from pipelines.__main__ import main
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, edit_json, read, write_full
-from tests.rm.test_export import own
-
-
-def near(model: RewardModel, seed: int, size: float = 0.01) -> RewardModel:
-    """The model as another fine-tuning would leave it, some hundredths away."""
-    moved = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in (*moved.lm.parameters(), *moved.head.parameters()):
-            parameter.add_(torch.randn_like(parameter), alpha=size)
-    return moved
+from tests.builders.command_line import grm
+from tests.builders.reward_models import nudged, tiny_reward_model
 
 
 def saved(model: RewardModel, folder: Path) -> Path:
@@ -36,13 +25,13 @@ def saved(model: RewardModel, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def members(policy_path, tmp_path_factory) -> list[Path]:
-    model, folder = own(policy_path, "mlp"), tmp_path_factory.mktemp("members")
-    return [saved(near(model, seed), folder / f"seed-{seed}") for seed in (1, 2, 3)]
+def members(tokenizer_path, tmp_path_factory) -> list[Path]:
+    model, folder = tiny_reward_model(tokenizer_path, "mlp"), tmp_path_factory.mktemp("members")
+    return [saved(nudged(model, seed), folder / f"seed-{seed}") for seed in (1, 2, 3)]
 
 
 def command(*arguments: object) -> int:
-    return main(["rm-merge", *map(str, arguments)])
+    return grm("rm-merge", *arguments)
 
 
 def files(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,8 +57,8 @@ def test_every_weight_is_the_weighted_mean(members, tmp_path, capsys):
     assert (model.score(CHATS) - (scores.T @ torch.tensor([0.5, 0.25, 0.25]))).abs().max() < scores.std(0).max()
 
 
-def test_equal_members_give_the_member_to_the_bit_in_its_type(policy_path, tmp_path):
-    model = own(policy_path, "linear")
+def test_equal_members_give_the_member_to_the_bit_in_its_type(tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, "linear")
     model.lm.to(torch.bfloat16)
     folder = saved(model, tmp_path / "rm")
     assert command(tmp_path / "out", folder, folder, folder, "--weights", "0,0.3,0.7") == 0
@@ -95,36 +84,39 @@ def test_mean_and_std_are_measured_on_samples(members, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_heads_of_other_seeds_are_told(policy_path, members, tmp_path, capsys):
-    other = near(own(policy_path, "mlp"), 5)
+def test_heads_of_other_seeds_are_told(tokenizer_path, members, tmp_path, capsys):
+    other = nudged(tiny_reward_model(tokenizer_path, "mlp"), 5)
     for parameter in other.head.parameters():
         torch.nn.init.normal_(parameter)
     assert command(tmp_path / "out", members[0], saved(other, tmp_path / "rm")) == 0
     assert "heads did not start from the same numbers" in capsys.readouterr().out
 
 
-def test_trunks_that_have_nothing_in_common_are_refused(policy_path, members, tmp_path, capsys):
-    other = own(policy_path, "mlp")
+def test_trunks_that_have_nothing_in_common_are_refused(tokenizer_path, members, tmp_path, capsys):
+    other = tiny_reward_model(tokenizer_path, "mlp")
     for parameter in other.lm.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert command(tmp_path / "out", members[0], saved(other, tmp_path / "rm")) == 2
     assert "not fine-tuned from one model" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_members_that_differ_are_refused_by_name(policy_path, members, tmp_path, capsys):
+def test_members_that_differ_are_refused_by_name(tokenizer_path, members, tmp_path, capsys):
     def refused(folder: Path, message: str) -> None:
         assert command(tmp_path / "out", members[0], folder) == 2
         assert message in capsys.readouterr().err
 
-    refused(saved(own(policy_path, "linear"), tmp_path / "head"), "head linear, not mlp")
-    refused(saved(own(policy_path, "mlp", num_hidden_layers=1), tmp_path / "depth"), "num_hidden_layers 1, not 2")
-    half = own(policy_path, "mlp")
+    refused(saved(tiny_reward_model(tokenizer_path, "linear"), tmp_path / "head"), "head linear, not mlp")
+    refused(
+        saved(tiny_reward_model(tokenizer_path, "mlp", num_hidden_layers=1), tmp_path / "depth"),
+        "num_hidden_layers 1, not 2",
+    )
+    half = tiny_reward_model(tokenizer_path, "mlp")
     half.lm.to(torch.bfloat16)
     refused(saved(half, tmp_path / "half"), "type bfloat16, not float32")
-    model = own(policy_path, "mlp")
+    model = tiny_reward_model(tokenizer_path, "mlp")
     edit_json(saved(model, tmp_path / "words") / "reward_model.json", tokenizer="0123")
     refused(tmp_path / "words", "tokenizer 0123")
-    write_full(tmp_path / "full", AutoTokenizer.from_pretrained(policy_path))
+    write_full(tmp_path / "full", AutoTokenizer.from_pretrained(tokenizer_path))
     refused(tmp_path / "full", "rm-export")
     runs = [saved(model, tmp_path / name / "grm") for name in ("a", "b")]
     for folder in runs:

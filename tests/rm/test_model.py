@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from core.batching import balanced, pack, pad_right
+from core.batching import pack, pad_right
 from core.config import Model, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
@@ -150,30 +150,6 @@ def test_frozen_layers_computed_apart_change_nothing(model, policy_path):
     broken.model.layers[1].mlp.up_proj.weight.mul_(-1)
     with pytest.raises(ArtefactError, match="first 2 layers"):
         layers.check(broken)
-
-
-def test_balanced_micro_batches_hold_every_row_once():
-    lengths = [5, 100, 7, 90, 6, 8, 60, 50]
-    parts = balanced(lengths, 4)
-    assert sorted(i for part in parts for i in part) == list(range(8)) and all(parts)
-    best = min(  # all ways to cut the sorted lengths into four runs
-        max(len(run) * max(run) for run in (ordered[:a], ordered[a:b], ordered[b:c], ordered[c:]))
-        for ordered in [sorted(lengths)]
-        for a in range(1, 6)
-        for b in range(a + 1, 7)
-        for c in range(b + 1, 8)
-    )
-    assert max(len(part) * max(lengths[i] for i in part) for part in parts) == best
-    assert sorted(len(p) for p in balanced([3, 3], 2)) == [1, 1]
-    with pytest.raises(ValueError, match="cannot fill 3"):
-        balanced([1, 2], 3)
-
-
-def test_only_the_top_layers_learn(model, policy_path):
-    lm = load_causal_lm(Model(path=str(policy_path)), dtype="float32", num_layers=4)
-    train_top_layers(lm, 1)
-    trained = {n.split(".")[2] if "layers" in n else n for n, p in lm.named_parameters() if p.requires_grad}
-    assert trained == {"3", "model.norm.weight"}
 
 
 def pairs_of(tokenizer, margins=(0.5, 2.0)) -> list[Pair]:

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
-import uvicorn
 
 from core.errors import ArtefactError, DataError
-from ppo.proxy import RemoteProxy
 from rm.combine import minimum
 from rm.model import RewardModel
 from rm.serving.client import RemoteError, RemoteRewardModel
 from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
-from rm.serving.server import Ensemble, make_app
+from rm.serving.server import Ensemble
 from tests.builders.checkpoints import CHATS, CLOSE
-from tests.rm.test_export import own
-from tests.rm.test_merge import near
+from tests.builders.reward_models import nudged, tiny_reward_model
+from tests.builders.reward_server import serving
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -37,23 +31,6 @@ TURNS = [
     {"role": "assistant", "content": " Goodbye.\n"},
 ]
 MANY = [*CHATS, TURNS, [*CHATS[0][:1], {"role": "assistant", "content": "A pear."}], CHATS[0]]
-
-
-@contextmanager
-def serving(ensemble: Ensemble, **options) -> Iterator[str]:
-    """The address of a server that runs inside the block."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(ensemble, **options), log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def post(url: str, body: object) -> tuple[int, dict]:
@@ -67,8 +44,8 @@ def post(url: str, body: object) -> tuple[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def model(policy_path) -> RewardModel:
-    return own(policy_path, "mlp")
+def model(tokenizer_path) -> RewardModel:
+    return tiny_reward_model(tokenizer_path, "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +63,6 @@ def test_the_client_scores_as_the_model_does(model, url):
     assert torch.equal(remote.score(CHATS[:1]), model.score(CHATS[:1]))
     assert remote.score([]).shape == (0,)
     assert (remote.mean, remote.std) == (0.25, 2.0) and float(remote.normalise(torch.tensor(2.25))) == 1.0
-
-
-def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(model, url):
-    proxy = RemoteProxy(url, model)
-    rewards = proxy.score(MANY)
-    torch.testing.assert_close(rewards, model.score(MANY), **CLOSE)
-    assert (proxy.mean, proxy.std) == (0.25, 2.0)
-    other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=1.5)
-    with pytest.raises(ArtefactError, match=r"mean and std \(0.25, 2.0\); those of ppo.proxy are \(0.25, 1.5\)"):
-        RemoteProxy(url, other)
 
 
 def test_long_lists_go_in_parts(model, url, monkeypatch):
@@ -169,8 +136,8 @@ def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message)
     assert status == 400 and message in found["error"]
 
 
-def test_a_fault_of_the_server_is_no_reward(policy_path):
-    broken = own(policy_path, "mlp")
+def test_a_fault_of_the_server_is_no_reward(tokenizer_path):
+    broken = tiny_reward_model(tokenizer_path, "mlp")
     torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))
     with serving(Ensemble(["broken"], [broken])) as address:
         status, found = post(f"{address}/score", {"conversations": CHATS})
@@ -180,7 +147,7 @@ def test_a_fault_of_the_server_is_no_reward(policy_path):
 
 
 def test_an_ensemble_standardises_and_combines(model):
-    other = near(model, 7, size=0.05)
+    other = nudged(model, 7, size=0.05)
     other.mean, other.std = -1.0, 0.5
     with serving(Ensemble(["a", "b"], [model, other], combine="min")) as address:
         status, found = post(f"{address}/score", {"conversations": MANY})
@@ -197,7 +164,7 @@ def test_an_ensemble_standardises_and_combines(model):
 
 
 def test_ensembles_that_have_no_scale_or_tokenizer_in_common_are_refused(model):
-    fresh = near(model, 8)
+    fresh = nudged(model, 8)
     fresh.mean, fresh.std = 0.0, 1.0
     with pytest.raises(ArtefactError, match="--calibrate"):
         Ensemble(["a", "fresh"], [model, fresh])

@@ -147,3 +147,18 @@ def test_soft_best_of_n_against_all_subsets():
     np.testing.assert_allclose(soft_best_of_n(proxy, value, [6], 1e9)[:, 0], value.mean(axis=1), atol=1e-6)
     with pytest.raises(ValueError, match="temperature"):
         soft_best_of_n(proxy, value, [2], -1.0)
+
+
+def test_the_crossed_bootstrap_covers_seeds_and_prompts():
+    """Its spread is that of a mean over both: sqrt(var_seed / S + var_prompt / P) where effects add up."""
+    rng = np.random.default_rng(0)
+    seeds, prompts = rng.normal(size=(8, 1, 1)), 3 * rng.normal(size=(1, 90, 1))
+    draws = crossed_draws(seeds + prompts, 4000, 1)
+    lo, hi = np.quantile(draws, [0.025, 0.975], axis=0)
+    parts = seeds.var(ddof=1) / 8, prompts.var(ddof=1) / 90
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 7 + parts[1] ** 2 / 89)
+    expected = student_quantile(0.975, freedom) * np.sqrt(sum(parts))
+    assert draws.mean() == pytest.approx(seeds.mean() + prompts.mean(), abs=0.05)
+    assert (hi - lo)[0] / 2 == pytest.approx(expected, rel=0.08)
+    low, high = np.quantile(crossed_draws(seeds[:1] + prompts, 4000, 1), [0.025, 0.975], axis=0)
+    assert (high - low)[0] / 2 == pytest.approx(1.96 * prompts.std() / np.sqrt(90), rel=0.08)

@@ -11,8 +11,7 @@ from study.design import Condition
 from study.other_tools import by_seed
 from study.records import Series
 from study.results import results
-from tests.study.test_conditions import series
-from tests.study.test_page import PLAN, pools
+from tests.builders.planted import PLAN, pools, series
 
 
 def chat(text):

@@ -1,4 +1,4 @@
-"""The plan of a study: its matrix, its commands, and the data of each arm."""
+"""The plan of a study: its matrix and its commands."""
 
 import re
 from pathlib import Path
@@ -7,30 +7,17 @@ import numpy as np
 import pytest
 
 from bon.pools import Pools
-from core.config import RewardVariant
 from core.config.load import load
 from core.errors import ConfigError, DataError
-from core.files import read_table, write_json, write_table
-from rm.variants import arm_rows, num_layers
+from core.files import write_table
+from rm.train import num_layers
 from study import matrix
-from study import reward_models as study_models
 from study import run as study
-from study.analysis.bootstrap import crossed_draws, student_quantile
 from study.analysis.conditions import Plan
 from study.design import Arm, Condition
 from study.report.build import baselines
 from study.results import results
-
-ASKED = [
-    "study.variants=[bt, grm]", "study.seeds=3", "study.pairs=[100, 200]", "study.label_noise=[0, 0.25]",
-    "study.ppo_variants=[grm]", "study.kl_coefs=[0.0, 0.1]",
-]  # fmt: skip
-
-
-def planned(tmp_path, *more):
-    cfg = load([], [f"run.dir={tmp_path}", "run.name=s", *ASKED, *more])
-    arms, policies = matrix.plan(cfg)
-    return matrix.expanded(cfg, arms), arms, policies
+from tests.builders.study_plan import ASKED, planned
 
 
 def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
@@ -67,7 +54,7 @@ def test_commands_of_a_scheduler(tmp_path):
 
 
 def test_the_last_command_makes_the_plan_of_the_first(tmp_path, capsys):
-    """It reads the matrix as it was given: the expanded file has arms where the matrix has methods."""
+    """It reads the matrix as it was given: the expanded file has arms where the matrix has variants."""
     asked = ["--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]
     assert study.main(["--commands", *asked]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1].split()
@@ -186,68 +173,3 @@ def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):
 def test_combiners_that_are_not_known_are_told_before_anything_runs(tmp_path, axis):
     with pytest.raises(DataError, match="no combiner 'mode'"):
         planned(tmp_path, f"study.{axis}=[mean, mode]")
-
-
-def test_the_second_gold_is_scored_once_for_one_pool(tmp_path, monkeypatch):
-    cfg, _, _ = planned(tmp_path, "study.second_gold={kind: hub, path: some/gold}")
-    samples = [{"prompt_id": "a", "sample_id": k, "prompt": [], "response": f"r{k}"} for k in range(3)]
-    scored = []
-    monkeypatch.setattr("study.reward_models.load_gold", lambda gold: gold.path)
-    monkeypatch.setattr(
-        "study.reward_models.score_samples", lambda gold, rows: scored.append(gold) or np.arange(len(rows))
-    )
-
-    (cfg.run_dir / "bon").mkdir(parents=True)
-
-    def pools(sha):
-        write_table(cfg.run_dir / "bon" / "samples.parquet", samples)
-        outputs = [{"path": "samples.parquet", "sha256": sha}]
-        write_json(cfg.run_dir / "bon" / "manifest.json", {"format": 1, "stage": "bon", "outputs": outputs})
-        study_models.score_second_gold(cfg)
-
-    pools("first")
-    pools("first")
-    assert scored == ["some/gold"]
-    pools("other")
-    assert len(scored) == 2 and [r["score"] for r in read_table(cfg.run_dir / "study" / "gold2.parquet")] == [0, 1, 2]
-    study_models.score_second_gold(planned(tmp_path)[0])  # no second gold any more: its scores are of no run now
-    assert not (cfg.run_dir / "study" / "gold2.parquet").exists()
-
-
-def test_arms_of_one_size_share_their_wrong_labels():
-    rows = [
-        {"prompt_id": str(i), "chosen": "a", "rejected": "b", "flipped": i == 0, "pair_id": str(i),
-         "weight": 1.0, "gold_chosen": 1.0, "gold_rejected": 0.0} for i in range(200)
-    ]  # fmt: skip
-    arms = [RewardVariant(pairs=100, label_noise=0.25, seed=s) for s in (0, 1)]
-    first, second = (arm_rows(rows, arm, 1) for arm in arms)
-    assert first == second and len(first) == 100
-    changed = np.array([a["chosen"] != b["chosen"] for a, b in zip(first, rows, strict=False)])
-    assert changed.sum() == 25
-    assert all(a["flipped"] == (b["flipped"] != c) for a, b, c in zip(first, rows, changed, strict=False))
-    assert arm_rows(rows, RewardVariant(), 1) == rows
-    with pytest.raises(Exception, match="is 300 and there are only 200 training pairs"):
-        arm_rows(rows, RewardVariant(pairs=300), 1)
-
-
-def test_the_crossed_bootstrap_covers_seeds_and_prompts():
-    """Its spread is that of a mean over both: sqrt(var_seed / S + var_prompt / P) where effects add up."""
-    rng = np.random.default_rng(0)
-    seeds, prompts = rng.normal(size=(8, 1, 1)), 3 * rng.normal(size=(1, 90, 1))
-    draws = crossed_draws(seeds + prompts, 4000, 1)
-    lo, hi = np.quantile(draws, [0.025, 0.975], axis=0)
-    parts = seeds.var(ddof=1) / 8, prompts.var(ddof=1) / 90
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 7 + parts[1] ** 2 / 89)
-    expected = student_quantile(0.975, freedom) * np.sqrt(sum(parts))
-    assert draws.mean() == pytest.approx(seeds.mean() + prompts.mean(), abs=0.05)
-    assert (hi - lo)[0] / 2 == pytest.approx(expected, rel=0.08)
-    low, high = np.quantile(crossed_draws(seeds[:1] + prompts, 4000, 1), [0.025, 0.975], axis=0)
-    assert (high - low)[0] / 2 == pytest.approx(1.96 * prompts.std() / np.sqrt(90), rel=0.08)
-
-
-def test_copies_of_a_weighted_pair_keep_one_label():
-    rows = [{"pair_id": str(i), "chosen": "a", "rejected": "b", "flipped": False, "gold_chosen": None,
-             "gold_rejected": None, "weight": 2.0} for i in range(100)]  # fmt: skip
-    found = arm_rows(rows, RewardVariant(pairs=50, label_noise=0.2), 1)
-    assert len(found) == 100 and len({r["pair_id"] for r in found}) == 50
-    assert len({(r["pair_id"], r["flipped"]) for r in found}) == 50 and sum(r["flipped"] for r in found) == 20

@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -19,30 +17,8 @@ from study.other_tools import by_seed
 from study.records import Series
 from study.report import page as study_page
 from study.results import results
-from tests.study.test_conditions import series
-
-EVIL = "</script><script>document.title='hacked'</script>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def pools(P=40, N=32):
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(P, N))
-    names = [f"{m}-seed{s}" for m in ("bt", "grm") for s in range(3)]
-    return Pools(
-        tuple(f"p{i:03d}" for i in range(P)),
-        z - 0.8 * np.maximum(z - 1, 0) ** 2 + 0.3 * rng.normal(size=(P, N)),
-        {n: z + 0.4 * rng.normal(size=(P, N)) for n in names},
-        length=rng.integers(5, 50, size=(P, N)).astype(float),
-        logp=-rng.uniform(5, 40, size=(P, N)),
-        prompts=tuple(f"question {i} {EVIL}" for i in range(P)),
-        responses=tuple(
-            tuple(f"answer {i}.{k} {'needle' if i == 7 else ''}{EVIL}" for k in range(N)) for i in range(P)
-        ),
-    )
-
-
-PLAN = Plan(np.arange(1, 33), draws=200, ensembles=("mean",), temperatures=(0.5,))
+from tests.builders.browser import dom, needs_browser
+from tests.builders.planted import EVIL, PLAN, pools, series
 
 
 @pytest.fixture(scope="module")
@@ -180,24 +156,20 @@ def test_a_second_gold_has_its_own_verdicts(matrix):
     assert check.golds_agree(replace(found, golds=[])) == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@needs_browser
 def test_the_sample_browser_filters_in_a_real_browser(folder, tmp_path):
-    def dom(state):
-        url = f"{(folder / 'study.html').resolve().as_uri()}#{state}"
-        done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom", url],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        return done.stdout.split('id="browser"')[1].split('id="samples"')[0]
+    def samples(state):
+        page = dom(f"{(folder / 'study.html').resolve().as_uri()}#{state}", tmp_path)
+        return page.split('id="browser"')[1].split('id="samples"')[0]
 
-    everything, some = dom("rm=grm&n=16&q="), dom("rm=grm&n=2&q=needle")
+    everything, some = samples("rm=grm&n=16&q="), samples("rm=grm&n=2&q=needle")
     assert everything.count('class="prompt"') == study_page.SHOWN and "by gold · proxy" in everything
     shown = some.count('class="prompt"')
     assert shown == some.count("question 7 ") and shown <= 1 and f"{shown} shown" in some
     assert "&lt;/script&gt;" in everything
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@needs_browser
 @pytest.mark.parametrize(("which", "width"), [("folder", 390), ("folder", 1280), ("matrix", 390)])
 def test_the_page_fits_a_phone(which, width, tmp_path, request):
     """Nothing but the boxes that scroll by themselves is wider than the screen."""
@@ -211,10 +183,7 @@ def test_the_page_fits_a_phone(which, width, tmp_path, request):
         f"<iframe id=f width={width} height=900 src=page.html></iframe><script>f.onload = () => "
         "document.body.append(f.contentDocument.title)</script>"
     )
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    content, screen = map(int, re.search(r"(\d+) of (\d+)", done.stdout).groups())
+    options = ("--allow-file-access-from-files", "--virtual-time-budget=5000")
+    found = dom(frame.as_uri(), tmp_path / "profile", *options)
+    content, screen = map(int, re.search(r"(\d+) of (\d+)", found).groups())
     assert screen in range(width - 20, width + 1) and content <= screen

@@ -1,16 +1,12 @@
-"""A whole study, reward models, pools, PPO, report, on the first layers of the model: killed, it ends as unbroken."""
+"""A whole study on the first layers of the model: reward models, pools, PPO, report. Also one that is killed."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.processes import GRM, ROOT, background, wait_for
 
 TINY = [
     "--config", "configs/smoke.yaml", "study.variants=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
@@ -21,7 +17,7 @@ TINY = [
 
 def command(policy, runs):
     models = [f"policy.path={policy}", f"rm.base.path={policy}"]
-    return [sys.executable, "-m", "pipelines", "study", *TINY, *models, f"run.dir={runs}"]
+    return [*GRM, "study", *TINY, *models, f"run.dir={runs}"]
 
 
 def finish(policy, runs) -> str:
@@ -30,11 +26,17 @@ def finish(policy, runs) -> str:
     return done.stderr
 
 
+@pytest.fixture(scope="module")
+def whole(small_policy, tmp_path_factory):
+    """The run of a finished study."""
+    runs = tmp_path_factory.mktemp("study")
+    finish(small_policy, runs)
+    return runs / "smoke"
+
+
 @pytest.mark.e2e
-def test_a_killed_study_ends_with_the_curves_of_an_unbroken_one(small_policy, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(small_policy, whole)
-    out = whole / "smoke" / "study"
+def test_a_study_from_prompts_to_its_page(small_policy, whole):
+    out = whole / "study"
     assert {"study.html", "curves.csv", "conditions.json", "policies.json", "checks.json", "kl.csv", "rms.csv"} <= {
         p.name for p in out.iterdir()
     }
@@ -47,26 +49,20 @@ def test_a_killed_study_ends_with_the_curves_of_an_unbroken_one(small_policy, tm
     assert 0 <= one["accuracy"]["mean"] <= 1 and one["val_loss_nats"] > 0
     checks = {c["name"]: c["ok"] for c in json.loads((out / "checks.json").read_text())}
     assert checks["training never reads gold"] and checks["label noise is what was asked"]
-    assert finish(small_policy, whole).count("up to date") == 4 + 2
+    assert finish(small_policy, whole.parent).count("up to date") == 4 + 2
 
+
+@pytest.mark.e2e
+def test_a_killed_study_resumes_to_the_uninterrupted_curves(small_policy, whole, tmp_path):
+    """Killed once two of its four reward models are trained."""
     for stage in ("prompts", "preferences"):  # what comes before the kill is the same
-        shutil.copytree(whole / "smoke" / stage, broken / "smoke" / stage)
-    rm = broken / "smoke" / "rm.partial"
-    with (tmp_path / "log").open("w") as log:
-        job = command(small_policy, broken)
-        killed = subprocess.Popen(job, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.time() + 600
-            while len(list(rm.glob("*/metrics.json"))) < 2 and killed.poll() is None and time.time() < deadline:
-                time.sleep(0.1)
-        finally:
-            os.killpg(killed.pid, signal.SIGKILL)
-            killed.wait()
-    assert rm.is_dir() and not (broken / "smoke" / "rm").exists(), (tmp_path / "log").read_text()[-3000:]
-    time.sleep(2)  # the ranks are in groups of their own where torchrun put them there
-    subprocess.run(["pkill", "-9", "-f", str(broken)], check=False)
+        shutil.copytree(whole / stage, tmp_path / "smoke" / stage)
+    rm, log = tmp_path / "smoke" / "rm.partial", tmp_path / "log"
+    with background(*command(small_policy, tmp_path), log=log) as killed:
+        wait_for(lambda: len(list(rm.glob("*/metrics.json"))) >= 2, killed, seconds=600)
+    assert rm.is_dir() and not (tmp_path / "smoke" / "rm").exists()
     kept = {p.parent.name: p.stat().st_mtime_ns for p in rm.glob("*/metrics.json")}
-    finish(small_policy, broken)
-    assert all((broken / "smoke" / "rm" / n / "metrics.json").stat().st_mtime_ns == t for n, t in kept.items())
-    found, expected = ((d / "smoke" / "study" / "curves.csv").read_text() for d in (broken, whole))
+    finish(small_policy, tmp_path)
+    assert all((tmp_path / "smoke" / "rm" / n / "metrics.json").stat().st_mtime_ns == t for n, t in kept.items())
+    found, expected = ((run / "study" / "curves.csv").read_text() for run in (tmp_path / "smoke", whole))
     assert found == expected

@@ -1,0 +1,110 @@
+"""make and its scripts: what is set up by itself, and what every file must be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders.processes import ROOT
+
+
+def checkout(folder: Path) -> Path:
+    """A set-up checkout as far as `ready.sh` sees it, with a `setup.sh` that only says that it was called."""
+    files = (".venv/bin/grm", ".venv/.setup-stamp", "requirements/cpu.txt", "pyproject.toml",
+             *(f"models/{name}/SOURCE.json" for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")))  # fmt: skip
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch(0o755)
+        os.utime(folder / name, (1000, 2000 if "stamp" in name else 1000))
+    (folder / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "ready.sh", folder / "scripts")
+    (folder / "scripts" / "setup.sh").write_text("echo called setup\n")
+    return folder
+
+
+def ready(folder: Path) -> list[str]:
+    done = subprocess.run(["bash", folder / "scripts" / "ready.sh"], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+def test_make_says_nothing_where_all_is_set_up(tmp_path):
+    assert ready(checkout(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (".venv", "no .venv here: running make setup first (a few minutes)"),
+        (".venv/.setup-stamp", "the setup of .venv did not finish: running make setup first (a few minutes)"),
+        ("models/all-MiniLM-L6-v2", "no models/all-MiniLM-L6-v2 here: running make setup first (a few minutes)"),
+    ],
+)
+def test_make_sets_up_what_is_missing(tmp_path, lost, said):
+    lost = checkout(tmp_path) / lost
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    assert ready(tmp_path) == [said, "called setup"]
+
+
+@pytest.mark.parametrize("file", ["requirements/cpu.txt", "pyproject.toml"])
+def test_make_updates_an_environment_that_is_older_than_its_lock(tmp_path, file):
+    os.utime(checkout(tmp_path) / file, (3000, 3000))
+    said, called = ready(tmp_path)
+    assert said.startswith(f"{file} is newer than .venv: running make setup first") and called == "called setup"
+    (tmp_path / ".venv").rename(tmp_path / "elsewhere")
+    (tmp_path / ".venv").symlink_to(tmp_path / "elsewhere")
+    [said] = ready(tmp_path)  # other checkouts use it too
+    assert "not updated here" in said
+
+
+def commands(*arguments: str) -> list[str]:
+    """What make would run, but for `ready.sh`."""
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "ready.sh" not in line]
+
+
+def test_the_main_job_runs_every_stage_once_in_order():
+    stages = ("prompts", "preferences", "rm", "ppo", "bon", "eval", "report")
+    expected = [f".venv/bin/grm {stage} --config configs/offline.yaml" for stage in stages]
+    assert [line.rstrip() for line in commands("rm", "ppo", "eval")] == expected
+
+
+def test_options_of_make_reach_every_stage():
+    found = commands("ppo", "CONFIG=a.yaml", "FROM=runs/offline", "SET=run.name=kl01 ppo.kl.coef=0.1")
+    assert found == [
+        f".venv/bin/grm {stage} --config a.yaml --from runs/offline run.name=kl01 ppo.kl.coef=0.1"
+        for stage in ("prompts", "preferences", "rm", "ppo")
+    ]
+
+
+def check_files(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts" / "check_files.py", *arguments]
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.py", "x = 1 \n", "spaces at the end of a line"),
+        ("a.py", "x = 1", "not one line feed at the end"),
+        ("a.md", "text\n\n", "not one line feed at the end"),
+        ("a.yaml", "a: [1\n", "cannot be read"),
+        ("a.toml", "a = \n", "cannot be read"),
+        ("a.json", "{'a': 1}\n", "cannot be read"),
+        ("a.bin", "\0" * 1_000_001, "larger than 1,000,000 bytes"),
+    ],
+)
+def test_files_that_must_not_be_committed(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    done = check_files(tmp_path / name)
+    assert done.returncode == 1 and f"{name}: " in done.stderr and fault in done.stderr
+
+
+def test_ends_of_lines_and_files_are_mended(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1 \n\ny = 2\t\n\n\n")
+    assert check_files("--fix", tmp_path / "a.py").returncode == 1  # so that a commit stops
+    assert (tmp_path / "a.py").read_text() == "x = 1\n\ny = 2\n"
+    assert check_files(tmp_path / "a.py").returncode == 0
