@@ -38,7 +38,7 @@ class Data(Section):
     """JSON Lines file: one object per line with `prompt` (a string) or `messages` (which end with a user turn)."""
     system: str | None = None
     """System message put before every prompt that has none (null: none is added)."""
-    max_prompt_tokens: int = Field(256, ge=8)
+    max_prompt_tokens: int = Field(default=256, ge=8)
     """Longer prompts are dropped, counted and listed in `rejected.jsonl`."""
     splits: Splits = Splits()
     """What each prompt is used for."""
@@ -47,9 +47,9 @@ class Data(Section):
 class Vllm(Section):
     dtype: Dtype = NATIVE_DTYPE
     """Number type of vLLM's weights. The default is bfloat16 where the machine computes it fast, else float32."""
-    max_model_len: int = Field(512, ge=16)
+    max_model_len: int = Field(default=512, ge=16)
     """Longest prompt plus response, in tokens."""
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
     """Most sequences that are decoded together."""
     block_size: int | None = 32
     """Tokens per block of the KV cache, on CPU only (null: vLLM's choice, 128). Responses to one prompt share whole
@@ -57,19 +57,19 @@ class Vllm(Section):
     enforce_eager: bool = True
     """False compiles the model and captures CUDA graphs, which is faster after a minute of warm-up. Set it for long
     runs on GPUs."""
-    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)
+    gpu_memory_utilization: float = Field(default=0.4, gt=0, lt=1)
     """Share of GPU memory for weights and KV cache. In PPO the trainer needs the rest."""
     sleep: bool = True
     """On a GPU in PPO, free vLLM's memory while the trainer works. No effect on CPU."""
-    cpu_kvcache_gib: int = Field(1, ge=1)
+    cpu_kvcache_gib: int = Field(default=1, ge=1)
     """Size of the KV cache of one engine on CPU, in GiB."""
 
 
 class Generation(Section):
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of every stage. The trainer divides its logits by it too, so that KL is measured on the
     distribution that is sampled from."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest response in tokens. Longer ones are cut off and count as not finished."""
     vllm: Vllm = Vllm()
     """The engine that samples."""
@@ -81,7 +81,7 @@ class Gold(Section):
     with a known dependence on the proxy, which only tests can build."""
     path: str = "models/all-MiniLM-L6-v2"
     """judge: folder of its sentence-embedding model. checkpoint: folder of the reward model. hub: its hub id."""
-    batch_tokens: int = Field(16384, ge=64)
+    batch_tokens: int = Field(default=16384, ge=64)
     """Tokens per forward pass, padding included. Lower it when memory runs out."""
 
     @property
@@ -102,11 +102,11 @@ class PreferenceSource(Section):
     """Split of a hub dataset. In a folder, only files whose names begin with it are read, or all if none does."""
     revision: str | None = None
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
-    stride: int = Field(1, ge=1)
+    stride: int = Field(default=1, ge=1)
     """Keep every k-th pair, where ties do not count: 20 and 2 give the 40K and 400K pairs of Unified-Feedback."""
-    max_pairs: int | None = Field(None, ge=2)
+    max_pairs: int | None = Field(default=None, ge=2)
     """Keep at most n pairs, chosen by hash (null: all)."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """How often an epoch repeats each training pair of this source. Below 1 it is the share of pairs that is used."""
 
 
@@ -118,14 +118,14 @@ class Preferences(Section):
     """A source with a larger share of malformed rows is an error. All of them are listed in `rejected.jsonl`."""
     decontaminate: tuple[Path, ...] = ()
     """Evaluation sets, as `grm rm-eval --set` reads them. Imported pairs with one of their prompts are left out."""
-    label_noise: Fraction = Field(0.0, le=0.5)
+    label_noise: Fraction = Field(default=0.0, le=0.5)
     """Share of all pairs whose label is flipped, for training and validation alike. Flips are recorded, so the held-out
     accuracy is reported against the flipped and against the clean labels."""
-    shard_prompts: int = Field(256, ge=1)
+    shard_prompts: int = Field(default=256, ge=1)
     """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
-    max_train_pairs: int | None = Field(None, ge=2)
+    max_train_pairs: int | None = Field(default=None, ge=2)
     """Sample pairs on the first n prompts of rm_train only, or keep the first n imported pairs (null: all)."""
-    max_val_pairs: int | None = Field(None, ge=2)
+    max_val_pairs: int | None = Field(default=None, ge=2)
     """As max_train_pairs, of rm_val."""
-    max_calibration_prompts: int | None = Field(None, ge=2)
+    max_calibration_prompts: int | None = Field(default=None, ge=2)
     """Use only the first n prompts of the split calibration (null: all)."""

@@ -18,7 +18,7 @@ class RewardVariant(Section):
     which are computed once before training."""
     alpha: Fraction = 0.01
     """Weight of the text regulariser: loss = (1 - alpha) * reward loss + alpha * regulariser."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Factor of the log-probs inside the regulariser's log sigmoid. A larger one saturates it sooner. sft_plain has
     none."""
     regularise: Literal["last", "every_turn"] = "last"
@@ -26,32 +26,32 @@ class RewardVariant(Section):
     head: Literal["linear", "mlp", "inform", "odin"] = "mlp"
     """linear: one linear map. mlp: two layers, as in GRM. inform: variational bottleneck (arXiv 2402.09345). odin: a
     reward of length kept apart from quality (arXiv 2402.07319)."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share e of wrong labels in conservative labels: loss = (1 - e) * l(d) + e * l(-d), where l(d) is the
     Bradley-Terry loss of the reward difference d. Excludes noise_rate."""
-    noise_rate: float = Field(0.0, ge=0, lt=0.5)
+    noise_rate: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of labels assumed to be wrong. The loss is corrected so that its expectation is that of clean labels (rDPO,
     arXiv 2403.00409). Excludes label_smoothing."""
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
     """The reward difference of a pair has to exceed margin times its gap in ratings, or in gold (arXiv 2307.09288)."""
-    positive: float = Field(0.0, ge=0)
+    positive: float = Field(default=0.0, ge=0)
     """Weight of -log sigmoid(mean reward of chosen responses), which pushes that mean above 0."""
-    center: float = Field(0.0, ge=0)
+    center: float = Field(default=0.0, ge=0)
     """Weight of mean((r_chosen + r_rejected)^2), which pins the offset that Bradley-Terry leaves free (arXiv
     2312.09244)."""
-    head_weight: float = Field(0.1, ge=0)
+    head_weight: float = Field(default=0.1, ge=0)
     """Weight of the head's own terms: InfoRM's KL in nats, or ODIN's correlations and overlap, where 1 is usual. Other
     heads have none."""
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     """Layers that this variant keeps of the base (null: as rm.num_layers). Gives reward models of several sizes."""
-    trainable_layers: int | None = Field(None, ge=0)
+    trainable_layers: int | None = Field(default=None, ge=0)
     """Train only the last n layers of this variant (null: as rm.trainable_layers or rm.lora say). 0: the head alone."""
-    pairs: int | None = Field(None, ge=2)
+    pairs: int | None = Field(default=None, ge=2)
     """Train on the first n pairs only (null: all). The pairs of a smaller n are among those of a larger one."""
-    label_noise: Fraction = Field(0.0, le=0.5)
+    label_noise: Fraction = Field(default=0.0, le=0.5)
     """Share of this variant's training labels that are flipped, after preferences.label_noise. Variants with equally
     many pairs get the same flips."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Another seed gives another start of the head and another order of the pairs. Members of an ensemble differ in
     nothing else."""
 
@@ -67,9 +67,9 @@ class RewardTraining(Section):
 
     base: Model = Model()
     """The causal LM that every reward model starts from."""
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     """Keep only the first n layers of the base (null: all)."""
-    trainable_layers: int | None = Field(None, ge=1)
+    trainable_layers: int | None = Field(default=None, ge=1)
     """Train only the last n layers and the head (null: everything). Excludes lora."""
     cache_frozen_layers: bool = False
     """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs and
@@ -80,14 +80,14 @@ class RewardTraining(Section):
     save: Literal["merged", "adapter"] = "merged"
     """merged: whole weights. adapter: with lora, only the adapter and the head, some MB per variant, which are put on
     the base again when the model is read. Variants with trainable_layers of their own are saved whole."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the training pairs. Reward models overfit soon: 1 or 2 are usual."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: int = Field(default=32, ge=1)
     """Pairs per optimiser step, over all ranks. A multiple of engine.processes * micro_batch."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: int = Field(default=8, ge=1)
     """Pairs per forward pass on one rank, on average: passes hold equally many tokens, not pairs. Lower it when memory
     runs out."""
-    max_tokens: int = Field(512, ge=16)
+    max_tokens: int = Field(default=512, ge=16)
     """Longest conversation in tokens. `overlong` decides about longer ones."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a pair with a conversation above max_tokens: drop leaves it out, truncate cuts the beginning of

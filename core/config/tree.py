@@ -24,18 +24,18 @@ class Run(Section):
     """Name of the run's folder within `dir`."""
     dir: Path = Path("runs")
     """Folder that holds the runs."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(default=1, ge=0)
     """Every random draw of every stage derives from this number."""
 
 
 class BestOfN(Section):
-    samples: int = Field(16, ge=2)
+    samples: int = Field(default=16, ge=2)
     """N, the samples in each prompt's pool. Curves reach up to n = N and are trusted up to n = N / 4."""
-    n_max: int | None = Field(None, ge=1)
+    n_max: int | None = Field(default=None, ge=1)
     """Largest n of the curves (null: N)."""
-    prompts: int | None = Field(None, ge=2)
+    prompts: int | None = Field(default=None, ge=2)
     """Use only the first n evaluation prompts, in hash order (null: all)."""
-    shard_prompts: int = Field(64, ge=1)
+    shard_prompts: int = Field(default=64, ge=1)
     """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
 
     @model_validator(mode="after")
@@ -65,13 +65,13 @@ class Engine(Section):
 
 
 class Evaluation(Section):
-    prompts: int | None = Field(None, ge=2)
+    prompts: int | None = Field(default=None, ge=2)
     """Use only the first n evaluation prompts, in hash order (null: all)."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Responses per prompt and checkpoint, at the training temperature."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: int = Field(default=8, ge=1)
     """Sequences per forward pass when KL is measured. Lower it when memory runs out."""
-    bootstrap: int = Field(1000, ge=100)
+    bootstrap: int = Field(default=1000, ge=100)
     """Draws of the bootstrap over prompts, which gives the intervals."""
 
 
@@ -80,7 +80,7 @@ class Study(Section):
 
     variants: tuple[str, ...] = ()
     """Names of rm.variants (empty: all of them)."""
-    seeds: int = Field(3, ge=1)
+    seeds: int = Field(default=3, ge=1)
     """Reward models per condition. They differ in the start of the head and in the order of the pairs. Fewer than 3
     cannot tell a difference between conditions from luck."""
     pairs: tuple[int, ...] = ()
@@ -107,7 +107,7 @@ class Study(Section):
     """Label noises of the reward models that policies are trained against (empty: all of label_noise)."""
     ppo_layers: tuple[int, ...] = ()
     """Sizes of the reward models that policies are trained against (empty: all of layers)."""
-    ppo_seeds: int = Field(1, ge=1)
+    ppo_seeds: int = Field(default=1, ge=1)
     """Policies are trained against the first n seeds of each of these conditions."""
     kl_coefs: tuple[float, ...] = (0.02,)
     """Values of ppo.kl.coef. One policy is trained with each, against each of these reward models."""
