@@ -90,7 +90,7 @@ class Gold(Section):
 
 
 class PreferenceSource(Section):
-    """Labelled pairs, from local files or from the hub."""
+    """A source is a set of local files or a dataset of the hub."""
 
     path: Path
     """A .jsonl, .json or .parquet file, a folder of such files, or a hub id (owner/name)."""

@@ -44,7 +44,7 @@ class Clip(Section):
 
 
 class Reward(Section):
-    """From the raw reward of a response to the one that PPO optimises, in the order of these fields."""
+    """Applied in the order of these fields."""
 
     normalise: Literal["calibration", "running", "none"] = "calibration"
     """What the mean and standard deviation of rewards are taken from: the reference's samples on the calibration

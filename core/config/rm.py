@@ -10,7 +10,7 @@ from core.config.base import Fraction, Lora, Model, Optim, Section
 
 
 class RewardVariant(Section):
-    """One reward model: what distinguishes it from the others of a comparison."""
+    """What distinguishes a reward model from the others of a comparison."""
 
     text_regulariser: Literal["none", "sft", "sft_plain", "dpo_noref", "dpo"] = "none"
     """none: Bradley-Terry alone. The others are those of GRM (arXiv 2406.10216) and keep the backbone a language model:
@@ -63,7 +63,7 @@ class RewardVariant(Section):
 
 
 class RewardTraining(Section):
-    """All that the variants have in common."""
+    """What all variants have in common."""
 
     base: Model = Model()
     """The causal LM that every reward model starts from."""

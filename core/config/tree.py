@@ -46,7 +46,7 @@ class BestOfN(Section):
 
 
 class Engine(Section):
-    """DeepSpeed: how training is spread over processes."""
+    """What DeepSpeed is given."""
 
     processes: int | Literal["auto"] = "auto"
     """Ranks on this machine. auto: one per GPU, or two on CPU."""
