@@ -9,7 +9,7 @@ properties, not fields.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,7 +60,7 @@ class Engine(Section):
     """Keep optimiser states (at stage 3 also parameters) in host memory. Slower, for models that do not fit the GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass in place of storing them: less memory, slower steps."""
-    overrides: dict = {}
+    overrides: dict[str, Any] = {}
     """Your own DeepSpeed settings, laid over those that follow from this configuration."""
 
 
