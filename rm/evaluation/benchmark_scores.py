@@ -116,10 +116,10 @@ def rm_bench(scored: Scored, ties: Ties = "half") -> dict:
     for subset in sorted(set(scored.subset)):
         mine = np.array([s == subset for s in scored.subset])
         matrices[subset] = _style_matrix(hits[mine], scored.chosen_index[mine], scored.rejected_index[mine])
-    domains = defaultdict(list)
+    of_domain = defaultdict(list)
     for subset, matrix in matrices.items():
-        domains[subset.split("-")[0]].append(matrix)
-    domains = {name: np.mean(found, axis=0) for name, found in domains.items()}
+        of_domain[subset.split("-")[0]].append(matrix)
+    domains = {name: np.mean(found, axis=0) for name, found in of_domain.items()}
     total = np.mean(list(domains.values()), axis=0)
     levels = _levels(total)
     return {
