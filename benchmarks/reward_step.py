@@ -17,10 +17,12 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 
 from core.config import RewardVariant
+from core.data.chat import ChatTokenizer
 from rm.heads import make_head
 from rm.model import RewardModel
 from rm.objective import pair_losses
@@ -42,6 +44,8 @@ PAIRS, PROMPT, CHOSEN, REJECTED = 8, 120, 45, 55
 
 
 class _Tokenizer:
+    """All of a tokenizer that a training step on token ids reads."""
+
     pad_id = 0
 
 
@@ -51,7 +55,7 @@ def build(shape: str) -> tuple[RewardModel, torch.optim.Optimizer]:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, attn_implementation="sdpa")
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    model = RewardModel(LlamaForCausalLM(config).bfloat16(), "mlp", _Tokenizer())
+    model = RewardModel(LlamaForCausalLM(config).bfloat16(), "mlp", cast(ChatTokenizer, _Tokenizer()))
     model.head = make_head("mlp", config.hidden_size)
     model.to(where).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
@@ -76,7 +80,7 @@ def step(model: RewardModel, optimiser: torch.optim.Optimizer, variant: RewardVa
 
 def times(shape: str, rounds: int) -> dict[str, list[float]]:
     model, optimiser = build(shape)
-    found = {name: [] for name in LOSSES}
+    found: dict[str, list[float]] = {name: [] for name in LOSSES}
     for number, batch in enumerate(batches(shape, rounds + 1)):
         for name, variant in LOSSES.items():
             seconds = step(model, optimiser, variant, batch)

@@ -58,7 +58,7 @@ class Pools:
                     f"{self.prompt_ids[prompt]}, sample {sample}: score again; leaving rows out would change the pools"
                 )
         golds = [gold for gold in (self.gold, self.second_gold) if gold is not None]
-        if len(golds) == 2 and np.array_equal(*golds):
+        if self.second_gold is not None and np.array_equal(self.gold, self.second_gold):
             raise ArtefactError("the second gold scores exactly as the first: it tells nothing that the first does not")
         if same := [name for name, values in self.proxies.items() if any(np.array_equal(values, g) for g in golds)]:
             raise ArtefactError(
@@ -96,7 +96,7 @@ def from_tables(
     for row in samples:
         sizes[row["prompt_id"]] += 1
     if len(kinds := sorted(set(sizes.values()))) != 1:
-        few = min(sizes, key=sizes.get)
+        few = min(sizes, key=sizes.__getitem__)
         raise ArtefactError(
             f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; estimators of "
             "one n need equal pools, so sample the missing ones or drop whole prompts"

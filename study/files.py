@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def write(out: Path, results: Results) -> None:
 
 def flat(facts: Mapping) -> dict:
     """One row of a CSV: each interval as three columns, alpha and beta of a fit, a verdict as its kind."""
-    row = {}
+    row: dict[str, Any] = {}
     for key, value in facts.items():
         if isinstance(value, Fit):
             row |= flat({"alpha": value.alpha, "beta": value.beta})
@@ -76,7 +77,7 @@ def write_csv(path: Path, rows: list[dict], columns: Sequence[str] | None = None
 
 def plain(value):
     """Dataclasses as dictionaries, for JSON; infinite numbers (the peak of a curve that never falls) as text."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}

@@ -63,8 +63,8 @@ def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[st
     rm, ppo, faults = cfg.rm, cfg.ppo, []
     file = Path(rm.base.path) / "config.json"
     depth = read_json(file).get("num_hidden_layers") if file.is_file() else None
-    for layers in [n for n in cfg.study.layers if depth and n > depth]:
-        faults.append(f"{layers} layers exceed the {depth} of {rm.base.path}")
+    for size in [n for n in cfg.study.layers if depth and n > depth]:
+        faults.append(f"{size} layers exceed the {depth} of {rm.base.path}")
     for name, layers in dict.fromkeys((a.condition.variant, a.condition.layers) for a in arms):
         if layers is None:
             continue

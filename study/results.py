@@ -93,9 +93,9 @@ def results(
     out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in out.conditions}, grid)
     for name, one in series.items():
         curves = series_curves(name, with_kl(one.rows), plan, pools=pools, proxy=one.proxy)
-        condition = one.condition.name if one.condition else None
+        trained = one.condition.name if one.condition else None
         out.policies[name] = series_findings(curves) | {
-            "condition": condition, "rm": one.proxy, "kl_coef": one.kl_coef
+            "condition": trained, "rm": one.proxy, "kl_coef": one.kl_coef
         }  # fmt: skip
         out.curves += curves.values()
     return out
@@ -109,6 +109,6 @@ def _design(condition: Condition) -> dict[str, str | int | float | None]:
 def with_kl(rows: Sequence[Mapping]) -> list[dict]:
     """Rows with `kl` and `kl_kind`, from the best estimate that they have."""
     if "kl" in rows[0]:
-        return list(rows)
+        return [dict(row) for row in rows]
     column = next(c for c in SERIES_COLUMNS if c in rows[0])
     return [{**row, "kl": row[column], "kl_kind": SERIES_COLUMNS[column]} for row in rows]

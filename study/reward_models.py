@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bon.scores import write_scores
-from core.artefacts import read_manifest
+from core.artefacts import MANIFEST
 from core.config import Config
 from core.files import read_json, read_table, write_json
 from rm.checkpoints.folder import locate, shapes
@@ -49,7 +49,7 @@ def facts(cfg: Config, realised: Mapping[str, float]) -> dict[str, dict]:
         realised: share of its training labels that were flipped.
     """
     folder, found = cfg.run_dir / "rm", {}
-    trained = read_manifest(folder)["metrics"]["variants"]
+    trained = read_json(folder / MANIFEST)["metrics"]["variants"]
     for name, variant in cfg.rm.variants.items():
         measured, layers = trained[name], read_json(folder / name / "config.json")["num_hidden_layers"]
         pairs = read_table(folder / name / "val.parquet")
@@ -87,7 +87,7 @@ def score_second_gold(cfg: Config) -> None:
     if cfg.study.second_gold is None:
         file.unlink(missing_ok=True)
         return
-    outputs = {o["path"]: o["sha256"] for o in read_manifest(cfg.run_dir / "bon")["outputs"]}
+    outputs = {o["path"]: o["sha256"] for o in read_json(cfg.run_dir / "bon" / MANIFEST)["outputs"]}
     asked = {"gold": cfg.study.second_gold.model_dump(mode="json"), "pools": outputs["samples.parquet"]}
     if file.is_file() and mark.is_file() and read_json(mark) == asked:
         return

@@ -91,7 +91,7 @@ def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> li
 
 
 def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:
-    todo = [(stage, cfg, []) for stage in SHARED]
+    todo: list[tuple[str, Config, list[str]]] = [(stage, cfg, []) for stage in SHARED]
     for policy in policies:
         extra = policy_overrides(cfg, policy)
         todo += [(stage, load([file], extra), extra) for stage in OWN]

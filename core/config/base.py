@@ -42,32 +42,48 @@ def exact_div(numerator: int, denominator: int, what: str) -> int:
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Active in reward-model training only: in PPO it would make the ratio of an unchanged policy differ from 1."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of the two factors of each adapter. A higher rank trains more parameters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What an adapter adds to its weight is multiplied by alpha / rank. Twice the rank is usual."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapters' inputs while reward models are trained. PPO refuses it: the probability ratio of an
+    unchanged policy would differ from 1."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get an adapter."""
-    top_layers: int | None = Field(None, ge=1)
-    """Adapters on the last so many layers only (null: on all); backward stops there."""
+    top_layers: int | None = Field(default=None, ge=1)
+    """Put adapters on the last n layers only (null: on all of them). The backward pass ends there, so this saves
+    time."""
 
 
 class Model(Section):
     path: str = "models/SmolLM2-135M-Instruct"
     """A local folder or a hub id of a causal LM with a chat template."""
     revision: str | None = None
-    """Hub revision (commit, tag or branch); pin one for a run that others shall repeat."""
+    """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel of the trainer. On CPU `eager` trains some 10% faster at a few hundred tokens."""
     trust_remote_code: bool = False
+    """Run the Python code that comes with the model, which some architectures need. Only for publishers you trust."""
 
 
 class Optim(Section):
-    lr: float = Field(1e-5, gt=0)
+    """AdamW with a schedule."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate at the end of the warm-up. The configurations that are shipped use 1e-4 to 1e-3 for the 135M model
+    and 1e-5 for gemma-2b."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    """Decay per step of AdamW's running means of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean squared gradient before AdamW divides by it. 1e-5 is usual in PPO: where
+    gradients are tiny, it keeps steps small."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay: each step shrinks the trained weights by lr * weight_decay."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up: constant, or falling to 0 at the last step in a line or a half
+    cosine."""
     warmup: Fraction = 0.03
-    """Share of the steps over which lr rises from 0."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    """Share of the optimiser steps over which lr rises from 0, at every schedule."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm, taken over all trained weights, when theirs is larger."""

@@ -11,13 +11,19 @@ from core.config.base import NATIVE_DTYPE, Dtype, Fraction, Section
 
 
 class Splits(Section):
-    """Shares of the prompts, cut by prompt hash: a prompt never changes its split when others come or go."""
+    """Shares of the prompts, which sum to 1. A prompt's split follows from its hash alone, so it stays the same when
+    other prompts are added or removed."""
 
     rm_train: Fraction = 0.45
+    """Prompts whose pairs reward models are trained on. Imported pairs are divided in the ratio rm_train : rm_val."""
     rm_val: Fraction = 0.12
+    """Prompts whose pairs measure the held-out accuracy of reward models."""
     rl_train: Fraction = 0.25
+    """Prompts that PPO samples responses to."""
     calibration: Fraction = 0.06
+    """Prompts whose samples give each reward model its mean and standard deviation under the reference."""
     eval: Fraction = 0.12
+    """Prompts that best-of-n and policies are measured on. Nothing is trained on them."""
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Splits:
@@ -29,46 +35,54 @@ class Splits(Section):
 
 class Data(Section):
     prompts: Path = Path("data/prompts.jsonl")
-    """JSON Lines: one object a line with `prompt` (a string) or `messages` (ending with a user turn)."""
+    """JSON Lines file: one object per line with `prompt` (a string) or `messages` (which end with a user turn)."""
     system: str | None = None
-    """System message put before every prompt that has none."""
-    max_prompt_tokens: int = Field(256, ge=8)
+    """System message put before every prompt that has none (null: none is added)."""
+    max_prompt_tokens: int = Field(default=256, ge=8)
     """Longer prompts are dropped, counted and listed in `rejected.jsonl`."""
     splits: Splits = Splits()
+    """What each prompt is used for."""
 
 
 class Vllm(Section):
     dtype: Dtype = NATIVE_DTYPE
-    """Default: what the machine computes fast."""
-    max_model_len: int = Field(512, ge=16)
-    """Prompt plus response, in tokens."""
-    max_num_seqs: int = Field(64, ge=1)
-    """Sequences decoded together."""
+    """Number type of vLLM's weights. The default is bfloat16 where the machine computes it fast, else float32."""
+    max_model_len: int = Field(default=512, ge=16)
+    """Longest prompt plus response, in tokens."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Most sequences that are decoded together."""
     block_size: int | None = 32
-    """KV-cache block in tokens (null: vLLM's choice). Prefixes are shared by whole blocks; CPU's own 128 is long."""
+    """Tokens per block of the KV cache, on CPU only (null: vLLM's choice, 128). Responses to one prompt share whole
+    blocks, so a short block lets short prompts be shared."""
     enforce_eager: bool = True
-    """False compiles and captures graphs: faster after a minute of warm-up. Right for long GPU runs."""
-    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)
-    """Share of GPU memory for weights and KV cache; in PPO the trainer needs the rest."""
+    """False compiles the model and captures CUDA graphs, which is faster after a minute of warm-up. Set it for long
+    runs on GPUs."""
+    gpu_memory_utilization: float = Field(default=0.4, gt=0, lt=1)
+    """Share of GPU memory for weights and KV cache. In PPO the trainer needs the rest."""
     sleep: bool = True
-    """In PPO on a GPU, free vLLM's memory while the trainer works. No effect on CPU."""
-    cpu_kvcache_gib: int = Field(1, ge=1)
-    """KV cache of one engine on CPU, GiB."""
+    """On a GPU in PPO, free vLLM's memory while the trainer works. No effect on CPU."""
+    cpu_kvcache_gib: int = Field(default=1, ge=1)
+    """Size of the KV cache of one engine on CPU, in GiB."""
 
 
 class Generation(Section):
-    temperature: float = Field(1.0, gt=0)
-    """Of every sample in the study. Trainer log-probs are divided by it too, so KL is that of what is sampled."""
-    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of every stage. The trainer divides its logits by it too, so that KL is measured on the
+    distribution that is sampled from."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest response in tokens. Longer ones are cut off and count as not finished."""
     vllm: Vllm = Vllm()
+    """The engine that samples."""
 
 
 class Gold(Section):
     kind: Literal["judge", "hub", "checkpoint", "linear"] = "judge"
-    """judge: the built-in scorer; hub or checkpoint: a trained reward model; linear: known E[gold | proxy], tests."""
+    """judge: the built-in scorer. checkpoint: a trained reward model in a folder. hub: one from the hub. linear: gold
+    with a known dependence on the proxy, which only tests can build."""
     path: str = "models/all-MiniLM-L6-v2"
-    """The sentence-embedding model of `judge`; the hub id or folder of the others."""
-    batch_tokens: int = Field(16384, ge=64)
+    """judge: folder of its sentence-embedding model. checkpoint: folder of the reward model. hub: its hub id."""
+    batch_tokens: int = Field(default=16384, ge=64)
+    """Tokens per forward pass, padding included. Lower it when memory runs out."""
 
     @property
     def is_local(self) -> bool:
@@ -76,37 +90,42 @@ class Gold(Section):
 
 
 class PreferenceSource(Section):
-    """A set of labelled pairs, local or on the hub."""
+    """A source is a set of local files or a dataset of the hub."""
 
     path: Path
-    """A .jsonl, .json or .parquet file, a folder of such, or a hub id."""
+    """A .jsonl, .json or .parquet file, a folder of such files, or a hub id (owner/name)."""
     layout: Literal["auto", "unified", "trl", "hh", "ratings"] = "auto"
-    """auto: told from the columns. The layouts are described in `core/data/sources.py`."""
+    """How the pairs are written. auto recognises it from the columns. `core/data/sources.py` describes the layouts."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration name of a hub dataset (null: its default)."""
     split: str = "train"
-    """Of a hub dataset; in a folder, files whose names begin with it are read alone, where there are any."""
+    """Split of a hub dataset. In a folder, only files whose names begin with it are read, or all if none does."""
     revision: str | None = None
-    """Hub revision; pin one for a run that others shall repeat."""
-    stride: int = Field(1, ge=1)
-    """Take every so manieth pair, ties not counted: 20 and 2 are the 40K and 400K of Unified-Feedback."""
-    max_pairs: int | None = Field(None, ge=2)
-    """At most so many, chosen by hash."""
-    weight: float = Field(1.0, gt=0)
-    """How often a training pair of this source is seen in an epoch; a fraction is the share of pairs seen."""
+    """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
+    stride: int = Field(default=1, ge=1)
+    """Keep every k-th pair, where ties do not count: 20 and 2 give the 40K and 400K pairs of Unified-Feedback."""
+    max_pairs: int | None = Field(default=None, ge=2)
+    """Keep at most n pairs, chosen by hash (null: all)."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch repeats each training pair of this source. Below 1 it is the share of pairs that is used."""
 
 
 class Preferences(Section):
     sources: dict[str, PreferenceSource] = {}
-    """Pairs of others in place of sampled ones; their labels then stand for gold in held-out accuracy."""
+    """Other people's pairs, by a name of your own, in place of sampled ones (empty: pairs are sampled from the policy
+    and labelled by gold). Their labels then stand for gold in the held-out accuracy."""
     max_rejected_share: Fraction = 0.01
-    """Malformed rows of a source beyond this share are an error; all of them are listed in `rejected.jsonl`."""
+    """A source with a larger share of malformed rows is an error. All of them are listed in `rejected.jsonl`."""
     decontaminate: tuple[Path, ...] = ()
-    """Evaluation sets (what `grm rm-eval --set` reads) whose prompts no pair may have."""
-    label_noise: Fraction = Field(0.0, le=0.5)
-    """Share of pairs whose label is flipped; flips are marked, so held-out accuracy is known against both."""
-    shard_prompts: int = Field(256, ge=1)
-    """Prompts sampled between two writes to disk: what a killed stage loses at most."""
-    max_train_pairs: int | None = Field(None, ge=2)
-    max_val_pairs: int | None = Field(None, ge=2)
-    max_calibration_prompts: int | None = Field(None, ge=2)
+    """Evaluation sets, as `grm rm-eval --set` reads them. Imported pairs with one of their prompts are left out."""
+    label_noise: Fraction = Field(default=0.0, le=0.5)
+    """Share of all pairs whose label is flipped, for training and validation alike. Flips are recorded, so the held-out
+    accuracy is reported against the flipped and against the clean labels."""
+    shard_prompts: int = Field(default=256, ge=1)
+    """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
+    max_train_pairs: int | None = Field(default=None, ge=2)
+    """Sample pairs on the first n prompts of rm_train only, or keep the first n imported pairs (null: all)."""
+    max_val_pairs: int | None = Field(default=None, ge=2)
+    """As max_train_pairs, of rm_val."""
+    max_calibration_prompts: int | None = Field(default=None, ge=2)
+    """Use only the first n prompts of the split calibration (null: all)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -12,11 +13,14 @@ from core.config import Config
 from core.config.nearest import keys_of, nearest
 from core.errors import ConfigError
 
+Tree = dict[str, Any]
+"""Sections and values as a YAML file holds them, before they are checked."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: YAML would silently keep the last."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
@@ -28,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
     """Lay `files` over the defaults, then `overrides` (`a.b=value`); raise ConfigError with all faults at once."""
-    tree: dict = {}
+    tree: Tree = {}
     for file in files:
         tree = merge(tree, read_yaml(Path(file)))
     if "variants" not in (tree.get("rm") or {}):
@@ -52,7 +56,7 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-def read_yaml(file: Path) -> dict:
+def read_yaml(file: Path) -> Tree:
     """The mapping in `file`; a missing file, bad YAML or another type is a ConfigError naming the file and line."""
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
@@ -67,7 +71,7 @@ def read_yaml(file: Path) -> dict:
     return tree
 
 
-def merge(base: dict, extra: dict) -> dict:
+def merge(base: Tree, extra: Tree) -> Tree:
     """`base` with `extra` laid over it, key by key, at every depth."""
     laid = {
         k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
@@ -75,25 +79,28 @@ def merge(base: dict, extra: dict) -> dict:
     return {**base, **laid}
 
 
-def parse_override(text: str) -> dict:
+def parse_override(text: str) -> Tree:
     """`ppo.kl.coef=0.1` -> `{"ppo": {"kl": {"coef": 0.1}}}`; the value is YAML, so lists and null work."""
     path, sep, value = text.partition("=")
     if not sep or not all(path.split(".")):
         raise ConfigError(f"override {text!r}: expected key.path=value")
     try:
-        tree = yaml.safe_load(value)
+        leaf = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
-    for key in reversed(path.split(".")):
-        tree = {key: tree}
+    *sections, last = path.split(".")
+    tree: Tree = {last: leaf}
+    for section in reversed(sections):
+        tree = {section: tree}
     return tree
 
 
-def _remove(tree: dict, path: tuple) -> bool:
+def _remove(tree: Tree, path: tuple[int | str, ...]) -> bool:
     """Take the key at `path` out of `tree`; False when it is not there."""
+    part: Any = tree
     for key in path[:-1]:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return bool(path) and isinstance(tree, dict) and tree.pop(path[-1], tree) is not tree
+        part = part.get(key) if isinstance(part, dict) else None
+    return bool(path) and isinstance(part, dict) and part.pop(path[-1], part) is not part
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -10,129 +10,155 @@ from core.config.base import Lora, Optim, Section, exact_div
 
 
 class Kl(Section):
-    coef: float = Field(0.05, ge=0)
-    """beta in reward = proxy - beta * sum_t log(pi / pi_0)."""
-    target: float | None = Field(None, gt=0)
-    """Nats per response; when set, the coefficient follows Ziegler et al. (1909.08593) with `horizon`."""
-    horizon: int = Field(10_000, ge=1)
+    coef: float = Field(default=0.05, ge=0)
+    """beta in reward = proxy - beta * sum_t log(pi / pi_0), in units of the normalised reward per nat. Raise it when KL
+    grows too fast. 0 is no penalty."""
+    target: float | None = Field(default=None, gt=0)
+    """KL that the coefficient steers towards, in nats per response, as in Ziegler et al. (arXiv 1909.08593). null: coef
+    stays as it is."""
+    horizon: int = Field(default=10_000, ge=1)
+    """With target: how slowly the coefficient adapts, in responses. A step of n responses multiplies it by
+    1 + e * n / horizon, where e is KL / target - 1, but at least -0.2 and at most 0.2."""
     where: Literal["reward", "loss"] = "reward"
-    """reward: the k1 estimate is taken from each token's reward, and the optimum is pi_0 exp(r / beta); loss: a term of
-    the loss with the gradient of k2, as in GRPO. There a token does not answer for the KL of those after it, so the
-    optimum is another one."""
-    stop: float | None = Field(None, gt=0)
-    """Leave the epochs over a rollout early, once a minibatch finds the policy this far from the one that sampled it:
-    nats a token (k3)."""
+    """reward: subtract the k1 estimate of the KL from each token's reward. The optimum is then pi_0 exp(r / beta).
+    loss: add a term to the loss with the gradient of k2, as in GRPO. There a token does not answer for the KL of later
+    ones, so the optimum is another one."""
+    stop: float | None = Field(default=None, gt=0)
+    """Stop updating the policy on a rollout once a minibatch shows it this far from the policy that sampled: nats per
+    token (k3). null: never. 0.02 is a usual limit."""
 
 
 class Clip(Section):
-    low: float = Field(0.2, gt=0, lt=1)
-    high: float = Field(0.2, gt=0)
-    value: float | None = Field(0.2, gt=0)
-    """Of the critic, in units of the reward (null: no clipping)."""
-    dual: float | None = Field(None, gt=1)
-    importance_weight: float | None = Field(2.0, gt=0)
-    """Cap of the truncated importance weight pi_trainer / pi_vllm (null: no correction)."""
+    low: float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability ratio pi_new / pi_old is clipped from below at 1 - low."""
+    high: float = Field(default=0.2, gt=0)
+    """The ratio is clipped from above at 1 + high. Above `low`, unlikely tokens may gain more (arXiv 2503.14476)."""
+    value: float | None = Field(default=0.2, gt=0)
+    """The critic's values are clipped to this distance from those of the rollout, in units of the normalised reward
+    (null: no clipping)."""
+    dual: float | None = Field(default=None, gt=1)
+    """Where the advantage A is negative, a token's objective does not fall below dual * A, however large its ratio
+    (arXiv 1912.09729, which uses 3). null: no such bound."""
+    importance_weight: float | None = Field(default=2.0, gt=0)
+    """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no correction)."""
 
 
 class Reward(Section):
-    """From the raw reward of a response to the one that PPO optimises, in this order."""
+    """Applied in the order of these fields."""
 
     normalise: Literal["calibration", "running", "none"] = "calibration"
-    """calibration: mean and standard deviation of pi_0's samples on the calibration prompts, fixed; running: those of
-    all rollouts so far; none: the reward model's own units."""
+    """What the mean and standard deviation of rewards are taken from: the reference's samples on the calibration
+    prompts (calibration), or all rollouts so far (running). none leaves rewards in the reward model's own units."""
     shape: Literal["none", "par", "log_sigmoid"] = "none"
-    """par: sigmoid(r - center) (arXiv 2502.18770); log_sigmoid: log sigmoid(r - center) (arXiv 2402.00742). Both gain
-    little where the proxy is far above what it was calibrated on."""
+    """par: sigmoid(r - center) (arXiv 2502.18770). log_sigmoid: log sigmoid(r - center) (arXiv 2402.00742). Both leave
+    little to gain where the proxy is far above its calibration."""
     center: float = 0.0
-    """Of the shapes, in normalised units; 0 is the mean of pi_0's samples, 1.04 their 85th percentile if normal."""
-    clip: float | None = Field(10.0, gt=0)
-    missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken from the reward of a response cut off by max_new_tokens."""
-    length_penalty: float = Field(0.0, ge=0)
-    """Taken from the reward for each token of the response."""
+    """Centre of the shape in normalised units. 0 is the mean of the reference's samples, 1.04 their 85th percentile if
+    they are normal."""
+    clip: float | None = Field(default=10.0, gt=0)
+    """Rewards are clipped to [-clip, clip] before the penalties (null: no clipping)."""
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward of a response that max_new_tokens cut off."""
+    length_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward for each token of the response."""
 
 
 class Ensemble(Section):
     members: tuple[str, ...] = Field(min_length=2)
-    """Names of rm.variants; ppo.proxy, which the critic starts from, is one of them."""
+    """Names of rm.variants. One of them is ppo.proxy, which the critic starts from."""
     combine: str = "mean"
-    """Of the members' standardised rewards: mean, min (WCO), median, uwo:WEIGHT, quantile:Q or soft_min:BETA."""
+    """How the members' standardised rewards are combined: mean, min (WCO), median, uwo:WEIGHT, quantile:Q or
+    soft_min:BETA."""
 
 
 class Ppo(Section):
     proxy: str = "grm"
     """Which of rm.variants is optimised."""
     ensemble: Ensemble | None = None
-    """Optimise a combination of several reward models instead (arXiv 2310.02743)."""
-    seed: int = Field(0, ge=0)
-    """Another order of prompts, other samples and another adapter: repetitions of a run differ in nothing else."""
+    """Optimise a combination of several reward models instead (arXiv 2310.02743). null: proxy alone."""
+    seed: int = Field(default=0, ge=0)
+    """Another seed gives another order of prompts, other samples and another start of the adapter. Repetitions of a run
+    differ in nothing else."""
     estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    """Of advantages. gae is PPO with a critic; the others have none: rloo (arXiv 2402.14740) and grpo (2402.03300)
-    compare the samples of a prompt, reinforce++ (2501.03262) whitens rewards to go."""
-    samples_per_prompt: int = Field(1, ge=1)
-    """Responses to each prompt of a step; rollouts / samples_per_prompt prompts are drawn."""
+    """How advantages are estimated. gae is PPO with a critic, the others have none: rloo (arXiv 2402.14740) and grpo
+    (arXiv 2402.03300) compare the samples of a prompt, reinforce++ (arXiv 2501.03262) whitens rewards to go."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt of a step, which draws rollouts / samples_per_prompt prompts. rloo and grpo need 2 or
+    more."""
     whiten_advantages: bool = True
-    """To mean 0 and variance 1 over all tokens of a rollout, on all ranks; not done with rloo and grpo."""
+    """Bring advantages to mean 0 and variance 1 over all tokens of a rollout, on all ranks. rloo and grpo never do."""
     reward: Reward = Reward()
+    """How the proxy's rewards are scaled, shaped and penalised before PPO optimises them."""
     reward_server: str | None = None
-    """http://host:port of a `grm rm-serve` of that model (null: it is held by the ranks). The critic starts from the
-    local folder all the same."""
+    """http://host:port of `grm rm-serve` with the proxy, which then answers for its rewards (null: the ranks hold the
+    proxy). The critic starts from the local folder all the same."""
     lora: Lora | None = Lora()
-    """null: the policy is trained in full and the reference is a second engine."""
-    steps: int = Field(12, ge=1)
-    rollouts: int = Field(64, ge=1)
-    """Responses per step, over all ranks."""
-    epochs: int = Field(1, ge=1)
-    minibatches: int = Field(2, ge=1)
-    """Optimiser steps per epoch."""
-    micro_batch: int = Field(8, ge=1)
-    """Sequences per forward pass on one rank, on average: passes hold equally many tokens, not sequences."""
+    """Adapters of the policy (null: all its weights are trained, and the reference is a second model in memory)."""
+    steps: int = Field(default=12, ge=1)
+    """PPO steps. Each samples one rollout and trains on it."""
+    rollouts: int = Field(default=64, ge=1)
+    """Responses per step, over all ranks. A multiple of engine.processes * micro_batch * minibatches."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over each rollout. More passes learn more from it, from samples of a policy that is further away."""
+    minibatches: int = Field(default=2, ge=1)
+    """Optimiser steps per epoch, each on its share of the rollout."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Sequences per forward pass on one rank, on average: passes hold equally many tokens, not sequences. Lower it when
+    memory runs out."""
     kl: Kl = Kl()
+    """The penalty on the distance from the reference."""
     clip: Clip = Clip()
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    """Of GAE. 1 takes no bias from the critic, for more variance: right for short runs, whose critic has little time to
-    learn; at 0.95 with critic_head = reward responses of the 135M model stopped ending (docs/ppo.md)."""
-    entropy_coef: float = Field(0.0, ge=0)
-    critic_warmup_steps: int = Field(0, ge=0)
+    """Limits of the policy's ratio, of the critic's values and of importance weights."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token of later rewards. 1 discounts nothing and is usual, since the proxy rewards the last token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """lambda of GAE. 1 takes no bias from the critic, for more variance: right for short runs, whose critic has little
+    time to learn. At 0.95 with critic_head=reward, responses of the 135M model stopped ending (docs/ppo.md)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of an entropy bonus in the policy loss, in nats per token. 0 is none and saves its computation."""
+    critic_warmup_steps: int = Field(default=0, ge=0)
     """Steps at the start in which only the critic learns."""
     actor: Optim = Optim(lr=2e-4, eps=1e-5, schedule="constant")
+    """Optimiser of the policy. Its schedule begins after the critic's warm-up steps."""
     critic: Optim = Optim(lr=5e-5, eps=1e-5, schedule="constant")
-    critic_trainable_layers: int | None = Field(None, ge=1)
-    """Train the last so many layers of the critic and its head (null: everything)."""
+    """Optimiser of the critic, with estimator gae."""
+    critic_trainable_layers: int | None = Field(default=None, ge=1)
+    """Train only the last n layers of the critic and its head (null: everything)."""
     critic_init: Literal["proxy", "policy"] = "proxy"
     """Whose layers the critic starts with."""
     critic_head: Literal["zero", "reward"] = "zero"
-    """Its head starts at 0, or as the reward head, whose output in a response
-    is not a value yet: with lam below 1 that bias drives the policy until the critic has learned (arXiv 2503.01491)."""
+    """zero: the critic's head starts at 0. reward: it starts as the proxy's head. Within a response that is not a value
+    yet, and with lam below 1 its bias drives the policy until the critic has learned (arXiv 2503.01491)."""
     reuse_frozen_layers: bool = True
-    """Run the lowest layers that actor, reference and critic have in common, all frozen, once per rollout."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay, a step, of a moving average of the trained weights, which is left as a policy in `policy-ema/`."""
-    checkpoint_every: int = Field(4, ge=1)
-    """Steps between policies kept for evaluation; the last step always is one."""
-    keep_policies: int | None = Field(None, ge=1)
-    """Of those, keep the last so many and the best by reward less KL penalty on its own rollout (null: all)."""
-    save_every: int = Field(4, ge=1, json_schema_extra={"decides_result": False})
-    """Steps between resumable states (weights, optimisers, KL coefficient, reward statistics)."""
+    """Run the lowest layers that actor, reference and critic have in common, if all are frozen, once per rollout."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of a moving average of the trained weights, which is saved as a policy in `policy-ema/` (null: no
+    average)."""
+    checkpoint_every: int = Field(default=4, ge=1)
+    """Steps between policies that are kept for evaluation. The last step is always one of them."""
+    keep_policies: int | None = Field(default=None, ge=1)
+    """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all)."""
+    save_every: int = Field(default=4, ge=1, json_schema_extra={"decides_result": False})
+    """Steps between states to resume from (weights, optimisers, KL coefficient, reward statistics)."""
     keep_state: bool = Field(default=True, json_schema_extra={"decides_result": False})
-    """Keep the last resumable state of a finished run, so that a larger `ppo.steps` continues it. It holds weights and
-    optimiser states: twelve to sixteen bytes for each trained parameter of actor and critic."""
+    """Keep the last state of a finished run, so that a larger `ppo.steps` continues it. It holds weights and optimiser
+    states: twelve to sixteen bytes for each trained parameter of actor and critic."""
     vllm_servers: tuple[str, ...] = ()
-    """http://host:port of servers started with `grm vllm-serve`, in place of an engine in each rank. Their samples are
-    not seeded, so such a run does not repeat bit for bit."""
+    """http://host:port of servers started with `grm vllm-serve` (empty: each rank has an engine of its own). Their
+    samples are not seeded, so such a run does not repeat bit for bit."""
     weight_transfer: Literal["file", "nccl"] = "file"
     """How the servers get new weights: from a file in the run directory, or from GPU to GPU."""
     overlap: bool = False
-    """Let the servers sample the next step's responses while this one trains: one step off-policy, which
+    """Let the servers sample the next step's responses while this one trains. They are then one step off-policy, which
     clip.importance_weight corrects for."""
     sync: Literal["weights", "adapter"] = "weights"
-    """What vLLM gets after each step: whole weights, adapters merged; or the adapter as it is, which rounds nothing
-    away and moves little, but makes sampling slower (on CPU three times)."""
-    server_timeout: float = Field(600.0, gt=0, json_schema_extra={"decides_result": False})
+    """What vLLM gets after each step. weights: all weights, with adapters merged. adapter: the adapter alone, which
+    rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
+    server_timeout: float = Field(default=600.0, gt=0, json_schema_extra={"decides_result": False})
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
     trackers: tuple[str, ...] = Field(default=(), json_schema_extra={"decides_result": False})
-    """Beside TensorBoard and metrics.jsonl: any tracker of accelerate that is installed, for example wandb."""
+    """Trackers of accelerate that also get the metrics, for example wandb, which must be installed. TensorBoard and
+    metrics.jsonl are always written."""
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -10,40 +10,50 @@ from core.config.base import Fraction, Lora, Model, Optim, Section
 
 
 class RewardVariant(Section):
-    """One reward model: what differs between the arms of a comparison."""
+    """What distinguishes a reward model from the others of a comparison."""
 
     text_regulariser: Literal["none", "sft", "sft_plain", "dpo_noref", "dpo"] = "none"
-    """none is Bradley-Terry; the others are GRM (arXiv 2406.10216). dpo needs log-probs of the untrained base, which
-    are computed once before training."""
+    """none: Bradley-Terry alone. The others are those of GRM (arXiv 2406.10216) and keep the backbone a language model:
+    sft and sft_plain on chosen responses, dpo_noref and dpo on pairs. dpo also needs log-probs of the untrained base,
+    which are computed once before training."""
     alpha: Fraction = 0.01
-    """Weight of the text regulariser: total = (1 - alpha) * reward loss + alpha * regulariser."""
-    beta: float = Field(0.1, gt=0)
+    """Weight of the text regulariser: loss = (1 - alpha) * reward loss + alpha * regulariser."""
+    beta: float = Field(default=0.1, gt=0)
+    """Factor of the log-probs inside the regulariser's log sigmoid. A larger one saturates it sooner. sft_plain has
+    none."""
     regularise: Literal["last", "every_turn"] = "last"
-    """The regulariser reads the response alone, or also the assistant's turns in the prompt."""
+    """last: the regulariser reads the response alone. every_turn: also the assistant's turns in the prompt."""
     head: Literal["linear", "mlp", "inform", "odin"] = "mlp"
-    """inform: variational bottleneck (arXiv 2402.09345); odin: length apart from quality (arXiv 2402.07319)."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    noise_rate: float = Field(0.0, ge=0, lt=0.5)
-    """Share of labels taken to be wrong: the loss corrected for them (rDPO, arXiv 2403.00409)."""
-    margin: float = Field(0.0, ge=0)
-    """Times the gap of ratings (or gold) of a pair: what the reward difference has to exceed (arXiv 2307.09288)."""
-    positive: float = Field(0.0, ge=0)
-    """Weight of -log sigmoid(mean reward of chosen responses)."""
-    center: float = Field(0.0, ge=0)
-    """Weight of mean((r_chosen + r_rejected)^2), which pins the free offset of Bradley-Terry (arXiv 2312.09244)."""
-    head_weight: float = Field(0.1, ge=0)
-    """Weight of the head's own terms: InfoRM's KL in nats, ODIN's correlations and overlap (there 1 is usual)."""
-    num_layers: int | None = Field(None, ge=1)
-    """In place of rm.num_layers for this variant: reward models of several sizes from one base."""
-    trainable_layers: int | None = Field(None, ge=0)
-    """In place of rm.trainable_layers for this variant; 0 freezes the backbone."""
-    pairs: int | None = Field(None, ge=2)
-    """Train on the first so many pairs (null: all): data sizes of one study are nested."""
-    label_noise: Fraction = Field(0.0, le=0.5)
-    """Share of its training labels that are flipped, the same ones for every variant of as many pairs; beside those of
-    preferences.label_noise."""
-    seed: int = Field(0, ge=0)
-    """Another head and another order of the pairs: the members of an ensemble differ in nothing else."""
+    """linear: one linear map. mlp: two layers, as in GRM. inform: variational bottleneck (arXiv 2402.09345). odin: a
+    reward of length kept apart from quality (arXiv 2402.07319)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share e of wrong labels in conservative labels: loss = (1 - e) * l(d) + e * l(-d), where l(d) is the
+    Bradley-Terry loss of the reward difference d. Excludes noise_rate."""
+    noise_rate: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of labels assumed to be wrong. The loss is corrected so that its expectation is that of clean labels (rDPO,
+    arXiv 2403.00409). Excludes label_smoothing."""
+    margin: float = Field(default=0.0, ge=0)
+    """The reward difference of a pair has to exceed margin times its gap in ratings, or in gold (arXiv 2307.09288)."""
+    positive: float = Field(default=0.0, ge=0)
+    """Weight of -log sigmoid(mean reward of chosen responses), which pushes that mean above 0."""
+    center: float = Field(default=0.0, ge=0)
+    """Weight of mean((r_chosen + r_rejected)^2), which pins the offset that Bradley-Terry leaves free (arXiv
+    2312.09244)."""
+    head_weight: float = Field(default=0.1, ge=0)
+    """Weight of the head's own terms: InfoRM's KL in nats, or ODIN's correlations and overlap, where 1 is usual. Other
+    heads have none."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Layers that this variant keeps of the base (null: as rm.num_layers). Gives reward models of several sizes."""
+    trainable_layers: int | None = Field(default=None, ge=0)
+    """Train only the last n layers of this variant (null: as rm.trainable_layers or rm.lora say). 0: the head alone."""
+    pairs: int | None = Field(default=None, ge=2)
+    """Train on the first n pairs only (null: all). The pairs of a smaller n are among those of a larger one."""
+    label_noise: Fraction = Field(default=0.0, le=0.5)
+    """Share of this variant's training labels that are flipped, after preferences.label_noise. Variants with equally
+    many pairs get the same flips."""
+    seed: int = Field(default=0, ge=0)
+    """Another seed gives another start of the head and another order of the pairs. Members of an ensemble differ in
+    nothing else."""
 
     @model_validator(mode="after")
     def _one_correction(self) -> RewardVariant:
@@ -53,32 +63,40 @@ class RewardVariant(Section):
 
 
 class RewardTraining(Section):
-    """Everything that the variants share."""
+    """What all variants have in common."""
 
     base: Model = Model()
-    num_layers: int | None = Field(None, ge=1)
-    """Use the first so many layers of the backbone (null: all)."""
-    trainable_layers: int | None = Field(None, ge=1)
-    """Train the last so many layers and the head (null: everything)."""
+    """The causal LM that every reward model starts from."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Keep only the first n layers of the base (null: all)."""
+    trainable_layers: int | None = Field(default=None, ge=1)
+    """Train only the last n layers and the head (null: everything). Excludes lora."""
     cache_frozen_layers: bool = False
-    """With trainable_layers: run the layers below once per pair and keep their output (2 H bytes a token in memory)
-    for the other variants and epochs. Variants of another num_layers have other layers below, and so a cache of their
-    own beside it."""
+    """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs and
+    variants. Faster, but each token takes 2 bytes (float32: 4) per hidden dimension of memory. Variants with another
+    num_layers have a cache of their own."""
     lora: Lora | None = None
+    """Train adapters in place of the base's own weights (null: no adapters). Excludes trainable_layers."""
     save: Literal["merged", "adapter"] = "merged"
-    """merged: whole weights. adapter (with lora): the adapter and the head, some MB a variant; the base is read from
-    base.path again. Variants with trainable_layers of their own have no adapter, and are whole."""
-    epochs: int = Field(1, ge=1)
-    global_batch: int = Field(32, ge=1)
-    """Pairs per optimiser step, over all ranks."""
-    micro_batch: int = Field(8, ge=1)
-    """Pairs per forward pass on one rank, on average: passes hold equally many tokens, not pairs."""
-    max_tokens: int = Field(512, ge=16)
-    """Of a conversation."""
+    """merged: whole weights. adapter: with lora, only the adapter and the head, some MB per variant, which are put on
+    the base again when the model is read. Variants with trainable_layers of their own are saved whole."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training pairs. Reward models overfit soon: 1 or 2 are usual."""
+    global_batch: int = Field(default=32, ge=1)
+    """Pairs per optimiser step, over all ranks. A multiple of engine.processes * micro_batch."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Pairs per forward pass on one rank, on average: passes hold equally many tokens, not pairs. Lower it when memory
+    runs out."""
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest conversation in tokens. `overlong` decides about longer ones."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """Longer pairs are left out, or lose the beginning of their prompt; both are counted."""
+    """What happens to a pair with a conversation above max_tokens: drop leaves it out, truncate cuts the beginning of
+    its prompt. Both are counted."""
     optim: Optim = Optim(lr=5e-5)
+    """Optimiser of every variant."""
     variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
+    """The reward models, by a name of your own. A file that has this key replaces both default variants: grm, with the
+    regulariser sft, and bt, which is Bradley-Terry."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardTraining:

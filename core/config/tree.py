@@ -9,7 +9,7 @@ properties, not fields.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,21 +21,22 @@ from core.config.rm import RewardTraining
 
 class Run(Section):
     name: str = "offline"
-    """Folder of the run below `dir`."""
+    """Name of the run's folder within `dir`."""
     dir: Path = Path("runs")
-    """Where runs are kept."""
-    seed: int = Field(1, ge=0)
+    """Folder that holds the runs."""
+    seed: int = Field(default=1, ge=0)
     """Every random draw of every stage derives from this number."""
 
 
 class BestOfN(Section):
-    samples: int = Field(16, ge=2)
-    """N, the pool of each prompt. Curves are shown up to N, trusted up to N / 4."""
-    n_max: int | None = Field(None, ge=1)
+    samples: int = Field(default=16, ge=2)
+    """N, the samples in each prompt's pool. Curves reach up to n = N and are trusted up to n = N / 4."""
+    n_max: int | None = Field(default=None, ge=1)
     """Largest n of the curves (null: N)."""
-    prompts: int | None = Field(None, ge=2)
-    """Use the first so many evaluation prompts by hash (null: all)."""
-    shard_prompts: int = Field(64, ge=1)
+    prompts: int | None = Field(default=None, ge=2)
+    """Use only the first n evaluation prompts, in hash order (null: all)."""
+    shard_prompts: int = Field(default=64, ge=1)
+    """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
 
     @model_validator(mode="after")
     def _n_fits(self) -> BestOfN:
@@ -45,29 +46,33 @@ class BestOfN(Section):
 
 
 class Engine(Section):
-    """DeepSpeed: how training is spread over processes."""
+    """What DeepSpeed is given."""
 
     processes: int | Literal["auto"] = "auto"
     """Ranks on this machine. auto: one per GPU, or two on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 3
+    """What ZeRO shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters. A higher
+    stage needs less memory and more communication."""
     dtype: Literal["bfloat16", "float32"] = NATIVE_DTYPE
-    """Default: what the machine computes fast. bfloat16 keeps float32 master weights in the optimiser."""
+    """Number type of training. The default is bfloat16 where the machine computes it fast, else float32. With bfloat16
+    the optimiser keeps float32 master weights."""
     offload: bool = False
-    """Keep optimiser states (and at stage 3 parameters) in host memory."""
+    """Keep optimiser states (at stage 3 also parameters) in host memory. Slower, for models that do not fit the GPU."""
     gradient_checkpointing: bool = False
-    overrides: dict = {}
-    """A user's own DeepSpeed settings, merged over the derived ones."""
+    """Recompute activations in the backward pass in place of storing them: less memory, slower steps."""
+    overrides: dict[str, Any] = {}
+    """Your own DeepSpeed settings, laid over those that follow from this configuration."""
 
 
 class Evaluation(Section):
-    prompts: int | None = Field(None, ge=2)
-    """Use the first so many evaluation prompts by hash (null: all)."""
-    samples: int = Field(1, ge=1)
+    prompts: int | None = Field(default=None, ge=2)
+    """Use only the first n evaluation prompts, in hash order (null: all)."""
+    samples: int = Field(default=1, ge=1)
     """Responses per prompt and checkpoint, at the training temperature."""
-    micro_batch: int = Field(8, ge=1)
-    """Sequences per forward pass of the KL measurement."""
-    bootstrap: int = Field(1000, ge=100)
-    """Draws of the cluster bootstrap over prompts."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Sequences per forward pass when KL is measured. Lower it when memory runs out."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Draws of the bootstrap over prompts, which gives the intervals."""
 
 
 class Study(Section):
@@ -75,32 +80,37 @@ class Study(Section):
 
     variants: tuple[str, ...] = ()
     """Names of rm.variants (empty: all of them)."""
-    seeds: int = Field(3, ge=1)
-    """Heads and orders of the pairs; 3 is the least that says something of a method."""
+    seeds: int = Field(default=3, ge=1)
+    """Reward models per condition. They differ in the start of the head and in the order of the pairs. Fewer than 3
+    cannot tell a difference between conditions from luck."""
     pairs: tuple[int, ...] = ()
-    """Training pairs (empty: all)."""
+    """Numbers of training pairs to compare (empty: all pairs)."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Sizes of the reward model: the first so many layers of its base (empty: rm.num_layers, or the variant's own)."""
+    """Sizes of the reward model to compare: the first n layers of its base (empty: rm.num_layers, or the variant's
+    own)."""
     label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = (0.0,)
+    """Shares of flipped training labels to compare, in place of the variants' own. 0 is clean labels."""
     ensembles: tuple[str, ...] = ("mean", "min")
-    """Combiners of the seeds of a condition, from their scores: no model is run for them."""
+    """Combiners of the seeds of a condition. They work on scores that exist, so no model is run for them."""
     sweep: tuple[str, ...] = (
         "mean", "min", "median", "quantile:0.25", "uwo:0.1", "uwo:0.5", "uwo:1", "uwo:2", "length:0.1", "length:0.3",
     )  # fmt: skip
-    """Combiners that are compared at one n, from the same scores, so no model is run (`study.analysis.combiners`)."""
+    """Combiners that are compared at one n, from the same scores (`study/analysis/combiners.py` explains them)."""
     second_gold: Gold | None = None
-    """Scores the pools too, after everything is trained: whether the verdicts are those of one gold alone."""
+    """Another gold that scores the pools after everything is trained, to see whether the verdicts depend on the gold
+    (null: none)."""
     soft_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
-    """Of soft best-of-n, in standard deviations of the proxy within prompts (empty: none)."""
+    """Temperatures of soft best-of-n, in standard deviations of the proxy within prompts (empty: none)."""
     ppo_variants: tuple[str, ...] = ()
-    """Variants that policies are trained against (empty: none)."""
+    """Variants whose reward models policies are trained against (empty: no policy is trained)."""
     ppo_label_noise: tuple[Annotated[float, Field(ge=0, le=0.5)], ...] = ()
     """Label noises of the reward models that policies are trained against (empty: all of label_noise)."""
     ppo_layers: tuple[int, ...] = ()
     """Sizes of the reward models that policies are trained against (empty: all of layers)."""
-    ppo_seeds: int = Field(1, ge=1)
-    """Train policies against the first n seeds of each of these conditions."""
+    ppo_seeds: int = Field(default=1, ge=1)
+    """Policies are trained against the first n seeds of each of these conditions."""
     kl_coefs: tuple[float, ...] = (0.02,)
+    """Values of ppo.kl.coef. One policy is trained with each, against each of these reward models."""
 
     @model_validator(mode="after")
     def _once(self) -> Study:
@@ -112,17 +122,29 @@ class Study(Section):
 
 class Config(Section):
     run: Run = Run()
+    """Where the results go, and the seed."""
     policy: Model = Model()
+    """The language model that samples all responses and that PPO trains. Before PPO it is the reference."""
     data: Data = Data()
+    """The prompts."""
     generation: Generation = Generation()
+    """How responses are sampled."""
     gold: Gold = Gold()
+    """The reward model that labels sampled pairs and measures every result. Nothing is optimised for it."""
     preferences: Preferences = Preferences()
+    """The labelled pairs that reward models are trained on."""
     rm: RewardTraining = RewardTraining()
+    """Training of reward models."""
     bon: BestOfN = BestOfN()
+    """Best-of-n."""
     ppo: Ppo = Ppo()
+    """PPO, and other policy-gradient methods with the same loop."""
     engine: Engine = Engine()
+    """Processes, memory and number type of training."""
     eval: Evaluation = Evaluation()
+    """Evaluation of PPO's policies, and the intervals of all curves."""
     study: Study = Study()
+    """What the over-optimisation study compares."""
 
     @property
     def run_dir(self) -> Path:

@@ -28,6 +28,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.summary: nn.Module
         if config.vhead_layer_type == "linear":
             self.summary = Float32Linear(config.hidden_size, 1)
             return
@@ -45,7 +46,7 @@ class GrmForSequenceClassification(PreTrainedModel):
     config_class = CONFIG_MAPPING[MODEL_TYPE]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = []
+    _no_split_modules: list[str] = []
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True

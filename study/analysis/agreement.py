@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bon.estimators import count_lower_in_both
 from bon.gains import gains, scale
@@ -153,7 +154,7 @@ def prediction(rows: Sequence[Mapping], outcomes: Sequence[str], draws: int = 10
     return found
 
 
-def _spearman_draws(x: Array, y: Array, weights: Array) -> Array:
+def _spearman_draws(x: Array, y: Array, weights: NDArray[np.int64]) -> Array:
     """Rank correlations of x [M] and y [M] with each row counted as often as weights [B, M] say; draws in which one of
     them is constant are left out."""
     ranked = [

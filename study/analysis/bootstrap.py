@@ -55,14 +55,15 @@ def crossed_draws(values: Array, draws: int, seed: int) -> Array:
             f"values of shape {values.shape}: pass finite [seeds, prompts, points] with two prompts at least"
         )
     S, P, _ = values.shape
-    mean, of_seed = values.mean(axis=(0, 1)), values.mean(axis=1)
+    mean: Array = values.mean(axis=(0, 1))
+    of_seed: Array = values.mean(axis=1)
     freedom = _freedom(values)
     if S > 1:
         values = values + (np.sqrt(S / (S - 1)) - 1) * (of_seed - mean)[:, None]
     rng = np.random.default_rng(seed)
     prompts = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
     seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
-    means = sum(seeds[:, s, None] * (prompts @ values[s]) for s in range(S))
+    means: Array = np.sum([seeds[:, s, None] * (prompts @ values[s]) for s in range(S)], axis=0)
     return mean + (means - mean) * (student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975))
 
 
@@ -72,8 +73,8 @@ def _freedom(values: Array) -> float:
     variances = [(values.mean(axis=0).var(axis=0, ddof=1).sum() / P, P - 1)]
     if S > 1:
         variances.append((values.mean(axis=1).var(axis=0, ddof=1).sum() / S, S - 1))
-    total = sum(v for v, _ in variances)
-    return total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
+    total = float(sum(v for v, _ in variances))
+    return total**2 / float(sum(v**2 / f for v, f in variances)) if total > 0 else P - 1
 
 
 def student_quantile(p: float, freedom: float) -> float:
@@ -117,7 +118,7 @@ def p_value(values: Array, draws: int, seed: int) -> float:
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     """p-values corrected for their number (Holm 1979): rejecting those below 5% has a 5% chance of any error."""
     adjusted, worst = {}, 0.0
-    for k, name in enumerate(sorted(p, key=p.get)):
+    for k, name in enumerate(sorted(p, key=p.__getitem__)):
         worst = max(worst, min(1.0, (len(p) - k) * p[name]))
         adjusted[name] = worst
     return adjusted

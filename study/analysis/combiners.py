@@ -35,7 +35,12 @@ def rule(text: str) -> Callable[[Array, Array | None], Array]:
         weight = float(number)
     except ValueError:
         raise DataError(f"no combiner {text!r}: length:WEIGHT takes a number") from None
-    return lambda members, length: members.mean(axis=0) - weight * length
+
+    def shortened(members: Array, length: Array | None) -> Array:
+        assert length is not None, "`sweep` leaves these rules out where lengths are unknown"
+        return members.mean(axis=0) - weight * length
+
+    return shortened
 
 
 def sweep(
@@ -49,8 +54,9 @@ def sweep(
         Rows of rm, rule, name, weight (None where the rule has none), members, n, gold, lo, hi, difference,
         difference_lo, difference_hi; in standard deviations of gold within prompts.
     """
-    gold, varies = gains(pools.gold), pools.length is not None and bool(np.ptp(pools.length, axis=1).any())
-    length = gains(pools.length) if varies else None
+    gold, length = gains(pools.gold), None
+    if pools.length is not None and np.ptp(pools.length, axis=1).any():
+        length = gains(pools.length)
     n = int(plan.ns[plan.ns <= max(1, pools.size // TRUSTED)][-1])
     rows = []
     for condition in conditions:

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bon.estimators import best_of_n, kl_bound, kl_pool, kl_with_atom, oracle, win_rate
 from bon.gains import gains
@@ -50,7 +51,7 @@ class Curve:
     rm: str
     method: str
     metric: str
-    x: Array
+    x: NDArray[np.int64]
     kl: Array
     kl_kind: str
     values: Array = field(repr=False)
@@ -104,7 +105,7 @@ class Curve:
 class Plan:
     """How to analyse: the same for every condition."""
 
-    ns: Array
+    ns: NDArray[np.int64]
     """[K], whole numbers from 1 to N, ascending."""
     draws: int = 1000
     seed: int = 0
@@ -191,11 +192,13 @@ def disagreement_curve(pools: Pools, name: str, members: Array, plan: Plan) -> C
     return _bon(name, "disagreement", values[None], plan.ns, pools, plan)
 
 
-def _bon(name: str, metric: str, values: Array, ns: Array, pools: Pools, plan: Plan, method: str = "bon") -> Curve:
+def _bon(
+    name: str, metric: str, values: Array, ns: NDArray[np.int64], pools: Pools, plan: Plan, method: str = "bon"
+) -> Curve:
     return Curve(name, method, metric, ns, kl_bound(ns), "bound", values, pools.size, plan.draws, plan.seed)
 
 
-def kl_table(pools: Pools, proxies: Mapping[str, Array], ns: Array) -> list[dict]:
+def kl_table(pools: Pools, proxies: Mapping[str, Array], ns: NDArray[np.int64]) -> list[dict]:
     """The KLs of best-of-n side by side, nats: the bound, the pool's own (ties lower it), and atom-corrected.
 
     The atom is the mass of the pool's best response under the reference, exp of its log-probability.

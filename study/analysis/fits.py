@@ -10,6 +10,7 @@ since the points of a curve share one pool: they hold the truth in 72 to 83 of 1
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Fit:
     extrapolation_error_linear: float | None
     """The same of R = alpha d, to compare with."""
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -106,6 +107,9 @@ def _extrapolation(d: Array, mean: Array, draws: Array, form: str) -> tuple[Inte
     if low.sum() < 3:
         return None, None
     last = int(d.argmax())
-    error = lambda y: predict(least_squares(d[low], y[..., low], form), d[last], form)[..., 0] - y[..., last]  # noqa: E731
+
+    def error(y: Array) -> Array:
+        return predict(least_squares(d[low], y[..., low], form), d[last], form)[..., 0] - y[..., last]
+
     slope = float(mean[low] @ d[low] / (d[low] @ d[low]))
     return interval(float(error(mean)), error(draws)), slope * float(d[last]) - float(mean[last])

@@ -58,7 +58,7 @@ def _origin(
     table = None
     if pools is not None:
         table = pools.gold if metric == "gold" else pools.proxies.get(proxy or "")
-    if table is None:
+    if pools is None or table is None:
         return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0
     place = {p: i for i, p in enumerate(pools.prompt_ids)}
     if set(prompts) <= place.keys():

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from bon.scores import read_pools
-from core.artefacts import read_manifest
+from core.artefacts import MANIFEST
 from core.config import Config
 from core.files import read_json, read_table, write_json
 from rm.variants import arm_rows
@@ -40,8 +40,8 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
         facts=study_models.facts(cfg, realised), rules=cfg.study.sweep,
     )  # fmt: skip
     files.write(out, results)
-    manifests = {"rm": read_manifest(run / "rm")}
-    manifests |= {p.name: read_manifest(run / "policies" / p.name / "ppo") for p in policies}
+    manifests = {"rm": read_json(run / "rm" / MANIFEST)}
+    manifests |= {p.name: read_json(run / "policies" / p.name / "ppo" / MANIFEST) for p in policies}
     checks = run_checks(cfg, results, series, manifests, realised, policy_seeds=cfg.study.ppo_seeds)
     write_json(out / "checks.json", files.plain(list(checks)))
     study_page.write(

@@ -103,7 +103,7 @@ def _policies(axis, results: Results) -> None:
 
 
 def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.array([r[k] for r in rows]) for k in ("band_lo", "band_hi"))
+    return np.array([r["band_lo"] for r in rows]), np.array([r["band_hi"] for r in rows])
 
 
 def _untrusted(axis, curve) -> None:
@@ -188,7 +188,7 @@ def length(results: Results) -> Figure | None:
         return None
     beyond = _curves(results, "bon", "gold_beyond_length")
     figure, axes = plt.subplots(1, 3 if beyond else 2, figsize=(12 if beyond else 9, 3.8))
-    left, middle, right = *axes[:2], axes[-1]
+    left, middle, right = axes[0], axes[1], axes[-1]
     for curve in curves:
         left.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
     left.set(ylabel="length of the chosen response")

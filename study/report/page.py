@@ -110,8 +110,8 @@ def summary(results: Results) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, facts in {**results.findings, **results.policies}.items():
         kinds.setdefault(facts["verdict"].kind, []).append(name)
-    few = lambda names: "; ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
     total = sum(map(len, kinds.values()))
+    few = lambda names: "; ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
     return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
 
 
@@ -119,6 +119,7 @@ def browser(results: Results) -> list[dict]:
     """For each condition's first member and some n: where the choice among the first n samples gains most of the proxy
     beyond gold, beside the sample that gold would have chosen among them."""
     pools, gold = results.pools, gains(results.pools.gold)
+    assert pools.responses is not None, "the page has no browser where the pools have no texts"
     rows = []
     for name in results.conditions:
         proxy = results.proxies[name][0]
