@@ -80,7 +80,7 @@ types: | ready       ## check types
 	@.venv/bin/mypy
 
 docs-config: | ready ## write docs/configuration.md from the docstrings of the fields
-	@$(PYTHON_BIN) -m core.config.reference docs/configuration.md
+	@$(PYTHON_BIN) -m core.config.explain > docs/configuration.md
 
 bench: | ready       ## time the reward model's training step and the study's estimators: some minutes
 	@$(PYTHON_BIN) -m benchmarks.reward_step
