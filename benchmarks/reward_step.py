@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--memory", nargs=2, metavar=("SHAPE", "LOSS"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.memory:
-        print(json.dumps(memory(*asked.memory)))
+    options = parser.parse_args()
+    if options.memory:
+        print(json.dumps(memory(*options.memory)))
         return
     rows = [
         "| model | loss | seconds per step | against BT | peak memory, MiB | against BT |",
@@ -115,7 +115,7 @@ def main() -> None:
     for shape in SHAPES:
         command = [sys.executable, "-m", "benchmarks.reward_step", "--memory", shape]
         peaks = {name: json.loads(subprocess.check_output([*command, name])) for name in LOSSES}
-        seconds = times(shape, asked.rounds)
+        seconds = times(shape, options.rounds)
         for name in LOSSES:
             ratio = median(a / b for a, b in zip(seconds[name], seconds["BT"], strict=True))
             rows.append(
@@ -127,12 +127,12 @@ def main() -> None:
         "# Time and memory of a training step, GRM against BT", "",
         f"`python -m benchmarks.reward_step` with torch {torch.__version__} on {where}. A step trains all weights "
         f"on {PAIRS} pairs of {PROMPT} prompt tokens and {CHOSEN} and {REJECTED} response tokens, in bfloat16 with "
-        f"AdamW. Steps of the two losses alternate. The seconds are medians of {asked.rounds} steps, and ratios are "
+        f"AdamW. Steps of the two losses alternate. The seconds are medians of {options.rounds} steps, and ratios are "
         "medians of the ratios of neighbouring steps.", "", *rows,
     ])  # fmt: skip
     print(text)
-    if asked.out:
-        asked.out.write_text(text + "\n")
+    if options.out:
+        options.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Pools:
                 )
         golds = [gold for gold in (self.gold, self.second_gold) if gold is not None]
         if self.second_gold is not None and np.array_equal(self.gold, self.second_gold):
-            raise ArtefactError("the second gold scores exactly as the first: it tells nothing that the first does not")
+            raise ArtefactError("the second gold scores exactly as the first, so it adds nothing")
         if same := [name for name, values in self.proxies.items() if any(np.array_equal(values, g) for g in golds)]:
             raise ArtefactError(
                 f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing"

@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def manifest_digest(manifest: dict) -> str:
-    """What later stages depend on: what the stage was asked and what it made, not when or how fast."""
+    """What later stages depend on: configuration, inputs and outputs, not when or how fast it ran."""
     outputs = {o["path"]: o["sha256"] for o in manifest["outputs"]}
     return digest([manifest["stage"], manifest["config"], manifest["inputs"], outputs])
 

@@ -1,4 +1,4 @@
-"""The environment of a stage's process: threads, allocator, and how loud the libraries are."""
+"""The environment of a stage's process: threads, allocator, and how much the libraries print."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def variables(ranks: int) -> dict[str, str]:
     settings = {STARTED: "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # DeepSpeed compiles an operation on first use, with the ninja of this environment.
     settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-    # Libraries' notices would hide ours: one line a backward pass from torch alone.
+    # Notices of libraries would hide ours: torch alone prints a line for each backward pass.
     settings |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DEEPSPEED_LOG_LEVEL": "error"}
     settings |= {"DS_LOG_LEVEL": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # vLLM in the trainer's own process: weights pass without a copy between processes.
@@ -35,7 +35,7 @@ def variables(ranks: int) -> dict[str, str]:
     settings |= {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(threads),
-        # vLLM keeps a core for itself and pins threads unless told not to; the trainer needs the same cores.
+        # vLLM keeps a core for itself and pins threads by default; the trainer needs the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "KMP_BLOCKTIME": "1",  # OpenMP threads that spin after their work take the cores of the other rank
     }

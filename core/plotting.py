@@ -1,4 +1,4 @@
-"""Colours, settings and saving of every figure. Okabe-Ito colours, told apart without colour too."""
+"""Colours, settings and saving of every figure. Colours are those of Okabe and Ito, safe for the colour-blind."""
 
 from __future__ import annotations
 

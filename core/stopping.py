@@ -1,4 +1,4 @@
-"""SIGTERM ends a long stage after its current step: state saved, and an exit status that asks for another go."""
+"""SIGTERM ends a long stage after its current step, with its state saved and an exit status of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MARK = "stopped"
 
 
 class Stopped(Exception):
-    """The stage was asked to stop and has saved its state."""
+    """The stage received SIGTERM and has saved its state."""
 
 
 class StopSignal:
-    """Remembers SIGTERM; all ranks agree on it at a point where all of them ask."""
+    """Remembers SIGTERM, for all ranks to act on at the same point."""
 
     def __init__(self):
         self._received = False
@@ -24,9 +24,8 @@ class StopSignal:
     def _note(self, *_) -> None:
         self._received = True
 
-    def asked(self) -> bool:
-        from core.training import (
-            distributed,  # the launcher, which reads EXIT_STOPPED, needs no torch
-        )
+    def requested(self) -> bool:
+        """Whether any rank has received SIGTERM; every rank must call it."""
+        from core.training import distributed  # here, since the launcher reads EXIT_STOPPED and needs no torch
 
         return distributed.global_sum(float(self._received))[0] > 0

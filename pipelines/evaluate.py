@@ -62,7 +62,7 @@ def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> list[
 
 
 def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path) -> None:
-    """One table a checkpoint under `steps/`, with KL; those there already are kept, so that a killed stage goes on."""
+    """A table for each checkpoint under `steps/`, with KL; tables that exist are kept, so that a killed stage resumes."""
     tokenizer = ChatTokenizer(cfg.policy)
     rows = read_split(prompts, "eval", cfg.eval.prompts)
     ids = [tokenizer.prompt_ids(row["prompt"]) for row in rows]

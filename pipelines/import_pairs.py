@@ -72,7 +72,7 @@ def import_pairs(
         kept.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"pairs/{seed}"))
         for row in kept[: source.max_pairs]:
             splits[row["split"]].append(row)
-    if out is not None:  # before the shares are checked: whoever is told of too many wants to see them
+    if out is not None:  # before the shares are checked: whoever reads that there are too many wants to see them
         write_jsonl(out / "rejected.jsonl", malformed.rows)
     check_shares(rows_of, preferences.max_rejected_share, malformed)
     for pair in contradicted:

@@ -1,6 +1,6 @@
 """How a stage becomes a process: threads, allocator, and one process per rank by torchrun.
 
-Both must be decided before Python starts, so `grm` starts the stage anew with the right environment.
+Both must be decided before Python starts, so `grm` starts each stage as a process of its own with the right environment.
 A stage that was started by a launcher already (`torchrun ... -m pipelines ppo`, on many nodes) runs in place.
 """
 
@@ -32,7 +32,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, distributed: bool) -
     ranks = num_processes(cfg) if distributed else 1
     # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    # Ranks that are told to stop end their step and save; torchrun would kill them after 30 seconds.
+    # On SIGTERM the ranks end their step and save; torchrun would kill them after 30 seconds.
     launcher = [*torchrun, f"--shutdown-timeout={STOP_SECONDS}"] if distributed else []
     command = [sys.executable, *launcher, "-m", "pipelines", *arguments]
     stage = subprocess.Popen(command, env={**os.environ, **variables(ranks)})
@@ -42,7 +42,8 @@ def run_stage_process(cfg: Config, arguments: list[str], *, distributed: bool) -
     mark = cfg.run_dir / f"{arguments[0]}.partial" / MARK
     if status and mark.is_file():
         print(
-            f"{arguments[0]}: stopped {mark.read_text().strip()}; the same command goes on from there", file=sys.stderr
+            f"{arguments[0]}: stopped {mark.read_text().strip()}; the same command continues from there",
+            file=sys.stderr,
         )
         return EXIT_STOPPED
     return status if status >= 0 else 128 - status

@@ -67,7 +67,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
         trainer.step(step)
-        if stop.asked() and step < cfg.ppo.steps:
+        if stop.requested() and step < cfg.ppo.steps:
             trainer.save_state(step)
             if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
@@ -231,7 +231,7 @@ class Trainer:
             if state["ranks"] != distributed.world_size():
                 raise ArtefactError(
                     f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
-                    f"start as many (engine.processes), or delete {mark.parent} to begin anew"
+                    f"start as many (engine.processes), or delete {mark.parent} to start again"
                 )
             folder = self.out / RESUME / f"{state['step']:06d}"
             self.actor.load(folder / "actor")

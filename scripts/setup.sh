@@ -67,7 +67,7 @@ pip_install() { "$VENV_PYTHON" -m pip install --disable-pip-version-check -qq "$
 
 install_torch_cpu() {
     # The plain name would bring the CUDA build of several GB. Where pip's own configuration knows the CPU build
-    # (a local wheel, a mirror) no other index is asked.
+    # (a local wheel, a mirror) no other index is used.
     pip_install --no-deps "torch==$TORCH+cpu" 2>/dev/null ||
         pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"
 }

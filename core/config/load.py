@@ -47,7 +47,7 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
             break
         except ValidationError as error:
             # Rules over several sections are checked only when each section is valid: take what is faulty
-            # out and look again, so that one message tells everything.
+            # out and look again, so that one message lists everything.
             faults += [fault for fault in _faults(error) if fault not in faults]
             if not any([_remove(tree, e["loc"]) for e in error.errors()]):
                 break

@@ -148,7 +148,7 @@ def gold_against_proxy(results: Results) -> Figure:
             axis.plot(proxy.mean, gold.mean, "-" if method == "bon" else ":", label=gold.rm, **shown)
     top = max(axis.get_xlim()[1], axis.get_ylim()[1])
     axis.plot([0, top], [0, top], color="0.7", linewidth=0.8)
-    axis.set(xlabel=f"proxy, {UNIT}", ylabel="gold, likewise")
+    axis.set(xlabel=f"proxy, {UNIT}", ylabel="gold, in the same unit")
     legend(axis, results)
     return figure
 
@@ -216,7 +216,7 @@ def harm(results: Results) -> Figure:
         values = np.sort(curve.values[..., k].mean(axis=0))
         shown = style(results, curve.rm)
         name = curve.rm if crowded(results) else f"{curve.rm}: {np.mean(values < 0):.0%}"
-        # Shares of prompts, not bars: steps of several conditions on one another cannot be told apart.
+        # A curve and not bars: bars of several conditions would hide each other.
         axis.plot(values, (np.arange(len(values)) + 0.5) / len(values), label=name, **shown)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set(xlabel=f"gold gain of a prompt at best of {int(curve.x[k])}, SD within prompts",

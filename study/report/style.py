@@ -46,7 +46,7 @@ def style(results: Results, name: str) -> dict:
 
 def legend(axis, results: Results) -> None:
     """Inside where it is short, else beside the axes, so that no entry lies on a line. With more conditions than
-    colours variants are told apart by colour and the rest by marker, each once."""
+    colours, colour stands for the variant and the marker for the rest; each is listed once."""
     drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     if crowded(results):
         rest = {name: line for name, line in drawn.items() if name not in results.conditions}

@@ -5,10 +5,10 @@ from core.files import write_table
 
 
 def make(folder, sections):
-    asked = Fingerprint(sections, {"prompts": "abc"})
-    partial = open_partial(folder, asked)
+    wanted = Fingerprint(sections, {"prompts": "abc"})
+    partial = open_partial(folder, wanted)
     write_table(partial / "t.parquet", [{"a": 1}])
-    publish(partial, folder, "rm", asked, seed=1, seconds=0.0, metrics={})
+    publish(partial, folder, "rm", wanted, seed=1, seconds=0.0, metrics={})
     return read_manifest(folder)
 
 
