@@ -62,7 +62,7 @@ def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> list[
 
 
 def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path) -> None:
-    """A table for each checkpoint under `steps/`, with KL; tables that exist are kept, so that a killed stage resumes."""
+    """A table for each checkpoint under `steps/`, with KL; existing tables are kept, so that a killed stage resumes."""
     tokenizer = ChatTokenizer(cfg.policy)
     rows = read_split(prompts, "eval", cfg.eval.prompts)
     ids = [tokenizer.prompt_ids(row["prompt"]) for row in rows]

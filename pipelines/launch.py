@@ -1,6 +1,6 @@
 """How a stage becomes a process: threads, allocator, and one process per rank by torchrun.
 
-Both must be decided before Python starts, so `grm` starts each stage as a process of its own with the right environment.
+Both must be decided before Python starts, so `grm` starts each stage in a new process with the right environment.
 A stage that was started by a launcher already (`torchrun ... -m pipelines ppo`, on many nodes) runs in place.
 """
 
