@@ -26,6 +26,7 @@ from core.config import Config, PreferenceSource
 from core.config.load import load
 from core.data.chat import ChatTokenizer, conversation
 from core.data.labels import flip_labels
+from core.data.rows import PairRow
 from core.data.sources import Malformed, read_pairs
 from core.data.streams import stream_seed, unit_interval
 from core.environment import STARTED, variables
@@ -114,7 +115,9 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         del engine, model
 
 
-def data(cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer) -> tuple[list[dict], dict[str, list[dict]]]:
+def data(
+    cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer
+) -> tuple[list[PairRow], dict[str, list[PairRow]]]:
     """Training pairs in their order, and the evaluation sets; all of them within `rm.max_tokens`."""
     prompts = cfg.run_dir / "prompts"
     if not prompts.is_dir():
@@ -130,9 +133,9 @@ def data(cfg: Config, files: dict[str, Path], tokenizer: ChatTokenizer) -> tuple
     return fits(splits["rm_train"])[: max(SIZES)], sets
 
 
-def longest(row: dict, tokenizer: ChatTokenizer) -> int:
+def longest(row: PairRow, tokenizer: ChatTokenizer) -> int:
     return len(tokenizer.prompt_ids(row["prompt"])) + max(
-        len(tokenizer.response_ids(row[side])) for side in ("chosen", "rejected")
+        len(tokenizer.response_ids(text)) for text in (row["chosen"], row["rejected"])
     )
 
 
@@ -189,24 +192,26 @@ def hits(scored: dict[str, np.ndarray], sets: dict) -> dict[str, Units]:
     return {name: hits_of(sets[name], *both) for name, both in scored.items()}
 
 
-def hits_of(rows: list[dict], chosen: np.ndarray, rejected: np.ndarray) -> Units:
+def hits_of(rows: list[PairRow], chosen: np.ndarray, rejected: np.ndarray) -> Units:
     ids, prompts = [r["pair_id"] for r in rows], [r["prompt_id"] for r in rows]
     return Units(ids, [r["source"] for r in rows], prompts, pair_accuracy(chosen, rejected))
 
 
-def words(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.array([len(r[side].split()) for r in rows], dtype=float) for side in ("chosen", "rejected"))
+def words(rows: list[PairRow]) -> tuple[np.ndarray, np.ndarray]:
+    chosen, rejected = (np.array([len(r[k].split()) for r in rows], dtype=float) for k in ("chosen", "rejected"))
+    return chosen, rejected
 
 
-def prompts_in(rows: list[dict]) -> int:
+def prompts_in(rows: list[PairRow]) -> int:
     return len({r["prompt_id"] for r in rows})
 
 
-def cell(rows: list[dict], seeds: list[Units], baseline: list[Units], compared: bool) -> str:
+def cell(rows: list[PairRow], seeds: list[Units], baseline: list[Units], compared: bool) -> str:
     """`62.1 [58.0, 66.2] ± 0.9, Δ +1.2 [-0.4, +2.8]`."""
     first = seeds[0]
     mean = Units(first.names, first.subset, first.prompt, np.mean([s.hits for s in seeds], axis=0))
     lo, hi = cluster_bootstrap(mean.hits, mean.prompt, draws=DRAWS, seed=0)
+    assert lo is not None and hi is not None, "a set has several prompts"
     text = f"{100 * mean.hits.mean():.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
     if len(seeds) > 1:
         text += f" ± {100 * np.std([s.hits.mean() for s in seeds], ddof=1):.1f}"

@@ -75,8 +75,8 @@ def import_pairs(
     if out is not None:  # before the shares are checked: whoever reads that there are too many wants to see them
         write_jsonl(out / "rejected.jsonl", malformed.rows)
     check_shares(rows_of, preferences.max_rejected_share, malformed)
-    for pair in contradicted:
-        dropped[seen[pair][1]][CONTRADICTED] += 1
+    for identity in contradicted:
+        dropped[seen[identity][1]][CONTRADICTED] += 1
     for split, rows in splits.items():
         splits[split] = rows = [row for row in rows if row["pair_id"] not in contradicted]
         rows.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"order/{seed}"))

@@ -61,13 +61,14 @@ def make_engines(
     if ppo.lora:
         lm = add_lora(lm, ppo.lora)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
-    critic = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
+    value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
     # This compares weights, so it comes before they are sharded.
-    frozen_layers = _frozen_layers(ppo, policy, settings, *([lm, critic.lm] if critic else [lm]))
+    frozen_layers = _frozen_layers(ppo, policy, settings, *([lm, value_model.lm] if value_model else [lm]))
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
-    if critic:
-        critic = Engine(critic, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
+    critic = None
+    if value_model:
+        critic = Engine(value_model, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
     reference = actor
     if not ppo.lora:
         base = load_causal_lm(policy, dtype=settings.dtype)

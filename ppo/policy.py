@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from core.models import CausalLM
 from core.models.layers import FrozenStates, hidden_states
 from core.models.logprobs import token_logprobs
 
@@ -20,7 +21,9 @@ class PolicyModule(nn.Module):
         temperature: of sampling; log-probs are of softmax(logits / temperature).
     """
 
-    def __init__(self, lm: nn.Module, temperature: float):
+    lm: CausalLM
+
+    def __init__(self, lm: CausalLM, temperature: float):
         super().__init__()
         self.lm, self.temperature = lm, temperature
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.errors import DataError
 from core.generation.local import Completion, Generator
+from core.generation.remote import ServerGenerator
 from core.models.layers import FrozenStates
 from core.models.lora import lora_product, merged_lora
 from core.training import distributed
@@ -52,7 +53,7 @@ class SyncProbe:
     def __init__(
         self,
         actor: Engine,
-        generator: Generator,
+        generator: Generator | ServerGenerator,
         *,
         rows: int,
         pad_id: int,
@@ -68,7 +69,7 @@ class SyncProbe:
 
     def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
         """A `core.training.weights.MergeWatch`: adds up how much of each adapted weight's change is in `merged`."""
-        product, before, old = lora_product(a, b, scaling), 0.0, base
+        product, before, old = lora_product(a, b, scaling), torch.zeros(()), base
         if name in self._factors:
             before = lora_product(*self._factors[name], scaling)
             old = merged_lora(base, before)

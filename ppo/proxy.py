@@ -12,6 +12,7 @@ from core.errors import ArtefactError
 from core.training import distributed
 from core.training.engine import Engine
 from rm.combine import proxy_reward, proxy_units
+from rm.ensemble import EngineMember
 from rm.model import RewardModel
 from rm.score import score
 from rm.serving.client import RemoteRewardModel
@@ -34,7 +35,7 @@ class LocalProxy:
         DataError: an unknown rule.
     """
 
-    def __init__(self, members: Sequence[Engine], rule: str | None):
+    def __init__(self, members: Sequence[Engine | EngineMember], rule: str | None):
         self._members, self._rule = members, rule
         self._units = [(m.module.mean, m.module.std) for m in members]
         self.mean, self.std = proxy_units(self._units, rule)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from core.batching import balanced, pad_right
+from core.data.rows import PromptRow
 from core.errors import DataError
 from core.generation.local import Completion
 from core.models.layers import FrozenStates
@@ -19,10 +21,10 @@ from core.training import distributed
 class Micro:
     """One micro-batch of a rollout, B responses in rows of L columns.
 
-    Tensors are [B, L-1] unless a comment gives another shape: column t is about predicting token t+1. The fields with
-    a default are filled in after sampling: log-probs and values by `ppo.rollout`, advantages and returns by
-    `ppo.update`. The same rows in the same shape serve for the old log-probs and for every update, so that the first
-    ratio is 1.
+    Tensors are [B, L-1] unless a comment gives another shape: column t is about predicting token t+1. The fields that
+    the constructor does not take are filled in after sampling: log-probs and values by `ppo.rollout`, advantages and
+    returns by `ppo.update`. The same rows in the same shape serve for the old log-probs and for every update, so that
+    the first ratio is 1.
     """
 
     input_ids: Tensor  # [B, L]
@@ -32,12 +34,12 @@ class Micro:
     proxy: Tensor  # [B], raw rewards
     finished: Tensor  # [B] bool, False where max_new_tokens cut the response off
     group: Tensor  # [B], equal for responses to one prompt
-    logprobs: Tensor = None  # nats, by the actor before the updates
-    ref_logprobs: Tensor = None  # nats, by the reference
-    values: Tensor = None  # by the critic, in units of the normalised reward
-    advantages: Tensor = None
-    returns: Tensor = None
-    is_weight: Tensor = None  # `ppo.math.importance_weight`
+    logprobs: Tensor = field(init=False)  # nats, by the actor before the updates
+    ref_logprobs: Tensor = field(init=False)  # nats, by the reference
+    values: Tensor = field(init=False)  # by the critic, in units of the normalised reward
+    advantages: Tensor = field(init=False)
+    returns: Tensor = field(init=False)
+    is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
     frozen: FrozenStates | None = None  # of the frozen layers of actor, reference and critic
 
     @property
@@ -50,10 +52,10 @@ class Micro:
 
 
 def make_micros(
-    prompts: list[list[int]],
-    completions: list[Completion],
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
     rewards: Tensor,
-    groups: list[int],
+    groups: Sequence[int],
     pad_id: int,
     count: int,
 ) -> list[Micro]:
@@ -104,7 +106,7 @@ class Rollout:
 class Sampled:
     """One step's responses on this rank, as vLLM returned them; all lists are [n], one entry per response."""
 
-    rows: list[dict]  # of the prompts: `prompt_id`, `prompt`
+    rows: list[PromptRow]  # of the prompts
     prompts: list[list[int]]  # token ids of the prompts
     policy: int  # the step whose weights sampled them; 0 is the reference
     groups: list[int]  # equal for responses to one prompt

@@ -8,6 +8,7 @@ import torch
 
 from core.config import Ppo
 from core.data.chat import conversation
+from core.data.rows import PromptRow
 from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
@@ -38,7 +39,7 @@ class Collector:
 
     def __init__(
         self, ppo: Ppo, engines: Engines, learner: Learner, generator: Generator | ServerGenerator, probe: SyncProbe,
-        *, prompts: list[dict], seed: int,
+        *, prompts: list[PromptRow], seed: int,
     ):  # fmt: skip
         self._ppo, self._engines, self._learner, self._generator, self._probe = ppo, engines, learner, generator, probe
         self._prompts, self._seed = prompts, seed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+from core.data.rows import PromptRow
 from core.data.streams import stream_seed
 from core.training import distributed
 
 
-def prompts_of_step(rows: list[dict], step: int, count: int, seed: int) -> list[dict]:
+def prompts_of_step(rows: list[PromptRow], step: int, count: int, seed: int) -> list[PromptRow]:
     """This rank's share of the `count` prompts of `step` (from 1).
 
     Steps walk through `rows` epoch by epoch without replacement, each epoch in an order of its own. `count` is a

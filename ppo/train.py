@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -165,6 +166,7 @@ class Trainer:
         self.actor.settle()
         save_adapter(folder, lm)
         torch.distributed.barrier()
+        assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
         self.generator.load_adapter(folder)
         torch.distributed.barrier()  # until then the files must not be overwritten
 
@@ -226,7 +228,7 @@ class Trainer:
             ArtefactError: the state was written by another number of ranks.
         """
         mark = self.out / RESUME / LAST
-        state = read_json(mark) if mark.is_file() else {"step": 0}
+        state: dict[str, Any] = read_json(mark) if mark.is_file() else {"step": 0}
         if state["step"]:
             if state["ranks"] != distributed.world_size():
                 raise ArtefactError(
@@ -259,7 +261,8 @@ class Trainer:
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
             for folder in ("sync",) if self.cfg.ppo.keep_state else ("sync", RESUME):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
-            self.log.close()
+            if self.log:
+                self.log.close()
 
 
 def _make_generator(

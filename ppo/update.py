@@ -52,6 +52,7 @@ class Learner:
 
         0 outside responses.
         """
+        assert self.critic is not None, "estimators without a critic have no values"
         values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
         if self.ppo.critic_head == "reward":  # in the proxy's units, so brought to those of the rewards
             values = self.scale.normalise(values)
@@ -166,6 +167,7 @@ class Learner:
 
     def _critic_pass(self, m: Micro, tokens: float) -> dict[str, torch.Tensor]:
         """One pass of the critic."""
+        assert self.critic is not None
         loss, clipfrac = value_loss(
             self.values(m), m.values, m.returns, m.is_response, self.ppo.clip.value or math.inf, denominator=tokens
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE
 from core.errors import ArtefactError
+from core.models import CausalLM
 from core.models.layers import FrozenLayers, FrozenStateCache
 from core.training import distributed
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
@@ -38,7 +39,7 @@ class AdapterMember(RewardModel):
         name: of the adapter in `lm`.
     """
 
-    def __init__(self, lm: nn.Module, name: str, *args, **options):
+    def __init__(self, lm: CausalLM, name: str, *args, **options):
         super().__init__(lm, *args, **options)
         self.name = name
 
@@ -60,7 +61,7 @@ class AdapterEnsemble(nn.Module):
 
     def __init__(self, members: Sequence[AdapterMember]):
         super().__init__()
-        self.lm = members[0].lm
+        self.lm: CausalLM = members[0].lm
         self.heads = nn.ModuleList(member.head for member in members)
         # In a tuple, which torch does not look into: an engine must see the base once, not k times.
         self.members = tuple(members)

@@ -6,6 +6,8 @@ which returns the rewards that the loss compares and the terms that the penalty 
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,14 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+@runtime_checkable
+class HeadWithTerms(Protocol):
+    """A head whose loss reads more than the reward."""
+
+    def training_pass(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The rewards that the loss compares [M, 1], and the terms of the head's penalty [M, ...]."""
 
 
 class InformHead(nn.Module):

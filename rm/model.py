@@ -15,6 +15,7 @@ from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer, Message
 from core.errors import ArtefactError
+from core.models import CausalLM
 from core.models.layers import FrozenStates, hidden_states
 from core.models.loading import load_causal_lm
 from core.models.logprobs import token_logprobs
@@ -22,7 +23,7 @@ from core.training.distributed import device
 from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
-from rm.heads import Float32Linear, make_head
+from rm.heads import Float32Linear, HeadWithTerms, make_head
 from rm.score import score
 
 
@@ -37,7 +38,9 @@ class RewardModel(nn.Module):
         mean, std: of this model's rewards on samples of the reference policy, for `normalise`.
     """
 
-    def __init__(self, lm: nn.Module, head_kind: str, tokenizer: ChatTokenizer, *, mean: float = 0.0, std: float = 1.0):
+    lm: CausalLM
+
+    def __init__(self, lm: CausalLM, head_kind: str, tokenizer: ChatTokenizer, *, mean: float = 0.0, std: float = 1.0):
         super().__init__()
         self.lm, self.head_kind, self.tokenizer = lm, head_kind, tokenizer
         self.head = make_head(head_kind, lm.config.hidden_size)
@@ -71,7 +74,7 @@ class RewardModel(nn.Module):
         if read is None:
             read = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1] + last_real_token(attention_mask)
         flat = hidden.flatten(0, 1)
-        if head_terms and hasattr(self.head, "training_pass"):
+        if head_terms and isinstance(self.head, HeadWithTerms):
             rewards, terms = self.head.training_pass(flat[read])
         else:
             rewards, terms = self.head(flat[read]), None
@@ -176,5 +179,5 @@ def last_real_token(attention_mask: Tensor) -> Tensor:
     return (attention_mask * columns).argmax(-1)
 
 
-def _lm_head(lm: nn.Module) -> nn.Module:
+def _lm_head(lm: CausalLM) -> nn.Linear:
     return lm.get_output_embeddings()

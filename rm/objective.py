@@ -9,6 +9,7 @@ from core.batching import Batch, pack
 from core.config import RewardVariant
 from core.models.layers import FrozenStateCache
 from core.training import distributed
+from rm.heads import OdinHead
 from rm.losses import (
     bradley_terry,
     center_penalty,
@@ -86,6 +87,7 @@ def _head_penalty(model: RewardModel, batch: Batch, terms: Tensor) -> Tensor:
     """InfoRM: the mean KL of the latents. ODIN: the correlations with length, and the overlap of its two heads."""
     if model.head_kind == "inform":
         return terms.mean()
+    assert isinstance(model.head, OdinHead)
     tokens = (batch.ends - batch.starts + 1).to(terms.device)
     return length_disentangling(terms[:, 0], terms[:, 1], tokens) + model.head.overlap()
 

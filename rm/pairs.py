@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
+from core.data.rows import PairRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError, DataError
 
@@ -37,7 +38,7 @@ class Pair:
 
 
 def tokenise(
-    rows: list[dict], tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
+    rows: list[PairRow], tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped and truncated.
 
@@ -95,9 +96,10 @@ def seed_name(variant: RewardVariant) -> tuple[int, ...]:
     return (variant.seed,) if variant.seed else ()
 
 
-def _gap(row: dict) -> float:
-    if row.get("margin") is not None:
-        return float(row["margin"])
-    if row.get("gold_chosen") is not None:
-        return abs(row["gold_chosen"] - row["gold_rejected"])
+def _gap(row: PairRow) -> float:
+    if (margin := row.get("margin")) is not None:
+        return float(margin)
+    better, worse = row.get("gold_chosen"), row.get("gold_rejected")
+    if better is not None and worse is not None:
+        return abs(better - worse)
     raise DataError(f"pair of prompt {row['prompt_id']} has no rating gap: set rm.variants.*.margin to 0")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.batching import Batch, Group, by_length, pack, row_length
+from core.batching import Batch, Group, Ids, by_length, pack, row_length
 from core.data.chat import ChatTokenizer, Message, response_of
 from core.errors import DataError
 from core.models.layers import FrozenStates
@@ -102,12 +102,13 @@ def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:
         return [(prompt, [response]) for prompt, response in pairs]
     rows: list[Group] = []
     for prompt, group in groupby(pairs, key=lambda pair: pair[0]):
+        responses: list[Ids] = []
         length = ROW_TOKENS + 1
         for _, response in group:
             if length + len(response) > ROW_TOKENS:
-                rows.append((prompt, []))
-                length = len(prompt)
-            rows[-1][1].append(response)
+                responses, length = [], len(prompt)
+                rows.append((prompt, responses))
+            responses.append(response)
             length += len(response)
     return rows
 

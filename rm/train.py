@@ -20,6 +20,7 @@ from core import config
 from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.chat import conversation
+from core.data.rows import CalibrationRow, PairRow
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json, write_table
 from core.models.layers import FrozenStateCache
@@ -47,8 +48,8 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         The metrics of the stage.
     """
     distributed.init_distributed()
-    rows = read_table(inputs["preferences"] / "pairs.parquet")
-    calibration = read_table(inputs["preferences"] / "calibration.parquet")
+    rows = read_table(inputs["preferences"] / "pairs.parquet", PairRow)
+    calibration = read_table(inputs["preferences"] / "calibration.parquet", CalibrationRow)
     train = [row for row in rows if row["split"] == "rm_train"]
     val = [row for row in rows if row["split"] == "rm_val"]
     if cfg.rm.save == "adapter":
@@ -81,9 +82,9 @@ def train_variant(
     cfg: Config,
     name: str,
     variant: RewardVariant,
-    train: list[dict],
-    val: list[dict],
-    calibration: list[dict],
+    train: list[PairRow],
+    val: list[PairRow],
+    calibration: list[CalibrationRow],
     out: Path,
     cache: FrozenStateCache | None = None,
 ) -> None:
@@ -108,7 +109,7 @@ def fit(
     rm: RewardTraining,
     settings: config.Engine,
     variant: RewardVariant,
-    train: list[dict],
+    train: list[PairRow],
     out: Path,
     *,
     name: str,
@@ -161,7 +162,7 @@ def with_reference(
     model.eval()
     world = distributed.world_size()
     parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
-    mine = []
+    mine: list[tuple[int, tuple[float, float]]] = []
     for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
         mine += zip(part, pair_logprobs(engine, model, [pairs[i] for i in part], cache), strict=True)
     model.train()
@@ -198,8 +199,8 @@ def train_step(
 def measure(
     engine: Engine,
     model: RewardModel,
-    val: list[dict],
-    calibration: list[dict],
+    val: list[PairRow],
+    calibration: list[CalibrationRow],
     out: Path,
     cache: FrozenStateCache | None = None,
 ) -> dict:

@@ -9,6 +9,7 @@ from core import config
 from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels, repeated
+from core.data.rows import PairRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
@@ -19,7 +20,7 @@ from rm.model import RewardModel
 from rm.pairs import seed_name
 
 
-def arm_rows(train: list[dict], variant: RewardVariant, seed: int) -> list[dict]:
+def arm_rows(train: list[PairRow], variant: RewardVariant, seed: int) -> list[PairRow]:
     """The rows that a variant is trained on: its first `pairs`, with a share `label_noise` of the labels flipped.
 
     Args:
@@ -81,7 +82,7 @@ def frozen_state_cache(
     Raises:
         ArtefactError: `rm.base.attention` is a flash kernel, or the architecture cannot be cut there.
     """
-    if not rm.cache_frozen_layers:
+    if not rm.cache_frozen_layers or rm.trainable_layers is None:
         return None
     base = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant or RewardVariant()))
     if base.config.num_hidden_layers <= rm.trainable_layers:
@@ -96,4 +97,5 @@ def frozen_state_cache(
 
 def fits_cache(rm: RewardTraining, variant: RewardVariant) -> bool:
     """Whether this variant keeps all cached layers frozen; the cache is of a backbone of its `num_layers`."""
-    return _trainable(rm, variant) <= rm.trainable_layers
+    trainable = _trainable(rm, variant)
+    return trainable is not None and rm.trainable_layers is not None and trainable <= rm.trainable_layers

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
@@ -91,7 +92,8 @@ def _gold_labelled_gens(path: Path) -> Pools:
     lists = [k for k, v in rows[0].items() if isinstance(v, list) and k not in ("answers", "gold_scores")]
     if not lists:
         raise ArtefactError("no proxy: add a column of as many scores as there are answers, proxy_scores for example")
-    samples, scores = [], {"gold_scores": [], **{name: [] for name in lists}}
+    samples: list[dict] = []
+    scores: dict[str, list[dict]] = {"gold_scores": [], **{name: [] for name in lists}}
     for number, row in enumerate(rows, start=1):
         text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
         prompt_id = digest(text)
@@ -128,7 +130,8 @@ def _grm(path: Path) -> Pools:
 
 
 def _grm_rows(file: Path) -> list[dict]:
-    rows, counts = [], {}
+    rows: list[dict] = []
+    counts: dict[str, int] = {}
     for number, row in enumerate(read_rows(file), start=1):
         name = lambda *names: next((row[n] for n in names if row.get(n) not in (None, "")), None)  # noqa: B023, E731
         prompt_id, text, score = (
@@ -209,7 +212,7 @@ def _number(row: dict, column: str, path: Path, number: int) -> float:
     return value
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     try:
         float(value)  # CSV has texts only
     except (TypeError, ValueError):

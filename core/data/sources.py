@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from core.config import PreferenceSource
 from core.data.chat import Message, check_prompt, check_unicode, response_of
@@ -84,11 +84,15 @@ def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None 
         DataError: nothing at `source.path`, or a layout that is not recognised.
     """
     for file, rows in _tables(source, malformed):
-        layout, rows = _recognised(rows, file, malformed) if source.layout == "auto" else (source.layout, rows)
+        layout: str | None = source.layout
+        if layout == "auto":
+            layout, rows = _recognised(rows, file, malformed)
+        if layout is None:  # no row at all
+            continue
         if layout == "ratings":
             numbered = _rated(rows, file, malformed, name or file)
         else:
-            numbered = _each(rows, LAYOUTS.get(layout), file, malformed, name or file)
+            numbered = _each(rows, LAYOUTS[layout], file, malformed, name or file)
         for number, pair in numbered:
             if pair["chosen"] == pair["rejected"]:
                 malformed.add("chosen and rejected are identical", f"{file} row {number}")
@@ -183,7 +187,7 @@ def parse_dialogue(text: str) -> list[Message]:
     ]  # fmt: skip
 
 
-def _of_chats(chosen: object, rejected: object) -> dict:
+def _of_chats(chosen: Any, rejected: Any) -> dict:
     """Prompt and responses of two chats that differ in their last message only."""
     for chat in (chosen, rejected):
         if not isinstance(chat, list) or len(chat) < 2 or not all(isinstance(m, dict) for m in chat):
@@ -212,7 +216,7 @@ def _turns(prompt: str) -> list[Message]:
     return turns + [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     number = float("nan") if value is None or isinstance(value, bool) else float(value)
     if not math.isfinite(number):
         raise DataError("a rating is not a finite number")

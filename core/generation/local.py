@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Generator:
         vllm = cfg.vllm
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(vllm.cpu_kvcache_gib))
         self._sleeps = cuda and vllm.sleep
-        options = {"block_size": vllm.block_size} if vllm.block_size and not cuda else {}
+        options: dict[str, Any] = {"block_size": vllm.block_size} if vllm.block_size and not cuda else {}
         if adapter:
             # vLLM knows these ranks only; a smaller adapter fits a larger slot.
             slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)

@@ -89,7 +89,7 @@ class ServerGenerator:
     def sync(self, named_tensors: NamedWeights) -> None:
         """As `Generator.sync`, for all servers. Every rank must call it, since weights are gathered from all ranks."""
         if self._folder:
-            self._through_file(named_tensors)
+            self._through_file(self._folder, named_tensors)
         else:
             skipped = ["lm_head.weight"] if self._tied else []
             self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
@@ -111,15 +111,15 @@ class ServerGenerator:
                 )
             time.sleep(0.2)
 
-    def _through_file(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _through_file(self, folder: Path, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         from safetensors.torch import save_file
 
-        file, weights = self._folder / "model.safetensors", {}
+        file, weights = folder / "model.safetensors", {}
         for name, tensor in named_tensors:
             if distributed.rank() == 0 and not (self._tied and name == "lm_head.weight"):
                 weights[name] = tensor.contiguous().cpu()
         if distributed.rank() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, file)
             for url in self.urls:
                 self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]})

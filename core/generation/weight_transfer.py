@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -19,7 +20,7 @@ from core.errors import DataError
 from core.training import distributed
 from core.training.weights import NamedWeights
 
-Ask = Callable[[str, str, dict | None], object]
+Ask = Callable[[str, str, dict | None], Any]
 """(server, path, body or None) -> the JSON of the answer. Raises DataError, which names the server."""
 
 
@@ -69,11 +70,12 @@ class Source:
         skipped: names that the servers do not have.
 
     Attributes:
-        weights: the `NamedWeights` to send next.
+        weights: the weights to send next; set it before each transfer.
     """
 
     def __init__(self, skipped: Sequence[str]):
-        self._skipped, self.weights = set(skipped), None
+        self._skipped = set(skipped)
+        self.weights: NamedWeights
 
     def metadata(self) -> list:
         """Name, type and shape of what iterating gives, in its order."""
@@ -120,7 +122,8 @@ class NcclTransfer:
 
     def _in_time(self, work: Callable):
         """Run `work` in a thread that can be abandoned, since NCCL waits forever for a peer that is gone."""
-        outcome, device = {}, torch.cuda.current_device()
+        outcome: dict[str, Any] = {}
+        device = torch.cuda.current_device()
 
         def run() -> None:
             torch.cuda.set_device(device)

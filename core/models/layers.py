@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from core.batching import Batch
 from core.errors import ArtefactError
+from core.models import CausalLM
 
 
-def train_top_layers(lm: nn.Module, count: int | None) -> None:
+def train_top_layers(lm: CausalLM, count: int | None) -> None:
     """Freeze all but the top `count` layers and the final norm; None trains everything, 0 nothing.
 
     Raises:
@@ -38,7 +39,7 @@ class FrozenStates(NamedTuple):
 
 
 def hidden_states(
-    lm: nn.Module,
+    lm: CausalLM,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
@@ -63,7 +64,7 @@ def hidden_states(
         return _states(trunk, {"inputs_embeds": frozen.states}, attention_mask, positions)
 
 
-def _states(trunk: nn.Module, inputs: dict[str, Tensor], attention_mask: Tensor, positions: Tensor | None) -> Tensor:
+def _states(trunk: CausalLM, inputs: dict[str, Tensor], attention_mask: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     if attention_mask.dim() == 4:
@@ -81,7 +82,7 @@ class FrozenLayers(nn.Module):
     Models that differ only above them can share what they compute. The parameters are those of `lm`, not copies.
     """
 
-    def __init__(self, lm: nn.Module, depth: int):
+    def __init__(self, lm: CausalLM, depth: int):
         super().__init__()
         self.depth = depth
         trunk = copy.copy(_trunk(lm))
@@ -95,7 +96,7 @@ class FrozenLayers(nn.Module):
         return FrozenStates(self.depth, _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions))
 
     @torch.no_grad()
-    def check(self, lm: nn.Module) -> None:
+    def check(self, lm: CausalLM) -> None:
         """Check on one row that `lm`, continued from these layers, computes what it computes whole.
 
         Raises:
@@ -111,12 +112,12 @@ class FrozenLayers(nn.Module):
             )
 
 
-def _trunk(lm: nn.Module) -> nn.Module:
+def _trunk(lm: CausalLM) -> CausalLM:
     return lm.get_base_model().base_model if hasattr(lm, "peft_config") else lm.base_model
 
 
 @contextmanager
-def _layers_from(trunk: nn.Module, start: int) -> Iterator[None]:
+def _layers_from(trunk: CausalLM, start: int) -> Iterator[None]:
     """`trunk` without its lowest `start` layers, inside the block."""
     layers, types = trunk.layers, getattr(trunk.config, "layer_types", None)
     trunk.layers = nn.ModuleList(layers[start:])
@@ -130,7 +131,7 @@ def _layers_from(trunk: nn.Module, start: int) -> Iterator[None]:
             trunk.config.layer_types = types
 
 
-def shared_depth(*lms: nn.Module) -> int:
+def shared_depth(*lms: CausalLM) -> int:
     """How many of the lowest layers are frozen in all models and equal in all, bit for bit; 0 if the embedding is not."""
     trunks = [_trunk(lm) for lm in lms]
     if not _same_and_frozen([t.embed_tokens for t in trunks]):

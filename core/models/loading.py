@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
+from core.models import CausalLM
 
 
-def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -> nn.Module:
+def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -> CausalLM:
     """A causal language model, with dropout off.
 
     Args:

@@ -15,7 +15,7 @@ That is 2,700 tokens with a vocabulary of 49k, and 520 tokens with one of 256k.
 
 
 def token_logprobs(
-    lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
+    lm_head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of tokens given the hidden states before them.
 
@@ -46,7 +46,7 @@ def token_logprobs(
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
-def _chunk(lm_head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, with_entropy: bool):
+def _chunk(lm_head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, with_entropy: bool):
     return _OfLogits.apply(lm_head(hidden), tokens, temperature, with_entropy)
 
 
@@ -67,7 +67,7 @@ class _OfLogits(torch.autograd.Function):
         for at in _blocks(logits):
             logps = _log_softmax(logits[at], temperature)
             chosen[at] = logps.gather(-1, tokens[at, None]).squeeze(-1)
-            if with_entropy:
+            if entropy is not None:
                 entropy[at] = -torch.linalg.vecdot(logps.exp(), logps)
         ctx.save_for_backward(logits, tokens, entropy)
         ctx.temperature = temperature
@@ -80,7 +80,7 @@ class _OfLogits(torch.autograd.Function):
         for at in _blocks(logits):
             logps, scale = _log_softmax(logits[at], ctx.temperature), of_logp[at, None] / ctx.temperature
             p = logps.exp()
-            if entropy is None:
+            if entropy is None or of_entropy is None:
                 of_block = p.mul_(-scale)
             else:
                 of_block = p.mul_((logps + entropy[at, None]) * (of_entropy[at, None] / -ctx.temperature) - scale)

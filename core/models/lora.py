@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from core.config import Lora
+from core.models import CausalLM
 
 
-def add_lora(lm: nn.Module, lora: Lora) -> nn.Module:
+def add_lora(lm: CausalLM, lora: Lora) -> CausalLM:
     """`lm` with trainable adapters, drawn with torch's global generator; its own weights are frozen.
 
     `lora.top_layers` limits them to the top layers.
@@ -40,7 +41,7 @@ def merged_lora(base: Tensor, product: Tensor) -> Tensor:
     return (base.float() + product).to(base.dtype)
 
 
-def lora_modules(lm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def lora_modules(lm: CausalLM) -> Iterator[tuple[str, nn.Module]]:
     """(name in the base model, adapted linear layer) of every adapted layer."""
     from peft.tuners.lora import LoraLayer
 

@@ -8,12 +8,14 @@ checkpoints are each model's own. Call an engine like its module. All ranks must
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from core import config
 from core.config.load import merge
+from core.models import CausalLM
 from core.training.distributed import init_distributed
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
@@ -34,6 +36,8 @@ class Engine:
         module: the module; under ZeRO-3 its parameters are this rank's shards.
         accumulation: as given.
     """
+
+    module: Any  # to a type checker, so that callers may use what their own module has
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class Engine:
             return
         module.train()  # gradient checkpointing works in this mode only; dropout is 0 except in adapters
         if cfg.gradient_checkpointing:
-            module.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            cast(CausalLM, module.lm).gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
@@ -99,7 +103,7 @@ class Engine:
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
             self._deepspeed.empty_partition_cache()
 
-    def named_weights(self, lm: nn.Module, **options) -> NamedWeights:
+    def named_weights(self, lm: CausalLM, **options) -> NamedWeights:
         """The whole weights of `lm`, a part of this engine's module; `options` are those of `named_weights`."""
         return NamedWeights(lm, self.settle, **options)
 
@@ -130,14 +134,14 @@ def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_ba
     cpu_offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # Stages 1 and 2 shard only what is trained, so an engine for inference has nothing to shard there.
     stage = cfg.zero_stage if optim or cfg.zero_stage == 3 else 0
-    zero = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": torch.cuda.is_available()}
     if cfg.offload and stage == 3:
         zero["offload_param"] = cpu_offload
     if cfg.offload and stage > 0 and optim:
         zero["offload_optimizer"] = cpu_offload
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": cfg.dtype == "bfloat16"},

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.models import CausalLM
 from core.models.lora import lora_modules, lora_product, merged_lora
 from core.training import distributed
 
 
-def save_adapter(folder: Path, lm: nn.Module) -> None:
+def save_adapter(folder: Path, lm: CausalLM) -> None:
     """Write the trained adapter as a folder of PEFT. Every rank must call it; the first one writes."""
     from safetensors.torch import save_file
 
@@ -40,7 +42,7 @@ class NamedWeights:
         options: of `named_weights`.
     """
 
-    def __init__(self, lm: nn.Module, settle: Callable[[], None], **options):
+    def __init__(self, lm: CausalLM, settle: Callable[[], None], **options):
         self._lm, self._settle, self._options = lm, settle, options
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -56,7 +58,7 @@ class NamedWeights:
 
 
 def named_weights(
-    lm: nn.Module, *, watch: MergeWatch | None = None, values: Mapping[nn.Parameter, Tensor] | None = None
+    lm: CausalLM, *, watch: MergeWatch | None = None, values: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor) of every weight of a causal LM, with adapters merged in.
 
@@ -72,15 +74,16 @@ def named_weights(
         with gathered([weight, *factors]):
             if layer:
                 scaling = layer.scaling["default"]
-                whole = merged_lora(weight, lora_product(*map(value, factors), scaling).to(weight.device))
+                a, b = factors
+                whole = merged_lora(weight, lora_product(value(a), value(b), scaling).to(weight.device))
                 if watch:
-                    watch(name, weight, *factors, scaling, whole)
+                    watch(name, weight, a, b, scaling, whole)
             else:
                 whole = value(weight).detach().to(weight.dtype, copy=True)
         yield name, whole
 
 
-def _with_adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module | None]]:
+def _with_adapters(lm: CausalLM) -> Iterator[tuple[str, nn.Parameter, Any]]:
     """(Hugging Face name, parameter, its adapted layer or None) of every weight that is not an adapter's own."""
     adapted = {f"{name}.weight": layer for name, layer in lora_modules(lm)} if hasattr(lm, "peft_config") else {}
     for name, weight in lm.named_parameters():
@@ -90,7 +93,7 @@ def _with_adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]):
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside the block these parameters are whole, whatever the ZeRO stage. They must only be read."""
     if any(hasattr(p, "ds_id") for p in parameters):
         import deepspeed

@@ -194,7 +194,7 @@ _HEADLINES = [
 def _headline(name: str, model: str, m: dict) -> list[str]:
     accuracy, calibration, own = m["accuracy"], m["calibration"] or {}, m["benchmark"] or {}
     kind = {"cluster bootstrap": " b", "wilson": " w", None: ""}[accuracy["interval"]]
-    bound = {"low": "<", "high": ">"}.get(calibration.get("bound"), "")
+    bound = {"low": "<", "high": ">"}.get(str(calibration.get("bound")), "")
     return [
         name, model, _number(accuracy["mean"]), _interval(accuracy) + kind, f"{accuracy['n']} ({m['prompts']})",
         _number(m["macro_accuracy"]),

@@ -6,9 +6,9 @@ n comparisons; u units, which accuracy is the mean over: a comparison, or in Rew
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,7 +76,8 @@ class Scored:
     @classmethod
     def of(cls, rows: Sequence[ComparisonRow]) -> Scored:
         """The columns of the rows."""
-        column = lambda name, kind: np.array([row[name] for row in rows], dtype=kind)  # noqa: E731
+        table: Sequence[Mapping[str, Any]] = rows
+        column = lambda name, kind: np.array([row[name] for row in table], dtype=kind)  # noqa: E731
         return cls(
             [row["item"] for row in rows], [row["subset"] for row in rows], [row["prompt_id"] for row in rows],
             column("chosen_index", np.int64), column("rejected_index", np.int64), column("label_tie", np.bool_),
@@ -128,7 +129,7 @@ def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = 
         hits = np.where(scored.label_tie, 0.5, pair_hits(chosen, rejected, ties))
         return Units(names, scored.subset, scored.prompt, hits)
     rows = _groups(scored.item)
-    hits = []
+    of_items: list[float] = []
     for at in rows.values():
         worst = chosen[at].min()
         others = {j: r for j, r in zip(scored.rejected_index[at].tolist(), rejected[at].tolist(), strict=True)}
@@ -136,9 +137,9 @@ def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = 
         hit = float(worst > max(others.values()))
         if tied and worst == max(others.values()):
             hit = 1 / (1 + tied) if ties == "half" else TIE_CREDIT[ties]
-        hits.append(hit)
+        of_items.append(hit)
     first = [at[0] for at in rows.values()]
-    return Units(list(rows), [scored.subset[i] for i in first], [scored.prompt[i] for i in first], np.array(hits))
+    return Units(list(rows), [scored.subset[i] for i in first], [scored.prompt[i] for i in first], np.array(of_items))
 
 
 def mean_with_intervals(hits: Array, clusters: Sequence[str], *, draws: int, seed: int) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from core.config import PreferenceSource
 from core.data.chat import Message, conversation
@@ -75,7 +75,8 @@ def read_set(
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
         layout = known  # the other files of a folder are taken to be like the first
-        parsed, read = _pairs(file, malformed) if known == "pairs" else _parse(table, file, LAYOUTS[known], malformed)
+        reader = LAYOUTS[known]
+        parsed, read = _parse(table, file, reader, malformed) if reader else _pairs(file, malformed)
         rows += read
         items += [(file, item) for item in parsed]
     bad = malformed.counts.total()
@@ -178,7 +179,7 @@ def _crossed(row: dict, identity: str, subset: str) -> list[Comparison]:
         raise DataError("no chosen or no rejected response")
     prompt = _prompt(row["prompt"])
     chosen, rejected = ([_answer(prompt, text) for text in row[side]] for side in ("chosen", "rejected"))
-    about = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
+    about: dict[str, Any] = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
     return [
         Comparison(f"{identity}/{i}-{j}", chosen=a, rejected=b, chosen_index=i, rejected_index=j, **about)
         for i, a in enumerate(chosen)
@@ -195,7 +196,7 @@ def _answer(prompt: list[Message], text: str) -> list[Message]:
     return _chat(conversation(prompt, text))
 
 
-def _prompt(value: object) -> list:
+def _prompt(value: Any) -> list:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
