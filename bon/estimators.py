@@ -1,12 +1,12 @@
 """Best-of-n estimators for pools of scored samples: value, win rate, KL, intervals. Pure NumPy.
 
 Shape legend: P prompts, N samples per prompt, K values of n, m top ranks kept, B proxy blocks.
-A *block* is a set of samples with equal proxy score. Best-of-n picks at random inside a block, and
-results are the exact expectation over that: "first of the tied" would depend on file order.
+A *block* is a set of samples with equal proxy score. Best-of-n picks one of a block at random, and results are the
+exact expectation over these picks. (Picking the first one would make them depend on the order of the file.)
 
-Sources: Nakano et al. 2021 (WebGPT, 2112.09332, appendix on best-of-n) for the estimator over all
-subsets; Gao et al. 2023 (2210.10760) for log n - (n-1)/n; Beirami et al. 2024 (2401.01879) for why
-that is only an upper bound. Pools of unequal size: call once per size, the weights depend on N.
+Sources: Nakano et al. 2021 (WebGPT, 2112.09332, appendix on best-of-n) for the estimator over all subsets; Gao et al.
+2023 (2210.10760) for log n - (n-1)/n; Beirami et al. 2024 (2401.01879) for why that is only an upper bound. For pools
+of unequal size call the functions once per size, because the weights depend on N.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-# Rank weights are cut where all lower ranks together hold less mass than this.
+# Rank weights are cut off where all lower ranks together have less mass than this.
 CUT_MASS = 1e-16
 POOL_SIZE = "the number of samples per prompt"  # why n is limited, in errors
 # Bootstrap weights held at once, in numbers: 32 MiB of int64.
@@ -29,11 +29,11 @@ def subset_weights(N: int, n: int) -> Array:
     ascending rank i is C(i-1, n-1) / C(N, n) (Nakano et al. 2021).
     """
     N, n = int(_check_n(N, "N")), int(_check_n(n, "n", most=N))
-    # Mass below the top m ranks is C(N-m, n)/C(N, n) <= exp(-mn/N). This cut turns N^2 terms for
-    # all n into N ln(1e16) H_N, which is why no caller needs a coarse grid of n for speed.
+    # The mass below the top m ranks is C(N-m, n)/C(N, n) <= exp(-mn/N). The cut reduces the N^2 terms for all n to
+    # N ln(1e16) H_N, so no caller needs a coarse grid of n for speed.
     m = min(N - n + 1, math.ceil(N * math.log(1 / CUT_MASS) / n))
-    # w_N = n/N, then w_{i-1} = w_i (i-n)/(i-1): factors in (0, 1], so nothing overflows and
-    # no factorial or big integer is formed.
+    # w_N = n/N, then w_{i-1} = w_i (i-n)/(i-1): all factors are in (0, 1], so nothing overflows, and there are no
+    # factorials or big integers.
     rank = np.arange(N, N - m + 1, -1, dtype=np.float64)
     return np.cumprod(np.concatenate(([n / N], (rank - n) / (rank - 1))))
 
@@ -42,7 +42,7 @@ def best_of_n(proxy: ArrayLike, value: ArrayLike, ns: ArrayLike) -> Array:
     """Expected `value` of the best of n by `proxy`: unbiased, the mean over all n-subsets.
 
     proxy [P, N], value [P, N] (gold, the proxy itself, length, ...), ns [K] with 1 <= n <= N
-    -> [P, K] in units of `value`. Use N >= 4 max(n): at n near N there is one draw per prompt.
+    -> [P, K] in units of `value`. Use N >= 4 max(n): for n near N all subsets are almost the same.
     """
     proxy_PN = _check_scores(proxy, "proxy")
     value_PN = _check_scores(value, "value", like=proxy_PN)
@@ -59,7 +59,7 @@ def best_of_n(proxy: ArrayLike, value: ArrayLike, ns: ArrayLike) -> Array:
 
 
 def oracle(gold: ArrayLike, ns: ArrayLike) -> Array:
-    """Best-of-n by the gold score itself, the ceiling for every proxy. [P, N], [K] -> [P, K]."""
+    """Best-of-n by the gold score itself, the upper bound for every proxy. [P, N], [K] -> [P, K]."""
     return best_of_n(gold, gold, ns)
 
 
@@ -101,8 +101,8 @@ def _wins_by_rank(proxy_N: Array, gold_N: Array) -> tuple[Array, Array]:
     gold_sorted = np.sort(gold_N)
     left, right = (np.searchsorted(gold_sorted, gold_N, side=s) for s in ("left", "right"))
     net_all = left - (N - right)
-    # Inside a block one's win is the other's loss: net 0 on average, whatever the golds. So the
-    # block means over strictly lower proxies hold for "ranked below" under the random tie-break.
+    # Within a block the win of one sample is the loss of another, so the mean net is 0. Hence the block means over
+    # strictly lower proxies are right for "ranked below" with ties broken at random.
     net_lower, net_all = _block_means(proxy_N[None], np.stack([net_lower, net_all]))
     num_above = np.arange(N)
     return (num_above + net_all - net_lower) / 2, (N - 1 - num_above + net_lower) / 2
@@ -110,8 +110,8 @@ def _wins_by_rank(proxy_N: Array, gold_N: Array) -> tuple[Array, Array]:
 
 def count_lower_in_both(proxy_N: Array, gold_N: Array) -> NDArray[np.int64]:
     """For each sample, how many others are strictly lower in proxy and in gold. [N]."""
-    # Ties are laid out so that tied samples never count as "earlier and smaller": inside a proxy
-    # block golds descend, and of equal golds the later one gets the smaller rank.
+    # The order is such that tied samples never count as "earlier and smaller": golds descend within a proxy block,
+    # and of equal golds the later one gets the smaller rank.
     order = np.lexsort((-gold_N, proxy_N))
     position = np.arange(len(order))
     rank = np.empty_like(position)
@@ -124,9 +124,9 @@ def count_lower_in_both(proxy_N: Array, gold_N: Array) -> NDArray[np.int64]:
 def _smaller_before(rank_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each position of a permutation of 0..N-1, how many earlier entries are smaller. [N].
 
-    Two numbers compare at their highest differing bit. So go from the highest bit down, keep the
-    numbers grouped by the bits above in the original order, and give each number with the bit set
-    the count of those without it before it in its group. O(N) per bit, no Python loop over N.
+    The highest bit in which two numbers differ decides which is smaller. So go from the highest bit down, keep the
+    numbers in groups with equal higher bits, in their original order, and add to each number with the bit set how many
+    numbers without it come before it in its group. O(N) per bit, without a Python loop over N.
     """
     position = np.arange(len(rank_N))
     grouped = rank_N
@@ -149,8 +149,8 @@ def _smaller_before(rank_N: NDArray[np.int64]) -> NDArray[np.int64]:
 def kl_bound(n: ArrayLike) -> Array:
     """KL(best-of-n || base) in nats if no two samples tie: log n - (n-1)/n. Shape of n.
 
-    Exact for a continuous proxy (Gao et al. 2023); an upper bound once samples can repeat or tie
-    (Beirami et al. 2024). Needs no pool, so n is not limited.
+    Exact for a continuous proxy (Gao et al. 2023); an upper bound if samples can repeat or tie (Beirami et al. 2024).
+    No pool is needed, so n is not limited.
     """
     n = _check_n(n, "n")
     return np.log(n) - (n - 1) / n
@@ -170,29 +170,29 @@ def kl_discrete(block_probabilities: ArrayLike, n: ArrayLike) -> Array:
     p = p[p > 0] / p.sum()
     F = np.minimum(np.cumsum(p), 1)
     above = np.append(np.cumsum(p[:0:-1])[::-1], 0.0)
-    # F^n for large n turns on 1 - F, so near 1 take log F from the mass above.
+    # For large n, F^n depends on 1 - F, so near 1 log F is computed from the mass above.
     log_F = np.where(F < 0.5, np.log(F), np.log1p(-np.minimum(above, 0.5)))
-    with np.errstate(divide="ignore"):  # the lowest block: log(1 - 1) = -inf, as it should be
+    with np.errstate(divide="ignore"):  # log(1 - 1) = -inf for the lowest block is right
         log_left = np.log1p(-np.minimum(p / F, 1))
     kl = np.empty(n.shape)
     for at, each in np.ndenumerate(n):
-        # P_b = F_b^n (1 - (F_{b-1}/F_b)^n) in logs: tiny and near-1 masses keep their digits.
+        # P_b = F_b^n (1 - (F_{b-1}/F_b)^n) in logs, so that masses near 0 and near 1 keep their digits.
         log_P = each * log_F + np.log(-np.expm1(each * log_left))
         kl[at] = np.sum(np.exp(log_P) * (log_P - np.log(p)))
     return kl[()]
 
 
 def kl_with_atom(n: ArrayLike, eps: ArrayLike) -> Array:
-    """KL(best-of-n || base) in nats if the best response has base mass eps and the rest is
-    continuous. n and eps broadcast. kl_bound(n) at eps = 0, and never above -log eps.
+    """KL(best-of-n || base) in nats if the best response has base mass eps and the rest is continuous.
 
-    From splitting the KL integral at the atom; after Beirami et al. 2024, eps = pi_0(chosen text).
+    n and eps broadcast. It is kl_bound(n) at eps = 0, and never above -log eps. It follows from splitting the KL
+    integral at the atom; eps = pi_0(chosen text) as in Beirami et al. 2024.
     """
     n, eps = _check_n(n, "n"), np.asarray(eps, dtype=np.float64)
     if not np.all((eps >= 0) & (eps <= 1)):
         raise ValueError(f"eps={eps} is not a probability; pass base mass between 0 and 1")
     is_inside = (eps > 0) & (eps < 1)
-    inner = np.where(is_inside, eps, 0.5)  # placeholder: the two limits are filled in below
+    inner = np.where(is_inside, eps, 0.5)  # placeholder: the two limits are set below
     log_rest = np.log1p(-inner)
     top = -np.expm1(n * log_rest)
     rest = np.exp(n * log_rest) * (np.log(n) + (n - 1) * log_rest - (n - 1) / n)
@@ -200,10 +200,10 @@ def kl_with_atom(n: ArrayLike, eps: ArrayLike) -> Array:
 
 
 def kl_pool(proxy: ArrayLike, ns: ArrayLike) -> Array:
-    """Plug-in KL(best-of-n || base) in nats, each sample taken as base mass 1/N, ties as blocks.
+    """Plug-in KL(best-of-n || base) in nats: each sample has base mass 1/N, and ties are blocks.
 
-    proxy [P, N], ns [K] with 1 <= n <= N -> [P, K]. Cannot exceed log N, so it is biased low for
-    n near N; its use is to show how far ties alone lower the KL below kl_bound.
+    proxy [P, N], ns [K] with 1 <= n <= N -> [P, K]. It cannot exceed log N, so it is biased downwards for n near N. It
+    shows how far ties alone lower the KL below kl_bound.
     """
     proxy_PN = _check_scores(proxy, "proxy")
     P, N = proxy_PN.shape
@@ -215,12 +215,12 @@ def kl_pool(proxy: ArrayLike, ns: ArrayLike) -> Array:
 def _block_means(proxy_PN: Array, value_PN: Array) -> Array:
     """Replace each value by the mean of its proxy block; rows must be sorted by proxy.
 
-    This is the exact expectation under random tie-break: given a subset's best block, the chosen
-    member is equally likely to be any member of that block.
+    This is the exact expectation with ties broken at random: given the best block of a subset, each member of the block
+    is equally likely to be chosen.
     """
     is_start = np.ones(value_PN.shape, dtype=bool)
     is_start[:, 1:] = proxy_PN[:, 1:] != proxy_PN[:, :-1]
-    block = np.cumsum(is_start.ravel()) - 1  # every row opens a block, so none spans two rows
+    block = np.cumsum(is_start.ravel()) - 1  # every row starts a block, so no block spans two rows
     means = np.bincount(block, weights=value_PN.ravel()) / np.bincount(block)
     result_PN: Array = means[block].reshape(value_PN.shape)
     return result_PN

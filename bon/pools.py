@@ -1,4 +1,4 @@
-"""Pools of scored samples, joined by id and checked: what every analysis of best-of-n reads."""
+"""Pools of scored samples, joined by id and checked, which all analyses of best-of-n read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bon.estimators import Array
 from core.errors import ArtefactError
 from core.files import digest, join
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +17,7 @@ class Pools:
     """P prompts with N samples each. Every [P, N] array has the same prompts and samples in the same places.
 
     Raises:
-        ArtefactError: shapes that differ, scores that are not finite, a gold that is one of the proxies.
+        ArtefactError: different shapes, scores that are not finite, or gold scores that equal those of a proxy.
     """
 
     prompt_ids: tuple[str, ...]
@@ -28,21 +26,21 @@ class Pools:
     proxies: dict[str, Array]
     """Name of a reward model -> its rewards."""
     second_gold: Array | None = None
-    """Of another gold reward model: whether a verdict is that of one gold alone."""
+    """Scores of another gold reward model, to see whether a verdict depends on the gold."""
     length: Array | None = None
-    """Tokens (or words, or characters: any one unit) of each response."""
+    """Length of each response, in tokens, words or characters, but in one unit."""
     logp: Array | None = None
-    """Log-probability of each response under the sampling distribution, nats."""
+    """Log-probability of each response under the sampler, in nats."""
     prompts: tuple[str, ...] | None = None
-    """[P], to read."""
+    """[P], the last user turn of each, for display."""
     responses: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
-    """[P][N], to read."""
+    """[P][N], for display."""
 
     def __post_init__(self) -> None:
         if self.gold.ndim != 2 or self.gold.shape[0] != len(self.prompt_ids):
             raise ArtefactError(f"gold has shape {self.gold.shape} for {len(self.prompt_ids)} prompts: pass [P, N]")
         if len(set(self.prompt_ids)) != len(self.prompt_ids):
-            raise ArtefactError(f"{len(self.prompt_ids) - len(set(self.prompt_ids))} prompt ids occur twice")
+            raise ArtefactError(f"{len(self.prompt_ids) - len(set(self.prompt_ids))} prompt ids are duplicates")
         columns = {
             "gold": self.gold, **self.proxies, "second gold": self.second_gold, "length": self.length, "logp": self.logp
         }  # fmt: skip
@@ -59,7 +57,7 @@ class Pools:
                 )
         golds = [gold for gold in (self.gold, self.second_gold) if gold is not None]
         if self.second_gold is not None and np.array_equal(self.gold, self.second_gold):
-            raise ArtefactError("the second gold scores exactly as the first, so it adds nothing")
+            raise ArtefactError("the second gold scores exactly as the first, so it adds nothing: use another one")
         if same := [name for name, values in self.proxies.items() if any(np.array_equal(values, g) for g in golds)]:
             raise ArtefactError(
                 f"{', '.join(same)} scores exactly as gold does: a gold that is also the proxy measures nothing"
@@ -77,9 +75,9 @@ def from_tables(
     proxies: Mapping[str, Sequence[Mapping]],
     second_gold: Sequence[Mapping] | None = None,
 ) -> Pools:
-    """Pools of the tables of stage `bon`: rows of `prompt_id` and `sample_id`, with `score` in those of scores.
+    """Pools from tables like those of stage `bon`: samples (`SampleRow`) and their scores (`ScoreRow`).
 
-    Columns of `samples` that are read where they are there: n_tokens, logp_sampler, prompt (messages), response.
+    Of `samples` only prompt_id and sample_id are needed; n_tokens, logp_sampler, prompt and response are optional.
 
     Raises:
         ArtefactError: tables that do not join, with counts; pools of different sizes; what `Pools` refuses.
@@ -98,8 +96,8 @@ def from_tables(
     if len(kinds := sorted(set(sizes.values()))) != 1:
         few = min(sizes, key=sizes.__getitem__)
         raise ArtefactError(
-            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; estimators of "
-            "one n need equal pools, so sample the missing ones or drop whole prompts"
+            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; the estimators "
+            "need pools of equal size, so sample the missing ones or drop whole prompts"
         )
     shape = (len(ids), kinds[0])
 

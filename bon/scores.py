@@ -1,4 +1,4 @@
-"""Rewards and gold of a pool of samples, in tables that are joined by id."""
+"""Rewards and gold scores of a pool of samples, in tables that are joined by id."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rm.model import RewardModel
 from rm.score import tokens_of
 
 CACHED_STATES = 4 << 30
-"""Bytes of host memory for the output of layers that several reward models share."""
+"""Most bytes of host memory for the states of frozen layers that reward models share."""
 
 
 def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str]:
-    """A table of rewards for each reward model that has none yet; the names of all."""
+    """Write a table of rewards for each reward model that has none yet; returns the names of all of them."""
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
     conversations = [conversation(s["prompt"], s["response"]) for s in samples]
-    # Sizes one after the other: models of two sizes have only the smaller one's frozen layers in common.
+    # Size by size: models of two sizes share only the frozen layers of the smaller one.
     depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
         shared, models = None, {}
@@ -45,7 +45,7 @@ def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str
 
 
 class SharedLayers:
-    """The lowest layers that reward models of one base have in common, run once for all of them."""
+    """The lowest layers that reward models of one base share, which are run once for all of them."""
 
     def __init__(self, model: RewardModel, depth: int):
         self.model, self.cache = model, FrozenStateCache(FrozenLayers(model.lm, depth))
@@ -54,7 +54,7 @@ class SharedLayers:
     def of(
         cls, first: RewardModel, second: RewardModel, conversations: Sequence[Sequence[Message]]
     ) -> SharedLayers | None:
-        """None where they share none, or where their states would take more than CACHED_STATES."""
+        """None if they share no layers, or if the states would take more than CACHED_STATES."""
         depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
         if not depth or not first.shares_prompts:
             return None
@@ -68,7 +68,7 @@ class SharedLayers:
 
 
 def write_scores(path: Path, samples: list[SampleRow], scores: list[float]) -> None:
-    """The table of a reward model, or of gold, in the order of the samples."""
+    """The table of the scores by one reward model or gold, in the order of the samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "text_sha": digest(s["response"]), "score": x}

@@ -1,1 +1,1 @@
-"""Reading and writing reward models, ours and other people's."""
+"""Reading and writing of reward models, in our own layouts and in those of other code."""

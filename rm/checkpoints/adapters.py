@@ -1,8 +1,8 @@
-"""This project's reward models as adapters on a base that lies elsewhere, and ensembles on one base in memory.
+"""This project's reward models as adapters on a base that is stored elsewhere.
 
-A folder holds `adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, `config.json` of the base
-(with as many layers as were used), head, tokenizer and `reward_model.json`, whose `base` and `base_model` tell which
-weights the adapter belongs to. So another member of an ensemble takes a few MB, on disk and in memory.
+A folder has `adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, `config.json` of the base (with
+the number of layers that were used), head, tokenizer and `reward_model.json`, whose `base` and `base_model` identify
+the weights that the adapter belongs to. So a further member of an ensemble takes a few MB, on disk and in memory.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from rm.checkpoints.lora import (
 )
 
 PREFIX = "base_model.model."
-"""PEFT's, before the names of the base."""
+"""PEFT puts it before the names of the base."""
 
 SETTINGS = (*(key for key in SAME_BASE if key != "num_hidden_layers"), "vocab_size", "rms_norm_eps", "rope_parameters")
-"""What base and `config.json` must have in common; the number of layers may be less."""
+"""What the base and `config.json` must have in common; the latter may have fewer layers."""
 
 
 def describe_base(base: Model) -> dict:
-    """What tells the weights of `base` from others; ArtefactError where they are no safetensors of a causal LM."""
+    """What identifies the weights of `base`; ArtefactError if they are not safetensors of a causal LM."""
     folder = locate(base.path, base.revision)
     read_config(folder)
     return {"revision": base.revision, "digest": weights_digest(folder)}
 
 
 def save_adapter_model(folder: Path, model: Saveable, head: dict[str, Tensor], *, base: Model, **about) -> None:
-    """Write what `RewardModel.from_pretrained` and PEFT read; every rank must call it, the first writes.
+    """Write what `RewardModel.from_pretrained` and PEFT read. Every rank must call it; the first one writes.
 
     Args:
-        model: its LM as `core.models.lora.add_lora` made it from `base`.
+        model: its LM is what `core.models.lora.add_lora` makes of `base`.
     """
     lm = model.lm
     lm.peft_config["default"].revision = base.revision
@@ -62,7 +62,7 @@ def save_adapter_model(folder: Path, model: Saveable, head: dict[str, Tensor], *
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder and its base, which has been found to be the one it was trained on."""
+    """An adapter folder and its base, checked to be the one that the adapter was trained on."""
 
     folder: Path
     about: dict
@@ -70,29 +70,33 @@ class Adapter:
 
     @classmethod
     def open(cls, path: str | Path, base: str | Path | None = None) -> Adapter:
-        """ArtefactError for another layout, or a base (by default the one that the folder names) of other weights."""
+        """Open a folder; `base` replaces the base that the folder names.
+
+        Raises:
+            ArtefactError: a folder in another layout, no such base, or a base with other weights.
+        """
         folder = locate(path)
         if not is_adapter(folder):
-            raise ArtefactError(f"{folder} is no adapter of this project")
+            raise ArtefactError(f"{folder} is not an adapter of this project")
         about = read_about(folder)
         where, kept = str(base or about["base"]), about["base_model"]
         if not Path(where).is_dir() and not HUB_ID.fullmatch(where):
-            raise ArtefactError(f"{folder}: there is no folder of its base {where}: tell where it is (base, or --base)")
-        found = locate(where, None if base else kept["revision"])
-        check_settings(folder, found, SETTINGS)
-        if (digest := weights_digest(found)) != kept["digest"]:
+            raise ArtefactError(f"{folder}: its base {where} does not exist: give its folder (base, or --base)")
+        located = locate(where, None if base else kept["revision"])
+        check_settings(folder, located, SETTINGS)
+        if (digest := weights_digest(located)) != kept["digest"]:
             raise ArtefactError(
-                f"{found} is not the base of {folder}: the digest of its weights is {digest}, not {kept['digest']}"
+                f"{located} is not the base of {folder}: the digest of its weights is {digest}, not {kept['digest']}"
             )
-        return cls(folder, about, found)
+        return cls(folder, about, located)
 
     def load_base(self, attention: str) -> nn.Module:
-        """The base in the type that it was trained in, with as many layers."""
+        """The base in the type that it had in training, with as many layers."""
         where, depth = Model(path=str(self.base), attention=attention), read_config(self.folder).num_hidden_layers
         return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
 
     def check(self, lm: nn.Module) -> tuple[object, dict[str, nn.Linear]]:
-        """PEFT's configuration and the layers of `lm` that it adapts; ArtefactError for tensors that do not fit."""
+        """PEFT's configuration and the layers of `lm` that it adapts; ArtefactError if the tensors do not fit."""
         settings = adapter_config(self.folder)
         layers = adapted(lm, settings, self.folder)
         check_factors(self.folder, self.base, layers, settings, shapes(self.folder), PREFIX)
@@ -100,7 +104,7 @@ class Adapter:
 
 
 def merged(adapter: Adapter, *, dtype: str, attention: str) -> nn.Module:
-    """The causal LM that the merged layout of the same model holds, to the bit."""
+    """The causal LM with the adapter merged into it; bit for bit the one in the merged layout of the same model."""
     lm = adapter.load_base(attention)
     settings, layers = adapter.check(lm)
     names = (f"{name}.lora_{side}.weight" for name in layers for side in "AB")
@@ -110,7 +114,7 @@ def merged(adapter: Adapter, *, dtype: str, attention: str) -> nn.Module:
 
 @torch.no_grad()
 def cast(lm: nn.Module, dtype: str) -> nn.Module:
-    """The weights in another type; buffers, such as the rotary frequencies, stay in float32."""
+    """The LM with its weights in another type; buffers such as the rotary frequencies stay in float32."""
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     lm.config.dtype = getattr(torch, dtype)
@@ -122,6 +126,6 @@ def is_adapter(folder: Path) -> bool:
 
 
 def backbone(folder: Path) -> tuple[str, str, int]:
-    """What adapters have in common that can share a base in memory."""
+    """What adapters must have in common to share a base in memory: its digest, type and number of layers."""
     kept = read_about(folder)["base_model"]
     return kept["digest"], kept["dtype"], read_config(folder).num_hidden_layers

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, told from its headers and configuration before anything is built."""
+"""What a checkpoint folder contains, read from headers and configuration before a model is built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONVERT = (
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the local snapshot of a hub id (only a `str` can be one); ArtefactError for neither."""
+    """The folder itself, or the local snapshot of a hub id, which must be a `str`; ArtefactError if it is neither."""
     if Path(path).is_dir():
         return Path(path)
     if not (isinstance(path, str) and HUB_ID.fullmatch(path)):
@@ -37,7 +37,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 
 
 def read_config(folder: str | Path):
-    """The configuration of a causal LM's architecture, whatever head it was saved with; ArtefactError for others."""
+    """The configuration of a causal LM, whichever head it was saved with; ArtefactError for other architectures."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -46,46 +46,46 @@ def read_config(folder: str | Path):
     except (OSError, ValueError) as error:
         raise ArtefactError(f"cannot read the configuration of {folder}: {error}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ArtefactError(f"{folder} is a {config.model_type}, no causal LM: encoder models are not supported")
+        raise ArtefactError(f"{folder} is a {config.model_type}, not a causal LM: encoder models are not supported")
     return config
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers; ArtefactError where there are only pickles, or nothing."""
+    """Tensor name -> shape, from the headers; ArtefactError if there are only pickles, or no weights."""
     from safetensors import safe_open
 
-    found = {}
+    shape_of = {}
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
-            found |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-    return found
+            shape_of |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    return shape_of
 
 
 def types(folder: Path) -> set[str]:
-    """Types of the tensors, as safetensors writes them (`BF16`, `F16`, `F32`), from the headers."""
+    """Types of the tensors as safetensors names them (`BF16`, `F16`, `F32`), from the headers."""
     from safetensors import safe_open
 
-    found = set()
+    names: set[str] = set()
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
-            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
-    return found
+            names |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    return names
 
 
 def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors named by the values of `names`, under its keys."""
+    """The tensors whose names are the values of `names`, under its keys."""
     from safetensors import safe_open
 
-    found = {}
+    result = {}
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             here = set(weights.keys())
-            found |= {name: weights.get_tensor(key) for name, key in names.items() if key in here}
-    return found
+            result |= {name: weights.get_tensor(key) for name, key in names.items() if key in here}
+    return result
 
 
 def faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """What differs between two tables of shapes, the first few by name; empty when they are equal."""
+    """What differs between two tables of shapes, the first six differences by name; empty if they are equal."""
     lines = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
     lines += [f"{key} is extra" for key in sorted(found.keys() - wanted.keys())]
     both = sorted(wanted.keys() & found.keys())
@@ -94,15 +94,15 @@ def faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int,
 
 
 def check_vocabulary(folder: Path, tokenizer: ChatTokenizer) -> None:
-    """ArtefactError when embeddings, `vocab_size` and tokenizer of `folder` do not belong together."""
+    """ArtefactError if the embeddings, `vocab_size` and the tokenizer of `folder` do not belong together."""
     size = read_config(folder).vocab_size
     for key, shape in shapes(folder).items():
         if key.endswith("embed_tokens.weight") and shape[0] != size:
             raise ArtefactError(f"{folder}: {key} has {shape[0]} rows, but vocab_size in config.json is {size}")
     if beyond := tokens_from(tokenizer, size):
         raise ArtefactError(
-            f"{folder}: vocab_size is {size}, but its tokenizer has {len(beyond)} tokens beyond, such as "
-            f"{next(iter(beyond))!r}: the tokenizer or the weights are another model's"
+            f"{folder}: vocab_size is {size}, but its tokenizer has {len(beyond)} tokens beyond it, such as "
+            f"{next(iter(beyond))!r}: the tokenizer or the weights are of another model"
         )
 
 
@@ -112,19 +112,19 @@ def tokens_from(tokenizer: ChatTokenizer, size: int) -> dict[str, int]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of the folder: an adapter, a model, or its shards; ArtefactError for none, or pickles."""
+    """The safetensors files of the folder: an adapter, a model, or its shards; ArtefactError if there are none."""
     if (index := folder / "model.safetensors.index.json").is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    found = [p for name in ("adapter_model.safetensors", "model.safetensors") if (p := folder / name).is_file()]
-    if len(found) == 1:
-        return found
-    if found:
-        raise ArtefactError(f"{folder} holds {found[0].name} and {found[1].name}: keep the one that is meant")
+    present = [p for name in ("adapter_model.safetensors", "model.safetensors") if (p := folder / name).is_file()]
+    if len(present) == 1:
+        return present
+    if present:
+        raise ArtefactError(f"{folder} holds {present[0].name} and {present[1].name}: keep the one that is meant")
     if pickles := sorted(
         p for name in ("pytorch_model*.bin", "adapter_model*.bin", "v_head.pt") for p in folder.glob(name)
     ):
         raise ArtefactError(
             f"{folder} holds its weights as pickles ({pickles[0].name}), which can run code when opened and are not "
-            f'read. Where you trust them, convert them there: python -c "{CONVERT}"'
+            f'read. If you trust them, convert them in that folder: python -c "{CONVERT}"'
         )
     raise ArtefactError(f"{folder} holds no reward model (no safetensors): run `grm rm` first")

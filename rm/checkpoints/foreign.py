@@ -1,14 +1,14 @@
-"""Reading reward models that other code wrote; every missing, extra or mis-shaped tensor is refused by name.
+"""Reading of reward models that other code wrote; a missing, extra or misshapen tensor is an error that names it.
 
-Layouts, told apart by the names in the safetensors files (`adapter_model.safetensors`, `model.safetensors` or its
-shards):
+The layout follows from the tensor names in the safetensors files (`adapter_model.safetensors`, `model.safetensors` or
+its shards):
 
-1. LoRA of the GRM authors' code (arXiv 2406.10216). Their trainer keeps the trainable weights of the wrapped model
-   with `pretrained_model.` taken out of the names, so that adapter and head lie side by side:
-   `model.layers.0.self_attn.q_proj.lora_A.default.weight`, `v_head.summary.0.weight`. PEFT's own prefix
-   (`base_model.model.`), a `pretrained_model.` left in, and names without `.default` are understood too.
-   `adapter_config.json` holds rank, alpha, targets and the base; `config.json` is the base's with `vhead_*`.
-2. Full: `model.*`, `v_head.summary.*` and perhaps `lm_head.weight` (their published class has none).
+1. LoRA of the GRM authors' code (arXiv 2406.10216). Their trainer saves the trainable weights of the wrapped model
+   and removes `pretrained_model.` from the names, so adapter and head are in one file:
+   `model.layers.0.self_attn.q_proj.lora_A.default.weight`, `v_head.summary.0.weight`. Names with PEFT's own prefix
+   (`base_model.model.`), with `pretrained_model.`, or without `.default` are read too. `adapter_config.json` has
+   rank, alpha, targets and the base; `config.json` is that of the base with `vhead_*` added.
+2. Full models: `model.*`, `v_head.summary.*`, and `lm_head.weight` in some (their published class has none).
 3. Sequence classifiers with one label: `model.*`, `score.weight`.
 
 `v_head.summary` is Linear(H, 1) with bias, or `vhead_num_layers` x [Linear(., neurons), ReLU] and Linear(neurons, 1).
@@ -38,9 +38,9 @@ SCORE = "score."
 
 
 class AbsentLmHead(nn.Module):
-    """Stands where a checkpoint has no LM head; log-probs asked of it are an ArtefactError."""
+    """In place of an LM head that a checkpoint does not have; computing log-probs with it is an ArtefactError."""
 
-    out_features = 1  # of no vocabulary
+    out_features = 1  # the size of no vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
         raise ArtefactError("this reward model was saved without an LM head: it has rewards, but no log-probs")
@@ -53,20 +53,20 @@ def has_lm_head(lm: nn.Module) -> bool:
 def read(
     path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
 ) -> Parts:
-    """The parts of a reward model in one of the module's layouts, its trunk in `dtype`, its head in float32.
+    """The parts of a reward model in one of the layouts above, its trunk in `dtype`, its head in float32.
 
     Args:
         path: a folder or a hub id.
-        base: for LoRA, a folder or hub id in place of the one that `adapter_config.json` names.
+        base: for LoRA, a folder or hub id that replaces the one in `adapter_config.json`.
 
     Raises:
-        ArtefactError: no such layout; tensors that do not fit; another base; another vocabulary; pickles only.
+        ArtefactError: another layout; tensors that do not fit; another base; another vocabulary; pickles only.
         DataError: a tokenizer that `ChatTokenizer` refuses.
     """
     folder = locate(path)
-    found = shapes(folder)
+    shape_of = shapes(folder)
     config = read_config(folder)
-    names = {_plain(key): key for key in found}
+    names = {_plain(key): key for key in shape_of}
     prefix = V_HEAD if any(key.startswith("v_head.") for key in names) else SCORE
     lora = any(".lora_" in key for key in names)
     if not any(key.startswith(prefix) for key in names):
@@ -74,15 +74,15 @@ def read(
         more = "it is an adapter alone" if lora else "encoder classifiers are not supported"
         raise ArtefactError(f"{folder}: {V_HEAD}* and {SCORE}weight are missing ({more}; it holds {top})")
     if lora:
-        lm, tokenizer = _read_lora(folder, names, found, base=base, dtype=dtype, attention=attention)
+        lm, tokenizer = _read_lora(folder, names, shape_of, base=base, dtype=dtype, attention=attention)
     elif base is not None:
         raise ArtefactError(f"{folder} is not a LoRA checkpoint, so it cannot be put on the base {base}")
     else:
         tokenizer = ChatTokenizer(Model(path=str(folder)))
         check_vocabulary(folder, tokenizer)
-        lm = _read_lm(folder, found, dtype, attention)
+        lm = _read_lm(folder, shape_of, dtype, attention)
     kind = _authors_head(folder, config) if prefix == V_HEAD else "linear"
-    # Set by `rm.tools.export`; other people's models have no known scale.
+    # Written by `rm.tools.export`; for other models the scale is not known.
     mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
     heads = {key: name for key, name in names.items() if _is_head(key)}
     wanted = make_head(kind, lm.config.hidden_size).state_dict()
@@ -91,7 +91,7 @@ def read(
 
 
 def _plain(key: str) -> str:
-    """The name in the causal LM (or of the head), whatever was wrapped around it when it was saved."""
+    """The name in the causal LM or the head, without the prefixes of wrappers."""
     while (shorter := key.removeprefix("base_model.model.").removeprefix("pretrained_model.")) != key:
         key = shorter
     return re.sub(r"(\.lora_[AB])\.default\.", r"\1.", key)
@@ -102,7 +102,7 @@ def _is_head(key: str) -> bool:
 
 
 def _authors_head(folder: Path, config) -> str:
-    """The kind that `make_head` knows; absent settings have the defaults of the authors' code."""
+    """The kind of head as `make_head` names it; missing settings have the defaults of the authors' code."""
     if getattr(config, "vhead_num_output", 1) != 1:
         raise ArtefactError(f"{folder}: vhead_num_output is {config.vhead_num_output}, but a reward is one number")
     if getattr(config, "vhead_layer_type", "mlp") == "linear":
@@ -116,19 +116,19 @@ def _head_weights(
 ) -> dict[str, Tensor]:
     shapes_wanted = {prefix + key: tuple(tensor.shape) for key, tensor in wanted.items()}
     if wrong := faults(shapes_wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
-        # The authors' training script builds 1024 neurons whatever `--num_neurons` says, and writes what it says.
-        hint = "; `vhead_*` in config.json must say what was trained" if prefix == V_HEAD else ""
+        # The authors' training script always builds 1024 neurons, but writes the value of `--num_neurons`.
+        hint = "; `vhead_*` in config.json must be that of the trained head" if prefix == V_HEAD else ""
         raise ArtefactError(f"{what}: {wrong}{hint}")
     return {key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()}
 
 
-def _read_lm(folder: Path, found: Mapping[str, tuple], dtype: str, attention: str) -> nn.Module:
-    """The trunk, with the LM head that is in the files, or tied, or with none."""
+def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: str) -> nn.Module:
+    """The trunk with its LM head: the one in the files, the tied one, or an `AbsentLmHead`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of "unexpected" heads would alarm; what does not fit is told below
+    logging.set_verbosity_error()  # it would warn of "unexpected" heads; what does not fit is reported below
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False,
@@ -142,9 +142,9 @@ def _read_lm(folder: Path, found: Mapping[str, tuple], dtype: str, attention: st
     wrong += [f"{k} is {list(has)}, not {list(needs)}" for k, has, needs in sorted(info["mismatched_keys"])]
     if wrong:
         raise ArtefactError(f"{folder} does not fit its config.json: {', '.join(wrong[:6])}")
-    # A classifier's embeddings were never an LM head, even where its configuration still ties the two.
-    tied = lm.config.tie_word_embeddings and f"{SCORE}weight" not in found
-    if lm_head not in found and not tied:
+    # The embeddings of a classifier were never an LM head, even if its configuration still ties the two.
+    tied = lm.config.tie_word_embeddings and f"{SCORE}weight" not in shape_of
+    if lm_head not in shape_of and not tied:
         lm.set_output_embeddings(AbsentLmHead())
         lm.config.tie_word_embeddings = False
     return lm
@@ -153,7 +153,7 @@ def _read_lm(folder: Path, found: Mapping[str, tuple], dtype: str, attention: st
 def _read_lora(
     folder: Path,
     names: Mapping[str, str],
-    found: Mapping[str, tuple],
+    shape_of: Mapping[str, tuple],
     *,
     base: str | Path | None,
     dtype: str,
@@ -171,16 +171,16 @@ def _read_lora(
     _fit_vocabulary(folder, lm, tokenizer, where.path)
     layers = adapted(lm, adapter, folder)
     held = {key: name for key, name in names.items() if not _is_head(key)}
-    check_factors(folder, where.path, layers, adapter, {key: found[name] for key, name in held.items()})
+    check_factors(folder, where.path, layers, adapter, {key: shape_of[name] for key, name in held.items()})
     merge(layers, adapter, tensors(folder, held))
     return lm, tokenizer
 
 
 def _fit_vocabulary(folder: Path, lm: nn.Module, tokenizer: ChatTokenizer, base: str) -> None:
-    """Room for the padding token that the authors' code adds; ArtefactError for any other difference.
+    """Add a row for the padding token of the authors' code; ArtefactError for any other difference.
 
-    Their code resizes the base to `len(tokenizer)`: a row more for a new `[PAD]`, or unused rows less. Pads are
-    masked, so what their row holds is of no account.
+    Their code resizes the base to `len(tokenizer)`, which adds a row for a new `[PAD]` or removes unused rows. Pads are
+    masked, so the values of that row do not matter.
     """
     trained, size = read_config(folder).vocab_size, lm.get_input_embeddings().weight.shape[0]
     beyond = tokens_from(tokenizer, size)

@@ -1,4 +1,4 @@
-"""Files of this project's reward models: what lies beside the weights, and how it is read and written."""
+"""Files of this project's reward models next to the weights: what they contain, reading and writing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rm.heads import make_head
 HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
 MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
-"""Of ABOUT_FILE: beside a whole language model, or beside an adapter (`rm.checkpoints.adapters`)."""
+"""Formats of ABOUT_FILE: next to a whole language model, or next to an adapter (`rm.checkpoints.adapters`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a checkpoint holds, checked; `rm.model.RewardModel` is made of it."""
+    """The checked contents of a checkpoint, which `rm.model.RewardModel` is made of."""
 
     lm: nn.Module
     head_kind: str
@@ -36,7 +36,7 @@ class Parts:
 
 
 class Saveable(Protocol):
-    """What the functions below read of a reward model."""
+    """What the functions below need of a reward model."""
 
     lm: nn.Module
     head_kind: str
@@ -46,16 +46,19 @@ class Saveable(Protocol):
 
 
 def read_about(folder: Path) -> dict:
-    """`reward_model.json`; ArtefactError for a format that is not known."""
+    """`reward_model.json`; ArtefactError for an unknown format."""
     about = read_json(folder / ABOUT_FILE)
     if about["format"] not in (MERGED_FORMAT, ADAPTER_FORMAT):
-        raise ArtefactError(f"{folder / ABOUT_FILE}: this version does not know its format {about['format']}")
+        raise ArtefactError(f"{folder / ABOUT_FILE}: format {about['format']} is not known to this version")
     return about
 
 
 def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
-    """The tokenizer in the folder; ArtefactError when it is not the one that its `reward_model.json` tells of, or has
-    tokens beyond the model's vocabulary."""
+    """The tokenizer in the folder.
+
+    Raises:
+        ArtefactError: it is not the one in `reward_model.json`, or has tokens beyond the vocabulary of the model.
+    """
     tokenizer = ChatTokenizer(Model(path=str(folder)))
     if tokenizer.fingerprint != about["tokenizer"]:
         raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
@@ -64,7 +67,7 @@ def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
 
 
 def read_head(folder: Path, kind: str, hidden_size: int) -> dict[str, Tensor]:
-    """Weights of the head in the folder; ArtefactError, naming them, where they do not fit a head of this kind."""
+    """Weights of the head in the folder; ArtefactError with their names if they do not fit a head of this kind."""
     from safetensors.torch import load_file
 
     weights = load_file(folder / HEAD_FILE)
@@ -77,13 +80,13 @@ def read_head(folder: Path, kind: str, hidden_size: int) -> dict[str, Tensor]:
 def save_reward_model(
     folder: Path, model: Saveable, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
 ) -> None:
-    """Write what `RewardModel.from_pretrained` reads: the LM as transformers saves it, head, tokenizer, facts."""
+    """Write what `RewardModel.from_pretrained` reads: the LM as transformers saves it, tokenizer, head and facts."""
     save_lm(folder, model.lm.config, named_weights, model.tokenizer)
     save_head(folder, model, head, **about)
 
 
 def save_head(folder: Path, model: Saveable, head: dict, **about) -> None:
-    """What lies beside the LM's weights: the head, and facts."""
+    """Write the files next to the weights of the LM: the head, and `about` in ABOUT_FILE."""
     from safetensors.torch import save_file
 
     save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)

@@ -1,4 +1,4 @@
-"""LoRA adapters in a folder, of this project or of others: what they adapt, whether they fit, how they are merged."""
+"""LoRA adapters of this project and of other code: which layers they adapt, whether they fit, how they are merged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rm.checkpoints.folder import faults, files, read_config
 SAME_BASE = (
     "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
-"""Settings of a base that its LoRA checkpoint repeats."""
+"""Settings of the base that a LoRA checkpoint repeats."""
 NOT_MERGED = (
     "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "layer_replication",
     "trainable_token_indices", "lora_bias",
 )  # fmt: skip
-"""Options of PEFT that change what an adapter computes."""
+"""Options of PEFT that change what an adapter computes, and that `merge` does not implement."""
 
 
 def adapter_config(folder: Path):
-    """`adapter_config.json` as PEFT's `LoraConfig`; ArtefactError where it asks for more than `merge` computes."""
+    """`adapter_config.json` as PEFT's `LoraConfig`; ArtefactError for options that `merge` does not implement."""
     from peft import LoraConfig, PeftConfig
 
     if not (folder / "adapter_config.json").is_file():
@@ -38,12 +38,12 @@ def adapter_config(folder: Path):
     if adapter.bias != "none":
         unknown.append(f"bias = {adapter.bias!r}")
     if unknown:
-        raise ArtefactError(f"{folder}: adapter_config.json asks for what is not supported: {', '.join(unknown)}")
+        raise ArtefactError(f"{folder}: adapter_config.json has options that are not supported: {', '.join(unknown)}")
     return adapter
 
 
 def check_settings(folder: Path, base: str | Path, keys: Iterable[str]) -> None:
-    """ArtefactError, naming them, where settings of `base` are not those in `config.json` of its checkpoint."""
+    """ArtefactError with their names if settings of `base` differ from those in `config.json` of its checkpoint."""
     trained, given = read_config(folder), read_config(base)
     pairs = [(key, getattr(trained, key, None), getattr(given, key, None)) for key in keys]
     if other := [f"{key} is {b!r}, not {a!r}" for key, a, b in pairs if a != b]:
@@ -51,11 +51,11 @@ def check_settings(folder: Path, base: str | Path, keys: Iterable[str]) -> None:
 
 
 def adapted(lm: nn.Module, adapter, folder: Path) -> dict[str, nn.Linear]:
-    """Name -> layer that the adapter's targets mean."""
+    """Name -> layer, for the layers that the adapter targets."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     kept = adapter.modules_to_save or []
-    # For the task type that the GRM authors set, PEFT lists `classifier` and `score`, which no causal LM has.
+    # For the task type of the GRM authors, PEFT lists `classifier` and `score`, which no causal LM has.
     if whole := [name for name, _ in lm.named_modules() if name.split(".")[-1] in kept]:
         raise ArtefactError(f"{folder}: adapter_config.json has modules_to_save {whole[:3]}, which is not supported")
     adapter.modules_to_save = None
@@ -76,24 +76,25 @@ def check_factors(
     base: str | Path,
     layers: Mapping[str, nn.Linear],
     adapter,
-    found: Mapping[str, tuple[int, ...]],
+    shape_of: Mapping[str, tuple[int, ...]],
     prefix: str = "",
 ) -> None:
-    """ArtefactError, naming them, for tensors that are missing, extra or of another shape.
+    """ArtefactError with their names for tensors that are missing, extra or of another shape.
 
-    found: name of the factor (`prefix` + `LAYER.lora_A.weight` or `LAYER.lora_B.weight`) -> shape.
+    Args:
+        shape_of: name of the factor (`prefix` + `LAYER.lora_A.weight` or `LAYER.lora_B.weight`) -> shape.
     """
     wanted = {}
     for name, layer in layers.items():
         wanted[f"{prefix}{name}.lora_A.weight"] = (adapter.r, layer.in_features)
         wanted[f"{prefix}{name}.lora_B.weight"] = (layer.out_features, adapter.r)
-    if wrong := faults(wanted, found):
+    if wrong := faults(wanted, shape_of):
         raise ArtefactError(f"{folder} does not fit its adapter_config.json on {base}: {wrong}")
 
 
 @torch.no_grad()
 def merge(layers: Mapping[str, nn.Linear], adapter, factors: Mapping[str, Tensor]) -> None:
-    """Add the adapter to the weights of `layers`, in float32 and rounded once."""
+    """Add the adapter to the weights of `layers`, in float32, and round once."""
     scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
     for name, layer in layers.items():
         a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
@@ -101,14 +102,14 @@ def merge(layers: Mapping[str, nn.Linear], adapter, factors: Mapping[str, Tensor
 
 
 def weights_digest(folder: Path) -> str:
-    """Of the names, types and shapes of a model's tensors and of the first row of each.
+    """Digest of the names, types, shapes and first rows of a model's tensors.
 
-    It reads a few MiB of a large model. Fine-tuning, a merged adapter or quantisation change some first row; another
-    division into shards does not count.
+    It reads a few MiB of a large model. Fine-tuning, merging an adapter and quantisation change some first row. How the
+    tensors are divided into shards does not matter.
     """
     from safetensors import safe_open
 
-    found = {}
+    facts = {}
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118
@@ -116,5 +117,5 @@ def weights_digest(folder: Path) -> str:
                 shape = part.get_shape()
                 row = part[:1] if len(shape) > 1 else weights.get_tensor(key)
                 numbers = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-                found[key] = [part.get_dtype(), shape, hashlib.sha256(numbers).hexdigest()]
-    return digest(found)
+                facts[key] = [part.get_dtype(), shape, hashlib.sha256(numbers).hexdigest()]
+    return digest(facts)

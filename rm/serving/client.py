@@ -1,4 +1,4 @@
-"""A client of `grm rm-serve` that scores as a `RewardModel` does."""
+"""A client of `grm rm-serve`, which scores as a `RewardModel` does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from core.errors import ArtefactError, DataError
 from core.http import ask_json
 
 CHUNK = 256
-"""Conversations of one request: it bounds what a timeout has to cover."""
+"""Conversations of one request; it bounds the time that one request takes."""
 
 
 class RemoteError(ArtefactError):
-    """The server does not answer, or not with rewards."""
+    """The server does not answer, or its answer has no rewards."""
 
 
 class RemoteRewardModel:
@@ -29,34 +29,34 @@ class RemoteRewardModel:
 
     Args:
         timeout: seconds that a request may take.
-        retries: further attempts after no connection, no answer in time or a failure of the server (5xx).
-        tokenizer: the fingerprint that the served model must have (`ChatTokenizer.fingerprint`), if any.
+        retries: further attempts if there is no connection, no answer in time, or a failure of the server (5xx).
+        tokenizer: the fingerprint (`ChatTokenizer.fingerprint`) that the served model must have, if any.
 
     Attributes:
         about: the answer of `/health`.
         fingerprint: of the tokenizer and chat template.
-        mean, std: of the rewards on samples of the reference policy; None for ensembles.
+        mean, std: of the rewards on samples of the reference; None for ensembles.
 
     Raises:
         RemoteError: no such server.
-        ArtefactError: a model with another tokenizer.
+        ArtefactError: the server has a model with another tokenizer.
     """
 
     def __init__(self, url: str, *, timeout: float = 180.0, retries: int = 3, tokenizer: str | None = None):
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self.about = self._ask("/health")
         if self.about.get("status") != "ok" or "tokenizer" not in self.about:
-            raise RemoteError(f"{self.url}/health answers without a status and a tokenizer: no `grm rm-serve` is there")
+            raise RemoteError(f"{self.url}/health answers without a status and a tokenizer, so it is no `grm rm-serve`")
         self.fingerprint: str = self.about["tokenizer"]
         self.mean, self.std = self.about["mean"], self.about["std"]
         if tokenizer is not None and tokenizer != self.fingerprint:
             raise ArtefactError(
-                f"the reward model on {self.url} has the tokenizer {self.fingerprint}, not {tokenizer}: its tokenizer "
-                "or chat template is another one"
+                f"the reward model on {self.url} has another tokenizer or chat template: its fingerprint is "
+                f"{self.fingerprint}, not {tokenizer}"
             )
 
     def score(self, conversations: Sequence[Sequence[Message]], *, progress: str = "") -> Tensor:
-        """Float32 rewards [n] of conversations, in their order.
+        """Float32 rewards [n] of the conversations, in their order.
 
         Raises:
             DataError: a conversation that the server refuses; the message names its number.
@@ -71,7 +71,7 @@ class RemoteRewardModel:
         return torch.cat(parts)
 
     def normalise(self, rewards: Tensor) -> Tensor:
-        """Rewards in standard deviations from the mean of the reference policy's samples; DataError for ensembles."""
+        """Rewards in standard deviations from the mean on samples of the reference; DataError for ensembles."""
         if self.mean is None:
             raise DataError(f"the ensemble on {self.url} has no mean and std of its own")
         return (rewards - self.mean) / self.std
@@ -85,12 +85,12 @@ class RemoteRewardModel:
             count = len(rewards) if isinstance(rewards, list) else "no"
             raise RemoteError(f"{self.url} gave {count} rewards for {len(chunk)} conversations")
         try:
-            found = torch.tensor(rewards, dtype=torch.float32)
+            tensor = torch.tensor(rewards, dtype=torch.float32)
         except (TypeError, ValueError):
-            raise RemoteError(f"{self.url} gave rewards that are no numbers") from None
-        if found.shape != (len(chunk),) or not found.isfinite().all():
+            raise RemoteError(f"{self.url} gave rewards that are not numbers") from None
+        if tensor.shape != (len(chunk),) or not tensor.isfinite().all():
             raise RemoteError(f"{self.url} gave rewards that are not one finite number each")
-        return found
+        return tensor
 
     def _ask(self, path: str, body: dict | None = None) -> dict:
         """The JSON object that the server answers with."""
@@ -115,12 +115,12 @@ class RemoteRewardModel:
 
     def _once(self, path: str, body: dict | None) -> dict:
         try:
-            found = ask_json(self.url + path, body, self.timeout)
+            answer = ask_json(self.url + path, body, self.timeout)
         except ValueError:
             raise RemoteError(f"{self.url}{path} does not answer with JSON") from None
-        if not isinstance(found, dict):
+        if not isinstance(answer, dict):
             raise RemoteError(f"{self.url}{path} does not answer with a JSON object")
-        return found
+        return answer
 
 
 def _message(error: urllib.error.HTTPError) -> str:

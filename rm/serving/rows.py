@@ -1,4 +1,4 @@
-"""What a request asks to be scored, as tokens; whatever cannot be scored is told with the number of its row."""
+"""The rows of a request as tokens; a row that cannot be scored is reported with its number."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rm.score import Tokens, tokens_of
 
 
 class BadRequest(DataError):
-    """The client's fault: HTTP 400."""
+    """A fault of the client: HTTP 400."""
 
 
 class RowReader:
     """Bodies of requests -> tokens; threads may share it.
 
     Args:
-        max_tokens: of a row, prompt and response.
+        max_tokens: of a row, prompt and response together.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, max_tokens: int = sys.maxsize):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self._lock = threading.Lock()  # a fast tokenizer fails when two threads use it at once
+        self._lock = threading.Lock()  # a fast tokenizer fails if two threads use it at once
         hf = tokenizer.hf
         ends = (hf.convert_ids_to_tokens(i) for i in (tokenizer.eot_id, tokenizer.pad_id, *tokenizer.stop_ids))
         self._ends = tuple(dict.fromkeys(ends))
@@ -35,7 +35,7 @@ class RowReader:
         self._starts_with_bos = hf.bos_token_id is not None and probe[0] == hf.bos_token_id
 
     def conversations(self, body: object) -> list[Tokens]:
-        """Rows of `{"conversations": [[{role, content}, ...], ...]}`, each ending with the assistant.
+        """Rows of `{"conversations": [[{role, content}, ...], ...]}`; each must end with the assistant.
 
         Raises:
             BadRequest: names `conversations[i]`.
@@ -46,10 +46,10 @@ class RowReader:
     def queries(self, body: object) -> list[Tokens]:
         """Rows of OpenRLHF's `{"query": [...], "prompts": [...] or null, "labels": ...}`.
 
-        A query is prompt and response in one string, already in the chat template. Where `prompts[i]` is its
-        beginning, both are made tokens apart, as everywhere in this project, and a prompt is computed once for its
-        responses; else the string is one row. No BOS is added beside the template's. What stands behind the
-        response (pads, ends of turns) becomes the one end of turn that the reward is read at.
+        A query is prompt and response in one string, rendered by the chat template. If it begins with `prompts[i]`,
+        prompt and response are tokenised separately, as everywhere in this project, and a prompt is computed once for
+        all its responses. Otherwise the whole string is one row. It begins with the BOS of the template and no other.
+        Pads and ends of turns after the response are replaced by the one end of turn that the reward is read at.
 
         Raises:
             BadRequest: names `query[i]`.
@@ -75,12 +75,12 @@ class RowReader:
 
     def _conversation(self, messages: object) -> Tokens:
         if not isinstance(messages, list) or len(messages) < 2:
-            raise DataError("a conversation is a list of two messages or more")
+            raise DataError("a conversation must be a list of at least two messages")
         return tokens_of(self.tokenizer, conversation(check_prompt(messages[:-1]), response_of(messages)))
 
     def _query(self, query: object, prompt: object) -> Tokens:
         if not isinstance(query, str) or not query.strip():
-            raise DataError("a query is a non-empty string")
+            raise DataError("a query must be a non-empty string")
         while self._pad and query.startswith(self._pad):
             query = query.removeprefix(self._pad)
         query = self._without_ends(query)
@@ -89,17 +89,17 @@ class RowReader:
             return tuple(before), tuple(self.tokenizer.response_ids(after))
         whole = self._with_bos(self.tokenizer.rendered_ids(query))
         if not whole:
-            raise DataError("a query needs text beside pads and ends of turns")
+            raise DataError("a query needs text other than pads and ends of turns")
         return (), (*whole, self.tokenizer.eot_id)
 
     def _without_ends(self, text: str) -> str:
-        """Spaces before an end of turn belong to the response, those behind it to the template."""
+        """The text without ends of turns. Spaces before them are part of the response, those after them are not."""
         while ends := [end for end in self._ends if text.rstrip().endswith(end)]:
             text = text.rstrip().removesuffix(ends[0])
         return text
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """One BOS where the template writes one, however many the client left or added."""
+        """Exactly one BOS if the template writes one, however many the client removed or added."""
         bos = self.tokenizer.hf.bos_token_id
         if not self._starts_with_bos:
             return ids

@@ -1,4 +1,4 @@
-"""Requests that wait together are scored together, by one thread."""
+"""A queue of requests: those that wait at the same time are scored together, by one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rm.score import Tokens
 
 GATHERED = 8
-"""Batches' worth of tokens that one call scores: more to sort by length, against a longer wait of small requests."""
+"""Batches that one call scores at most. More of them sort better by length, but small requests wait longer."""
 
 
 class _Job(NamedTuple):
@@ -22,11 +22,11 @@ class _Job(NamedTuple):
 
 
 class ScoringQueue:
-    """Futures of rewards [k, n], in one thread of its own.
+    """Rows to be scored in one thread of its own -> futures of rewards [k, n].
 
     Args:
-        score: rows -> rewards [k, rows].
-        batch_tokens: of one forward pass.
+        score: n rows -> rewards [k, n].
+        batch_tokens: padded tokens of one forward pass.
     """
 
     def __init__(self, score: Callable[[Sequence[Tokens]], Tensor], *, batch_tokens: int):
@@ -37,7 +37,7 @@ class ScoringQueue:
         self._thread.start()
 
     def submit(self, rows: list[Tokens]) -> Future:
-        """The rewards of the rows, or the exception of their scoring; RuntimeError once closed."""
+        """The future rewards of the rows, or the exception of scoring them; RuntimeError once closed."""
         job = _Job(rows, Future())
         with self._lock:
             if self._closed:
@@ -46,7 +46,7 @@ class ScoringQueue:
         return job.future
 
     def close(self) -> None:
-        """Scores what waits, and ends the thread."""
+        """Scores the waiting rows, then ends the thread."""
         with self._lock:
             self._closed = True
             self._jobs.put(None)
@@ -71,7 +71,7 @@ class ScoringQueue:
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
-            else:  # one request's fault is not the others'
+            else:  # one request must not make the others fail
                 for job in jobs:
                     self._run([job])
             return

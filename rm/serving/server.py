@@ -1,13 +1,13 @@
-"""`grm rm-serve MODEL [MODEL...]`: rewards over HTTP, of one reward model or of an ensemble.
+"""`grm rm-serve MODEL [MODEL...]`: rewards of one reward model or of an ensemble over HTTP.
 
-    POST /score       {"conversations": [[{"role": ..., "content": ...}, ...], ...]} -> {"rewards": [...]}, and for an
-                      ensemble "members": [[...], ...], the standardised rewards that were combined
-    POST /get_reward  as OpenRLHF's remote reward model (`--remote_rm_url http://HOST:PORT/get_reward`):
+    POST /score       {"conversations": [[{"role": ..., "content": ...}, ...], ...]} -> {"rewards": [...]}; an ensemble
+                      adds "members": [[...], ...], the standardised rewards that were combined
+    POST /get_reward  for OpenRLHF (`--remote_rm_url http://HOST:PORT/get_reward`):
                       {"query": [...], "prompts": [...], "labels": [...]} -> {"rewards", "scores", "extra_logs"}
     GET /health       models, tokenizer fingerprint, mean, std
 
-A body that cannot be scored is answered with 400 and {"error": ...}, which names its row; a failure here with 500.
-There is no authentication: serve on an address that only you reach.
+A body that cannot be scored is answered with 400 and {"error": ...}, which names the row; a failure of the server with
+500. There is no authentication: use an address that nobody else can reach.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rm.serving.scoring_queue import ScoringQueue
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    combiner(options.combine)  # a name that is not known is told before anything is loaded
+    combiner(options.combine)  # so that an unknown name is reported before anything is loaded
     rows = read_calibration(options.calibrate) if options.calibrate else []
     models, frozen = load(options.models, dtype=options.dtype, base=options.base)
     for model in models if rows else ():
@@ -71,13 +71,13 @@ def load(
 class Ensemble:
     """k reward models of one tokenizer as one; a single model gives its own rewards.
 
-    The members of an ensemble are always standardised by their mean and std; a single model only with `normalise`.
+    The members of an ensemble are always standardised by their mean and std, a single model only with `normalise`.
 
     Args:
         frozen: makes the frozen-state cache of given rows, for members that have frozen layers in common.
 
     Raises:
-        ArtefactError: members of other tokenizers, or whose mean and std were never measured.
+        ArtefactError: members with different tokenizers, or whose mean and std were never measured.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Ensemble:
 
     @property
     def max_tokens(self) -> int:
-        """Positions that every member has."""
-        found = (getattr(model.lm.config, "max_position_embeddings", None) for model in self.models)
-        return min((n for n in found if n), default=sys.maxsize)
+        """Number of positions that all members have."""
+        positions = (getattr(model.lm.config, "max_position_embeddings", None) for model in self.models)
+        return min((n for n in positions if n), default=sys.maxsize)
 
     def members(self, rows: Sequence[Tokens]) -> Tensor:
-        """Float32 rewards [k, n], standardised where `standardised` says so."""
+        """Float32 rewards [k, n], standardised if `self.standardised`."""
         frozen = self._frozen(rows) if self._frozen else None
         rewards = [
             score_tokens(
@@ -123,11 +123,11 @@ class Ensemble:
         return standardise(torch.stack(rewards), [m.mean for m in self.models], [m.std for m in self.models])
 
     def combine(self, members: Tensor) -> Tensor:
-        """[k, n] of `members` -> rewards [n]."""
+        """Rewards [k, n] of `members` -> rewards [n]."""
         return self._combine(members)
 
     def about(self) -> dict:
-        """What clients check. Mean and std are those of the rewards under the reference policy, null for ensembles."""
+        """What clients check. Mean and std are those of the rewards under the reference, null for ensembles."""
         single = self.models[0] if len(self.models) == 1 else None
         mean, std = (0.0, 1.0) if self.standardised else (self.models[0].mean, self.models[0].std)
         return {
@@ -145,10 +145,10 @@ class Ensemble:
 
 
 def make_app(ensemble: Ensemble, *, max_tokens: int | None = None) -> FastAPI:
-    """The web application; its thread ends with it.
+    """The web application; the scoring thread ends with it.
 
     Args:
-        max_tokens: refuse longer rows; never more than the positions of the models.
+        max_tokens: of the longest row that is accepted; never more than the positions of the models.
     """
     limit = min(max_tokens or sys.maxsize, ensemble.max_tokens)
     reader = RowReader(ensemble.tokenizer, limit)
@@ -174,7 +174,7 @@ def make_app(ensemble: Ensemble, *, max_tokens: int | None = None) -> FastAPI:
     @app.post("/get_reward")
     async def get_reward(request: Request) -> dict:
         rewards = ensemble.combine(await members_of(request, reader.queries)).tolist()
-        # OpenRLHF concatenates what is in extra_logs as tensors, which JSON cannot hold.
+        # OpenRLHF expects tensors in extra_logs, which JSON cannot hold.
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 
     @app.get("/health")
@@ -202,20 +202,22 @@ def _parse(body: bytes) -> object:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grm rm-serve",
-        description="Serve rewards over HTTP: POST /score, POST /get_reward (as OpenRLHF asks), GET /health. There is "
+        description="Serve rewards over HTTP: POST /score, POST /get_reward (for OpenRLHF), GET /health. There is "
         "no authentication.",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="folders or hub ids; several are an ensemble")
     parser.add_argument("--combine", default="mean", metavar="RULE", help=f"of an ensemble: {KNOWN} (%(default)s)")
-    parser.add_argument("--normalise", action="store_true", help="a single model's rewards by its mean and std too")
+    parser.add_argument(
+        "--normalise", action="store_true", help="standardise the rewards of a single model too, by its mean and std"
+    )
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE",
         help="calibration.parquet of a run (prompt, response): measure each model's mean and std on it",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=5000, help="(%(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on (%(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="refuse longer rows (default: the positions of the model)")
     parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
-    parser.add_argument("--base", help="base of adapters, in place of the one that they name")
+    parser.add_argument("--base", help="base of adapters, instead of the one that they name")
     return parser

@@ -40,22 +40,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(model: RewardModel, out: Path, form: str = "auto", *, facts: dict | None = None) -> str:
-    """Write `model` to the new folder `out`, with its tokenizer, and name the form; all forms give the same rewards.
+    """Write `model` and its tokenizer to the new folder `out`; returns the form. All forms give the same rewards.
 
-    classifier: transformers' own sequence classifier with one label, its `score` in the trunk's type; for linear
+    classifier: a sequence classifier of transformers with one label, its `score` in the type of the trunk; for linear
         heads without bias.
-    remote_code: trunk, float32 head and the code that reads them; for linear and MLP heads.
-    merged: this project's layout: a plain causal LM, and any head beside it. `facts` go into its `reward_model.json`.
-    auto: classifier where the head allows it, else remote_code.
+    remote_code: trunk, float32 head and the code to read them; for linear and MLP heads.
+    merged: the layout of this project, a plain causal LM and a head of any kind. `facts` go into `reward_model.json`.
+    auto: classifier if the head allows it, else remote_code.
 
     Raises:
-        ArtefactError: `out` holds something; a head or an architecture that the form cannot hold.
+        ArtefactError: `out` is not empty; a head or an architecture that the form does not allow.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtefactError(f"{out} exists: give a new folder")
     if form == "auto":
         form = "classifier" if model.head_kind == "linear" else "remote_code"
-    partial = out.with_name(out.name + ".partial")  # a killed export never looks like a model
+    partial = out.with_name(out.name + ".partial")  # so that a killed export never looks like a model
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if form == "merged":
@@ -72,7 +72,7 @@ def export(model: RewardModel, out: Path, form: str = "auto", *, facts: dict | N
 
 def _merged(model: RewardModel, out: Path, facts: dict) -> None:
     if not has_lm_head(model.lm):
-        raise ArtefactError("the model has no LM head, so it cannot become a causal LM: export it as another form")
+        raise ArtefactError("the model has no LM head, so it cannot become a causal LM: export it in another form")
     head = {key: tensor.float().cpu() for key, tensor in model.head.state_dict().items()}
     save_reward_model(out, model, named_weights(model.lm), head, **facts)
 
@@ -81,7 +81,7 @@ def _classifier(model: RewardModel, out: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     if model.head_kind != "linear":
-        raise ArtefactError(f"a {model.head_kind} head is no single linear map without bias: use --form remote_code")
+        raise ArtefactError(f"a {model.head_kind} head is not a linear map without bias: use --form remote_code")
     config = _config(model)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ArtefactError(f"transformers has no sequence classifier for {config.model_type}: use --form remote_code")
@@ -91,7 +91,7 @@ def _classifier(model: RewardModel, out: Path) -> None:
 
 
 def _remote_code(model: RewardModel, out: Path) -> None:
-    """The names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints` reads too."""
+    """Names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints.foreign` reads."""
     from rm.tools.modeling_grm import GrmForSequenceClassification
 
     config = _config(model)
@@ -103,7 +103,7 @@ def _remote_code(model: RewardModel, out: Path) -> None:
         config.vhead_layer_type = "mlp"
         config.vhead_num_neurons, config.vhead_num_layers = int(shape[1] or 1024), int(shape[2] or 1)
     else:
-        raise ArtefactError(f"a {model.head_kind} head has no form for transformers alone: use --form merged")
+        raise ArtefactError(f"transformers alone cannot read a {model.head_kind} head: use --form merged")
     config.auto_map = {"AutoModelForSequenceClassification": f"{MODELING.stem}.{GrmForSequenceClassification.__name__}"}
     inner = model.lm.base_model_prefix + "."
     weights = {"model." + key.removeprefix(inner): tensor for key, tensor in _trunk(model.lm).items()}
@@ -125,7 +125,7 @@ def _save(model: RewardModel, out: Path, config, network: type[nn.Module], weigh
 
 
 def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
-    """Settings as transformers 4 reads them too: without a word it would take the rotary base to be 10,000."""
+    """Add the names of transformers 4 to the settings; without them it would silently use a rotary base of 10,000."""
     config = read_json(out / "config.json")
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -140,12 +140,12 @@ def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
 
 
 def _config(model: RewardModel):
-    """The trunk's configuration as that of a classifier with one label; nothing applies `reward_mean`, `reward_std`."""
+    """Configuration of a classifier with one label; `reward_mean` and `reward_std` are for the reader, not applied."""
     config = copy.deepcopy(model.lm.config)
     for key in [key for key in vars(config) if key == "auto_map" or key.startswith("vhead_")]:
         delattr(config, key)
     config.num_labels, config.dtype = 1, model.lm.dtype
-    config.pad_token_id = model.tokenizer.pad_id  # never an end of turn: the classifier reads before the pads
+    config.pad_token_id = model.tokenizer.pad_id  # not an end of turn: the classifier reads the token before the pads
     config.reward_mean, config.reward_std = model.mean, model.std
     return config
 
@@ -157,7 +157,7 @@ def _trunk(lm: nn.Module) -> dict[str, Tensor]:
 
 
 def _facts(path: str) -> dict:
-    """What a folder of ours says beside what `RewardModel` keeps, such as its variant; empty for others."""
+    """Entries of `reward_model.json` that `RewardModel` does not keep, such as the variant; empty for other layouts."""
     file = locate(path) / ABOUT_FILE
     kept = {"format", "head", "tokenizer", "mean", "std", "base_model"}
     return {key: value for key, value in read_json(file).items() if key not in kept} if file.is_file() else {}
@@ -168,15 +168,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="grm rm-export",
         description="Write a reward model as a folder that transformers loads. Rewards are the same in every form.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder or hub id: ours, the GRM authors', or a classifier")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or hub id: of this project, the GRM authors, or a classifier"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
     parser.add_argument(
         "--form",
         choices=["auto", *HOW_TO_LOAD],
         default="auto",
         help="classifier: transformers' own, for linear heads; remote_code: with a modelling file, for MLP heads too; "
-        "merged: a causal LM with the head beside it; auto (default): classifier where possible, else remote_code",
+        "merged: a causal LM with the head next to it; auto (default): classifier if possible, else remote_code",
     )
     parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights (%(default)s)")
-    parser.add_argument("--base", help="base of a LoRA checkpoint, in place of the one that it names")
+    parser.add_argument("--base", help="base of a LoRA checkpoint, instead of the one that it names")
     return parser

@@ -21,13 +21,13 @@ from rm.model import RewardModel
 from rm.tools.export import export
 
 FAR = 0.5
-"""Distance of the members from their average, over the length of the average: members of one fine-tuned model lie
-some hundredths apart, two that were initialised apart near 1."""
+"""Largest distance of the members from their average, relative to the length of the average. It is some hundredths for
+members fine-tuned from one model, and about 1 for members that were initialised separately."""
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 NO_SETTING = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
-"""Entries of config.json that do not change what weights compute."""
+"""Entries of config.json that do not change what the weights compute."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,28 +41,26 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{options.out}: the average of {len(weights)} reward models, weighted {', '.join(f'{w:.3g}' for w in weights)}"
     )
-    print(
-        f"distance of the members from it, relative: trunk {facts['distance']:.3f}, head {facts['head_distance']:.3f}"
-    )
+    print(f"relative distance of the members from it: trunk {facts['distance']:.3f}, head {facts['head_distance']:.3f}")
     if facts["head_distance"] > FAR:
-        print("the heads did not start from the same numbers, which WARM assumes (here: the same head seed), so their "
-              "average may be worse than each: compare with `grm rm-eval`")  # fmt: skip
+        print("WARM assumes heads that started from the same numbers (here: the same head seed), but these did not, so "
+              "their average may be worse than each of them: compare with `grm rm-eval`")  # fmt: skip
     if rows:
-        print(f"mean {model.mean:.4f} and std {model.std:.4f} are of {len(rows)} samples of {options.calibrate}")
+        print(f"mean {model.mean:.4f} and std {model.std:.4f}, measured on {len(rows)} samples of {options.calibrate}")
     else:
-        print("mean 0 and std 1 are written: those of the members do not average; give --calibrate FILE.parquet to "
-              "measure them, which PPO and ensembles need")  # fmt: skip
+        print("mean 0 and std 1 are written, because those of the members cannot be averaged: PPO and ensembles need "
+              "measured ones, so give --calibrate FILE.parquet")  # fmt: skip
     return 0
 
 
 def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[RewardModel, dict]:
     """The reward model sum_i w_i phi_i, with mean 0 and std 1, and facts for its `reward_model.json`.
 
-    The average is taken in float32 over trunk, LM head and reward head; one member is in memory beside it. It is kept
-    in the members' type. Distances in the facts are sqrt(sum_i w_i |phi_i - phi|^2) / |phi|.
+    The average over trunk, LM head and reward head is computed in float32, with one member in memory at a time, and
+    stored in the type of the members. Distances in the facts are sqrt(sum_i w_i |phi_i - phi|^2) / |phi|.
 
     Args:
-        weights: one a model, summing to 1.
+        weights: one per model, with sum 1.
 
     Raises:
         ArtefactError: members that differ in architecture, tokenizer, head, type or known base, or whose trunks are
@@ -82,8 +80,8 @@ def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[Reward
             head.add(name, tensor, weight)
     if (distance := trunk.distance()) > FAR:
         raise ArtefactError(
-            f"the members lie {distance:.2f} times the length of their average away from it: they were not fine-tuned "
-            "from one model, and the average of such weights computes nothing (2401.12187, section 3)"
+            f"the members are {distance:.2f} times the length of their average away from it: they were not fine-tuned "
+            "from one model, and the average of such weights is useless (2401.12187, section 3)"
         )
     with torch.no_grad():
         for name, parameter in model.lm.named_parameters():
@@ -101,7 +99,7 @@ def merge(paths: Sequence[str | Path], weights: Sequence[float]) -> tuple[Reward
 
 @dataclass
 class Average:
-    """Weighted mean of named tensors as they come, in float32 on the CPU, and how far they lie from it."""
+    """Running weighted mean of named tensors, in float32 on the CPU, and their distance from it."""
 
     mean: dict[str, Tensor] = field(default_factory=dict)
     squares: float = 0.0
@@ -109,7 +107,7 @@ class Average:
     _total: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, tensor: Tensor, weight: float) -> None:
-        """West's update (1979): a tensor equal to the mean leaves it equal to the bit."""
+        """West's update (1979): a tensor that equals the mean leaves it unchanged, bit for bit."""
         tensor = tensor.detach().float().cpu()
         old = self.mean.get(name, tensor)
         total = self._total.get(name, 0.0) + weight
@@ -120,33 +118,35 @@ class Average:
         self._total[name] = total
 
     def distance(self) -> float:
-        """Root of the weighted mean squared distance, over the length of the mean."""
+        """Root of the weighted mean squared distance, relative to the length of the mean."""
         length = math.sqrt(sum(float(t.double().square().sum()) for t in self.mean.values()))
         return math.sqrt(max(self.squares, 0.0)) / length if length else math.inf
 
 
 def _describe(folder: Path) -> dict:
-    """What members must have in common, by name; ArtefactError where `folder` is not in this project's layout."""
+    """What members must have in common, by name; ArtefactError if `folder` is not in the layout of this project."""
     if not (folder / ABOUT_FILE).is_file():
         raise ArtefactError(f"{folder} has another layout: convert it with `grm rm-export {folder} OUT --form merged`")
     about, config = read_about(folder), read_config(folder).to_dict()
     adapter = about["format"] == ADAPTER_FORMAT
-    found = types(folder)
-    if len(found) != 1 or not found <= DTYPES.keys():
-        raise ArtefactError(f"{folder}: weights of the types {sorted(found)}; give one of {', '.join(DTYPES)} to all")
+    dtypes = types(folder)
+    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+        raise ArtefactError(
+            f"{folder}: weights of the types {sorted(dtypes)}; all must have one of {', '.join(DTYPES)}"
+        )
     return {
         "architecture": {key: value for key, value in config.items() if key not in NO_SETTING},
         "tokenizer": about["tokenizer"],
         "head": about["head"],
         "layout": "adapter" if adapter else "merged",
-        "type": DTYPES[found.pop()],
+        "type": DTYPES[dtypes.pop()],
         "base": f"of digest {about['base_model']['digest']}" if adapter else _base(folder),
-        "tensors": {} if adapter else shapes(folder),  # adapters of several ranks go together
+        "tensors": {} if adapter else shapes(folder),  # adapters of different ranks can be averaged
     }
 
 
 def _base(folder: Path) -> str | None:
-    """The base that the manifest of the run names, where the folder still lies in its run."""
+    """The base in the manifest of the run; None if the folder is no longer in its run."""
     manifest = folder.parent / "manifest.json"
     config = read_json(manifest).get("config", {}) if manifest.is_file() else {}
     base = config.get("rm", {}).get("base", {})
@@ -172,10 +172,10 @@ def _weights(text: str | None, count: int) -> list[float]:
     try:
         given = [float(part) for part in text.split(",")] if text else [1.0] * count
     except ValueError:
-        raise ArtefactError(f"--weights {text}: write numbers with commas, as in 0.5,0.25,0.25") from None
+        raise ArtefactError(f"--weights {text}: write numbers separated by commas, as in 0.5,0.25,0.25") from None
     total = math.fsum(given)
     if len(given) != count or not all(w >= 0 and math.isfinite(w) for w in given) or total <= 0:
-        raise ArtefactError(f"--weights {text}: give {count} numbers, none negative, one for each model")
+        raise ArtefactError(f"--weights {text}: give {count} numbers of 0 or more, one for each model")
     return [w / total for w in given]
 
 
@@ -183,14 +183,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grm rm-merge",
         description="Average the weights of reward models (WARM, arXiv 2401.12187). It assumes members that were "
-        "fine-tuned from one and the same initialisation, the reward head included: train them with one head seed, "
-        "and other data orders or settings.",
+        "fine-tuned from the same initialisation, including the reward head: train them with one head seed, but with "
+        "different data orders or settings.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="folders of `grm rm` or `grm rm-export --form merged`"
     )
-    parser.add_argument("--weights", metavar="W,W,...", help="of the models, scaled to sum to 1 (default: all equal)")
+    parser.add_argument("--weights", metavar="W,W,...", help="of the models; scaled to sum to 1 (default: equal)")
     parser.add_argument(
         "--calibrate", metavar="FILE", type=Path,
         help="calibration.parquet of a run (prompt, response): mean and std of the average are measured on it",

@@ -1,9 +1,9 @@
-"""A reward model on a transformers backbone; this file travels with the weights and needs transformers alone.
+"""A reward model on a transformers backbone; this file is saved with the weights and needs transformers alone.
 
 `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` gives a model whose `logits`
 [B, 1] are float32 rewards, read at the last real token of each row. Fields of `config.json`: `vhead_layer_type`
 (`linear`, `mlp`), `vhead_num_neurons`, `vhead_num_layers`; `reward_mean` and `reward_std`, the rewards' scale on
-samples of a reference policy, are for the reader and not applied.
+samples of the reference policy, are for the reader and not applied.
 """
 
 import torch
@@ -17,7 +17,7 @@ MODEL_TYPE = "llama"  # the backbone's; set when the model is exported
 
 
 class Float32Linear(nn.Linear):
-    """Computes in float32 whatever the type of its weights: rewards in bfloat16 tie in masses."""
+    """Computes in float32 with weights of any type, because in bfloat16 many rewards would be equal."""
 
     def forward(self, x):
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())

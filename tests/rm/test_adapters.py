@@ -159,7 +159,7 @@ def test_the_server_shares_a_base_where_it_can(members, base, tmp_path):
     assert one_base(adapters) and not one_base([*adapters, half])
     with pytest.raises(ArtefactError, match="has another base, type or number of layers"):
         AdapterEnsemble.from_pretrained([adapters[0], half])
-    with pytest.raises(ArtefactError, match="whole is no adapter of this project"):
+    with pytest.raises(ArtefactError, match="whole is not an adapter of this project"):
         AdapterEnsemble.from_pretrained([adapters[0], whole[1]])
 
 
@@ -197,7 +197,7 @@ def test_heads_tokenizers_and_formats_that_do_not_fit_are_named(copy):
     with pytest.raises(ArtefactError, match=r"mlp head: 2\.bias"):
         RewardModel.from_pretrained(copy)
     edit_json(copy / "reward_model.json", format=3)
-    with pytest.raises(ArtefactError, match="does not know its format 3"):
+    with pytest.raises(ArtefactError, match="format 3 is not known"):
         RewardModel.from_pretrained(copy)
     edit_json(copy / "reward_model.json", format=2, tokenizer="another")
     with pytest.raises(ArtefactError, match="tokenizer or chat template is not the one"):
@@ -209,7 +209,7 @@ def test_another_vocabulary_is_refused(copy, base):
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(copy)
     edit_json(copy / "reward_model.json", tokenizer=ChatTokenizer(Model(path=str(copy))).fingerprint)
-    with pytest.raises(ArtefactError, match="1 tokens beyond, such as '<another>'"):
+    with pytest.raises(ArtefactError, match="1 tokens beyond it, such as '<another>'"):
         RewardModel.from_pretrained(copy)
 
 
@@ -217,7 +217,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
     expected = RewardModel.from_pretrained(copy, dtype="float32").score(CHATS)
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
     edit_json(copy / "reward_model.json", base=str(tmp_path / "gone"))
-    with pytest.raises(ArtefactError, match="there is no folder of its base .*gone"):
+    with pytest.raises(ArtefactError, match="its base .*gone does not exist"):
         RewardModel.from_pretrained(copy)
     assert torch.equal(RewardModel.from_pretrained(copy, dtype="float32", base=moved).score(CHATS), expected)
     ensemble = AdapterEnsemble.from_pretrained([copy], dtype="float32", base=moved)

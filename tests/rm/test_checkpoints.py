@@ -173,7 +173,7 @@ def test_full_tensors_that_do_not_fit_are_named(tokenizer, tmp_path, change, mes
         ({"vhead_num_neurons": 512}, r"summary\.0\.weight is \[1024, 32\], not \[512, 32\]"),
         ({"vhead_num_output": 2}, "vhead_num_output is 2"),
         ({"vocab_size": 1000}, "embed_tokens.weight has 2048 rows, but vocab_size in config.json is 1000"),
-        ({"model_type": "deberta-v2"}, "deberta-v2, no causal LM"),
+        ({"model_type": "deberta-v2"}, "deberta-v2, not a causal LM"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_named(tokenizer, tmp_path, settings, message):

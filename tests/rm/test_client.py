@@ -61,7 +61,7 @@ def test_the_client_tries_again_after_a_failure(monkeypatch):
     [
         ({"rewards": [1.0]}, "1 rewards for 2"),
         ({"reward": 1.0}, "no rewards for 2"),
-        ({"rewards": [1.0, None]}, "no numbers"),
+        ({"rewards": [1.0, None]}, "not numbers"),
         ({"rewards": [1.0, float("nan")]}, "finite"),
         ([1.0, 2.0], "not answer with a JSON object"),
     ],

@@ -41,7 +41,7 @@ def files(folder: Path) -> dict[str, torch.Tensor]:
 def test_every_weight_is_the_weighted_mean(members, tmp_path, capsys):
     assert command(tmp_path / "even", *members) == 0
     text = capsys.readouterr().out
-    assert "mean 0 and std 1 are written" in text and "--calibrate" in text and "heads did not start" not in text
+    assert "mean 0 and std 1 are written" in text and "--calibrate" in text and "WARM assumes heads" not in text
     assert command(tmp_path / "uneven", *members, "--weights", "2,1,1") == 0
     parts = [files(folder) for folder in members]
     for name, shares in (("even", (1 / 3, 1 / 3, 1 / 3)), ("uneven", (0.5, 0.25, 0.25))):
@@ -89,7 +89,7 @@ def test_heads_of_other_seeds_are_told(tokenizer_path, members, tmp_path, capsys
     for parameter in other.head.parameters():
         torch.nn.init.normal_(parameter)
     assert command(tmp_path / "out", members[0], saved(other, tmp_path / "rm")) == 0
-    assert "heads did not start from the same numbers" in capsys.readouterr().out
+    assert "WARM assumes heads that started from the same numbers" in capsys.readouterr().out
 
 
 def test_trunks_that_have_nothing_in_common_are_refused(tokenizer_path, members, tmp_path, capsys):
