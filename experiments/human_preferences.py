@@ -3,7 +3,7 @@
     make human-preferences        # prompts, then: python -m experiments.human_preferences train, table
 
 `train` makes the models of a grid one after the other and keeps their rewards on the evaluation sets, a Parquet file
-each; what is there already is not done again, and `--part 0/2`, `--part 1/2` divide the grid over two processes or
+each; existing files are not made again, and `--part 0/2`, `--part 1/2` divide the grid over two processes or
 machines. `table` reads them and writes Markdown. All arms of a size and noise see the same pairs with the same wrong
 labels; a seed is another head and another order of the pairs.
 """

@@ -169,12 +169,12 @@ def enough(results: Results, series: Mapping[str, Series], policy_seeds: int) ->
     return checks
 
 
-def label_noise(asked: Mapping[str, float], realised: Mapping[str, float], validation: int) -> Check:
-    """(9) As many labels were flipped as asked, and none of the validation pairs."""
-    off = [f"{n} {realised[n]:.3f} for {a:.3f}" for n, a in asked.items() if abs(realised[n] - a) > 0.01]
+def label_noise(configured: Mapping[str, float], realised: Mapping[str, float], validation: int) -> Check:
+    """(9) As many labels were flipped as configured, and none of the validation pairs."""
+    off = [f"{n} {realised[n]:.3f} for {a:.3f}" for n, a in configured.items() if abs(realised[n] - a) > 0.01]
     if validation:
         off.append(f"{validation} validation labels are flipped")
-    return Check("label noise is what was asked", not off, ", ".join(off) or f"{len(asked)} reward models")
+    return Check("label noise is what was configured", not off, ", ".join(off) or f"{len(configured)} reward models")
 
 
 def gold_lineage(kind: str, gold_base: str | None, proxy_base: str) -> Check:

@@ -4,7 +4,7 @@ gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_sc
                     each proxy (Coste et al. 2310.02743, whose own file has gold only)
 grm                 a folder with proxy_score.csv and gold_score.csv of all samples (the GRM repository)
 table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`;
-                    gold2, where it is there, is a second gold
+                    gold2, if present, is a second gold
 
 Rows are joined by id, never by position: where a layout has no ids, texts are the ids.
 """

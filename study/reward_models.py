@@ -74,7 +74,7 @@ def facts(cfg: Config, realised: Mapping[str, float]) -> dict[str, dict]:
 
 
 def parameters(folder: Path, base: str, layers: int) -> int:
-    """Of the causal LM in `folder`; where it holds an adapter, of the first so many layers of its base."""
+    """Of the causal LM in `folder`; where it holds an adapter, of the first `layers` layers of its base."""
     whole = locate(base) if (folder / "adapter_config.json").is_file() else folder
     number = lambda name: int(found[1]) if (found := re.search(r"\.layers\.(\d+)\.", name)) else -1  # noqa: E731
     return sum(math.prod(shape) for name, shape in shapes(whole).items() if number(name) < layers)
@@ -88,19 +88,19 @@ def score_second_gold(cfg: Config) -> None:
         file.unlink(missing_ok=True)
         return
     outputs = {o["path"]: o["sha256"] for o in read_json(cfg.run_dir / "bon" / MANIFEST)["outputs"]}
-    asked = {"gold": cfg.study.second_gold.model_dump(mode="json"), "pools": outputs["samples.parquet"]}
-    if file.is_file() and mark.is_file() and read_json(mark) == asked:
+    wanted = {"gold": cfg.study.second_gold.model_dump(mode="json"), "pools": outputs["samples.parquet"]}
+    if file.is_file() and mark.is_file() and read_json(mark) == wanted:
         return
     samples = read_table(cfg.run_dir / "bon" / "samples.parquet")
     out.mkdir(parents=True, exist_ok=True)
     write_scores(file, samples, score_samples(load_gold(cfg.study.second_gold), samples).tolist())
-    write_json(mark, asked)
+    write_json(mark, wanted)
 
 
 def second_gold(results: Results, plan: Plan) -> list[dict]:
     """Verdict and gain of each condition and ensemble by both golds; empty without a second one.
 
-    `agreement` is the correlation of the golds within prompts: no proxy can be asked to agree better with either.
+    `agreement` is the correlation of the golds within prompts: no proxy can be expected to agree better with either.
     """
     pools = results.pools
     if pools.second_gold is None:

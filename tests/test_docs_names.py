@@ -1,4 +1,4 @@
-"""What the documentation names is there: linked pages, files, options, functions, one version."""
+"""What the documentation names exists: linked pages, files, options, functions, one version."""
 
 from __future__ import annotations
 

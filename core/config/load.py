@@ -36,7 +36,7 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
     for file in files:
         tree = merge(tree, read_yaml(Path(file)))
     if "variants" not in (tree.get("rm") or {}):
-        # Files that name reward models replace the default ones; overrides then change what is there.
+        # Files that name reward models replace the default ones; overrides then change those.
         tree = merge({"rm": Config().model_dump(include={"rm": {"variants"}})["rm"]}, tree)
     for text in overrides:
         tree = merge(tree, parse_override(text))

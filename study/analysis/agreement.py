@@ -20,9 +20,9 @@ from study.analysis.bootstrap import Array, Interval, crossed_draws, interval
 STATIC = ("accuracy", "pearson", "spearman", "kendall", "tail_spearman", "ece", "sd_within")
 """Numbers of `agreement` that can predict an outcome."""
 LEAST_MODELS, LEAST_CONDITIONS = 6, 6
-"""A rank correlation over fewer reward models says nothing, and fewer conditions give the bootstrap nothing to draw."""
+"""With fewer reward models a rank correlation says nothing; with fewer conditions there is nothing to resample."""
 TAIL = 4
-"""The tail is the best 1 / TAIL of a prompt's pool by the proxy, and four samples at the least."""
+"""The tail is the best 1 / TAIL of a prompt's pool by the proxy, but at least four samples."""
 
 
 def within_prompt_correlation(a: Array, b: Array) -> Interval:

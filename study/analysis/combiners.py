@@ -1,8 +1,8 @@
-"""Combiners of the members of a condition side by side, from cached scores: a sweep of their weights takes seconds.
+"""Combiners of a condition's seeds side by side, from stored scores: a sweep of their weights takes seconds.
 
-`rm.combine.combiner` names the rules (mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA); beside them
-`length:WEIGHT` is the members' mean less so many standard deviations of the proxy for each of length. Members are
-centred within prompts and scaled first, since Bradley-Terry leaves both free.
+`rm.combine.combiner` names the rules (mean, min, median, uwo:WEIGHT, quantile:Q, soft_min:BETA). Another one,
+`length:WEIGHT`, is the mean less WEIGHT standard deviations of the proxy for each standard deviation of length. Members
+are centred within prompts and scaled first, since Bradley-Terry leaves both free.
 """
 
 from __future__ import annotations

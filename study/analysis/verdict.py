@@ -1,4 +1,4 @@
-"""What a curve of gold allows to say: over-optimised, no turn-over within range, or cannot conclude."""
+"""What a curve of gold shows: over-optimised, no turn-over within range, or cannot conclude."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from study.analysis.bootstrap import Array, Interval, simultaneous
 
 RESOLUTION = 0.1
-"""Of gold, in standard deviations within prompts: a drop that is smaller than this is called none."""
+"""Of gold, in standard deviations within prompts: a smaller drop counts as none."""
 LEAST_POINTS, LEAST_PROMPTS = 3, 20
-"""Fewer show no curve, or give the bootstrap nothing to draw from."""
+"""Fewer points do not make a curve, and fewer prompts cannot be resampled."""
 OVER_OPTIMISED = "over-optimised"
 NO_TURN_OVER = "no turn-over within range"
 CANNOT_CONCLUDE = "cannot conclude"
 NOT_OPTIMISED = "not optimised"
-"""Of a policy whose proxy reward did not rise: what its gold does says nothing of over-optimisation."""
+"""Of a policy whose proxy reward did not rise: its gold then says nothing about over-optimisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ def verdict(drop: Interval, most: float, *, prompts: int, seeds: int, points: in
     Args:
         drop: cross-fitted (`study.analysis.bootstrap.cross_fitted_peak`): above 0, there is one.
         most: upper bound of the drop from any point (`largest_drop`): only a small one excludes that there is one,
-            since the best point of a few noisy prompts may well be the last, and `drop` 0 without any spread.
+            since with a few noisy prompts the best point may be the last, where `drop` is 0 without any spread.
         points: of the curve within the range that is judged.
         end: the last point, in words.
     """

@@ -60,7 +60,7 @@ def fit_table(results: Results) -> list[list[str]]:
 
 
 def model_table(results: Results) -> list[list[str]]:
-    """Reward models one by one: what they are, agreement with gold within prompts of the pools, what came of them."""
+    """Reward models one by one: what they are, agreement with gold on the pools, and what optimising them did."""
     number = lambda x, form: "" if x is None else format(getattr(x, "mean", x), form)  # noqa: E731
     columns = {
         "layers": ("layers", "d"), "parameters": ("params", ",d"), "pairs": ("pairs", "d"),

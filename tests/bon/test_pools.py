@@ -27,7 +27,7 @@ def test_tables_are_joined_by_id():
     ("break_it", "message"),
     [
         (lambda s, g, p: (s, g[1:], p), "scores of gold: .* 1 rows without a partner"),
-        (lambda s, g, p: (s, g, [*p, p[0]]), "scores of rm: .* 1 doubled ids"),
+        (lambda s, g, p: (s, g, [*p, p[0]]), "scores of rm: .* 1 duplicate ids"),
         (lambda s, g, p: (s[1:], g[1:], p[1:]), "pools are ragged: 3 to 4 samples a prompt, fewest at prompt p0"),
         (lambda s, g, p: (s, [g[0] | {"score": float("nan")}, *g[1:]], p), "1 of 12 scores of gold are NaN"),
         (lambda s, g, p: (s, [r | {"response": "other"} for r in g], p), "12 ids name different texts"),

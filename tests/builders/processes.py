@@ -94,7 +94,7 @@ def _marked(mark: str) -> list[int]:
 
 
 def wait_for(holds: Callable[[], object], process: subprocess.Popen, seconds: float = 400) -> None:
-    """Return once `holds()` is true; a failed test if the process ends first, or after so many seconds."""
+    """Return once `holds()` is true; a failed test if the process ends first, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, f"ended with status {process.returncode} before what the test waits for"

@@ -1,4 +1,4 @@
-"""The study's findings on planted data: an over-optimisation that is there is found, one that is not is not."""
+"""The study's findings on planted data: planted over-optimisation is found, and nothing else is."""
 
 import numpy as np
 import pytest

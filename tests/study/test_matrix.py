@@ -70,7 +70,7 @@ def test_a_dry_run_counts(tmp_path, capsys):
 
 
 def test_sizes_are_an_axis_of_the_matrix(tmp_path):
-    """Each size is a reward model of so many layers; policies can be trained against some of them alone."""
+    """Each size is a reward model of that many layers; policies can be trained against some of them."""
     cfg, arms, policies = planned(tmp_path, "study.layers=[6, 12]", "study.ppo_layers=[12]")
     assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.condition.layers for p in policies} == {12}
     variants = cfg.rm.variants

@@ -48,7 +48,7 @@ def test_a_study_from_prompts_to_its_page(small_policy, whole):
     assert (one["layers"], one["pairs"], one["label_noise_realised"]) == (3, 32, 0.25) and one["params"] < 6e7
     assert 0 <= one["accuracy"]["mean"] <= 1 and one["val_loss_nats"] > 0
     checks = {c["name"]: c["ok"] for c in json.loads((out / "checks.json").read_text())}
-    assert checks["training never reads gold"] and checks["label noise is what was asked"]
+    assert checks["training never reads gold"] and checks["label noise is what was configured"]
     assert finish(small_policy, whole.parent).count("up to date") == 4 + 2
 
 
