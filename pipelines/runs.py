@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from core.artefacts import (
+    FINGERPRINT,
+    MANIFEST,
     REPLACED,
     Fingerprint,
+    has_work,
     keep_finished,
     kept_result,
+    partial_of,
     read_manifest,
     take_back,
 )
 from core.config import Config
+from core.config.fields import REQUIRED, field_of
 from core.errors import ArtefactError
 from pipelines.stages import STAGES, fingerprint, say, staleness
 
@@ -55,7 +62,7 @@ def settle(name: str, cfg: Config, source: Path | None) -> bool:
         say(f"{name}: up to date again, with the result that was kept in {kept}")
         return True
     if source is not None and fits(source / name, wanted):
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():  # a link may lead nowhere
             keep_finished(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         target = (source / name).resolve()
@@ -71,13 +78,20 @@ def fits(folder: Path, wanted: Fingerprint) -> bool:
     return manifest is not None and not wanted.differences(manifest)
 
 
-def plan(name: str, cfg: Config, source: Path) -> list[tuple[str, str]]:
-    """(stage, what will be done with it) of all that `name` needs, from content alone; nothing is changed."""
+def plan(name: str, cfg: Config, source: Path, *, force: bool = False) -> list[tuple[str, str]]:
+    """(stage, what will be done with it) of all that `name` needs, from content alone; nothing is changed.
+
+    Args:
+        force: `name` itself runs in any case.
+    """
     steps: list[tuple[str, str]] = []
     settled: dict[str, Path] = {}
     for stage in needed_by(name):
         if changed := [i for i in STAGES[stage].inputs if i not in settled]:
-            steps.append((stage, f"will run, because {', '.join(changed)} will be another"))
+            steps.append((stage, f"will run, because {' and '.join(changed)} will be re-run"))
+            continue
+        if force and stage == name:
+            steps.append((stage, "will run, because of --force"))
             continue
         wanted = fingerprint(STAGES[stage], cfg, settled)
         places = {"up to date": cfg.run_dir / stage, "linked": source / stage}
@@ -101,10 +115,11 @@ def folder_of(run: Path) -> Path:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Folders with a finished stage in them, at any depth, links not followed."""
+    """Folders with a finished or unfinished stage in them, at any depth, links not followed."""
+    marks = [f"{stage}/{MANIFEST}" for stage in STAGES] + [f"{stage}.partial/{FINGERPRINT}" for stage in STAGES]
     for path, folders, _ in os.walk(folder):
         here = Path(path)
-        if any((here / stage / "manifest.json").is_file() for stage in STAGES):
+        if any((here / mark).is_file() for mark in marks):
             yield here
         folders[:] = sorted(
             f for f in folders
@@ -113,14 +128,22 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def list_runs(folder: Path) -> list[str]:
-    """One block of lines a run: name, stages done, size, seconds, and the headline of each stage."""
-    lines = []
-    for run in find_runs(folder):
+    """One block of lines a run: name, size, minutes, stages, and the headlines of the stages that it ran itself.
+
+    Sizes and times are without linked stages and without runs in folders below, which have a block of their own.
+    """
+    lines, found = [], list(find_runs(folder))
+    for run in found:
         manifests = {s: m for s in STAGES if (m := read_manifest(run / s))}
-        done = ", ".join(s + (" (linked)" if (run / s).is_symlink() else "") for s in manifests)
-        seconds = sum(m["seconds"] for s, m in manifests.items() if not (run / s).is_symlink())
-        lines.append(f"{run.relative_to(folder)}  {human(size_of(run))}  {seconds / 60:.1f} min  {done}")
-        lines += [f"    {s:<12} {m['metrics'].get('headline', '')}" for s, m in manifests.items() if s != "report"]
+        own = {s: m for s, m in manifests.items() if not (run / s).is_symlink()}
+        stages = [s + ("" if s in own else " (linked)") for s in manifests]
+        stages += [f"{s} (unfinished)" for s in STAGES if has_work(partial_of(run / s))]
+        size = human(size_of(run, without=found))
+        minutes = sum(m["seconds"] for m in own.values()) / 60
+        lines.append(f"{run.relative_to(folder)}  {size}  {minutes:.1f} min  {', '.join(stages)}")
+        if held := kept(run):
+            lines[-1] += f"; {human(sum(map(size_of, held)))} of it in {REPLACED} (`grm clean`)"
+        lines += [f"    {s:<12} {m['metrics'].get('headline', '')}" for s, m in own.items() if s != "report"]
     return lines or [f"no run in {folder}"]
 
 
@@ -130,11 +153,8 @@ def diff(first: Path, second: Path) -> list[str]:
     for run, manifests in zip((first, second), runs, strict=True):
         if not manifests:
             raise ArtefactError(f"{run}: no finished stage in that folder; `grm runs` lists the runs")
-    configs = [_merged(m["config"] for m in manifests.values()) for manifests in runs]
-    keys = [k for k in sorted(configs[0].keys() | configs[1].keys()) if configs[0].get(k) != configs[1].get(k)]
-    lines = [f"configuration of {first} and {second}:"]
-    lines += [f"  {k}: {configs[0].get(k, 'not set')!r} | {configs[1].get(k, 'not set')!r}" for k in keys]
-    lines += [] if keys else ["  the same"]
+    lines = [f"configuration of {first} and {second}, of the stages that both have:"]
+    lines += [f"  {line}" for line in _config_lines(runs)] or ["  the same"]
     for stage in STAGES:
         pair = [manifests.get(stage) for manifests in runs]
         if not any(pair):
@@ -151,33 +171,49 @@ def diff(first: Path, second: Path) -> list[str]:
     return lines
 
 
+def _config_lines(runs: list[dict[str, dict]]) -> list[str]:
+    """The keys that differ in the stages that both runs have."""
+    both = [stage for stage in STAGES if all(stage in manifests for manifests in runs)]
+    flat = [dict(_leaves([manifests[stage]["config"] for stage in both])) for manifests in runs]
+    lines = []
+    for key in sorted((flat[0].keys() | flat[1].keys()) - {"run.name", "run.dir"}):
+        values = [_value(side, key) for side in flat]
+        if values[0] != values[1]:
+            lines.append(f"{key}: {values[0]} | {values[1]}")
+    return lines
+
+
+def _value(flat: Mapping[str, Any], key: str) -> str:
+    """The value as JSON. Where a manifest is older than the field, the field had its default."""
+    field, section = field_of(key), key.rpartition(".")[0] + "."
+    if key in flat:
+        return json.dumps(flat[key], ensure_ascii=False)
+    if any(other.startswith(key + ".") for other in flat):
+        return "a section"
+    if field and field.default is not REQUIRED and any(other.startswith(section) for other in flat):
+        return json.dumps(field.default, ensure_ascii=False)
+    return "not set"
+
+
 def _numbers(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The numbers at the top of a stage's metrics, and one level below, that differ."""
-    flat = [_leaves(m) for m in (first, second)]
+    """The numbers of a stage that differ, without intervals, times, and the first of a series of steps."""
+    flat = [{k: v for k, v in _leaves([m]) if isinstance(v, int | float) and _is_main(k)} for m in (first, second)]
     return [f"{k}: {flat[0][k]:.6g} | {flat[1][k]:.6g}" for k in flat[0] if k in flat[1] and flat[0][k] != flat[1][k]]
 
 
-def _leaves(metrics: Mapping[str, Any], prefix: str = "", depth: int = 2) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping) and depth > 1:
-            found |= _leaves(value, f"{prefix}{key}.", depth - 1)
-        elif isinstance(value, int | float) and "seconds" not in key:
-            found[prefix + key] = value
-    return found
+def _is_main(key: str) -> bool:
+    parts = key.split(".")
+    return parts[0] != "first" and parts[-1] not in ("lo", "hi", "se", "n") and "second" not in parts[-1]
 
 
-def _merged(configs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Dotted key -> value, of the sections that several stages have read."""
-
-    def flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(trees: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in mappings in mappings."""
+    for tree in trees:
         if isinstance(tree, Mapping) and tree:
-            for key, sub in tree.items():
-                yield from flat(sub, f"{prefix}.{key}" if prefix else key)
+            for key, below in tree.items():
+                yield from _leaves([below], f"{prefix}.{key}" if prefix else key)
         else:
             yield prefix, tree
-
-    return {key: value for config in configs for key, value in flat(config, "") if not key.startswith("run.")}
 
 
 def kept(run: Path) -> list[Path]:
@@ -186,28 +222,38 @@ def kept(run: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
 
 
-def clean(run: Path, *, delete: bool) -> list[str]:
-    """Lines on what a run keeps in `.replaced`; all of it is deleted with `delete`."""
-    found = kept(run)
+def clean(folder: Path, *, delete: bool) -> list[str]:
+    """Lines on what a run, and the runs in folders below it, keep in `.replaced`; with `delete` all of it is deleted.
+
+    Raises:
+        ArtefactError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"no run {folder}; `grm runs` lists the runs")
+    found = [path for run in dict.fromkeys([folder, *find_runs(folder)]) for path in kept(run)]
     if not found:
-        return [f"{run}: nothing is kept"]
+        return [f"{folder}: nothing is kept"]
     lines = []
     for path in found:
         manifest = read_manifest(path)
-        about = (
-            f"finished {manifest['finished']}: {manifest['metrics'].get('headline', '')}" if manifest else "unfinished"
-        )
-        lines.append(f"{path}  {human(size_of(path))}  {about}")
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        about = manifest["metrics"].get("headline", "finished") if manifest else "unfinished"
+        lines.append(f"{path}  {human(size_of(path))}  {date}  {about}")
     total = human(sum(map(size_of, found)))
-    if delete:
-        shutil.rmtree(run / REPLACED)
-        return [*lines, f"deleted: {total}"]
-    return [*lines, f"{total} in all; `grm clean {run} --yes` deletes it"]
+    if not delete:
+        return [*lines, f"{total} in all; `grm clean {folder} --yes` deletes it"]
+    for path in found:
+        shutil.rmtree(path)
+    return [*lines, f"deleted: {total}"]
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of the files below a folder; what links point to is not counted."""
-    return sum((Path(path) / name).lstat().st_size for path, _, names in os.walk(folder) for name in names)
+def size_of(folder: Path, without: Collection[Path] = ()) -> int:
+    """Bytes of the files below a folder; what links point to is not counted, nor what is below other folders."""
+    size = 0
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(path, name) not in without]
+        size += sum(Path(path, name).lstat().st_size for name in names)
+    return size
 
 
 def human(size: float) -> str:

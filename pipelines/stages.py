@@ -17,11 +17,13 @@ from core.artefacts import (
     FINGERPRINT,
     MANIFEST,
     REPLACED,
+    RESUME,
     Fingerprint,
     as_json,
     fits_partial,
     has_work,
     keep_partial,
+    kept_partial,
     manifest_digest,
     open_partial,
     partial_of,
@@ -132,7 +134,11 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     if rank != 0:
         return ""
     seconds = time.time() - started
-    publish(partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, metrics=metrics)
+    resumable = RESUME if stage.grows else None
+    publish(
+        partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, metrics=metrics,
+        resumable=resumable,
+    )  # fmt: skip
     return f"{name}: {metrics.get('headline', 'done')} ({seconds:.0f} s) -> {folder}"
 
 
@@ -142,18 +148,21 @@ def prepare(name: str, cfg: Config, wanted: Fingerprint, *, force: bool = False)
     partial = partial_of(folder)
     if force and partial.is_dir() and (kept := keep_partial(folder)):
         say(f"{name}: --force starts again; the unfinished work is kept in {kept}")
-    if has_work(partial) and fits_partial(folder, wanted):
-        say(f"{name}: continues the unfinished run in {partial}")
-    elif partial.is_dir() and not fits_partial(folder, wanted):
+    if partial.is_dir() and not fits_partial(folder, wanted):
         mark = read_fingerprint(partial) or {}
         changed = wanted.differences(mark) if mark else ["its fingerprint is missing"]
         if not extend(stage, cfg, wanted, partial, mark) and (kept := keep_partial(folder)):
             say(f"{name}: unfinished work of another configuration ({changed[0]}) is kept in {kept}")
+    elif has_work(partial):
+        say(f"{name}: resumes the unfinished work in {partial}")
+    if not force and not partial.is_dir() and (kept := kept_partial(folder, wanted)):
+        kept.rename(partial)
+        say(f"{name}: resumes the unfinished work that was kept in {kept}")
     manifest = read_manifest(folder)
     if manifest is None:
         return
-    if not force and not partial.is_dir() and extend(stage, cfg, wanted, folder, manifest):
-        return
+    if not force and not partial.is_dir():
+        extend(stage, cfg, wanted, folder, manifest)
     if folder.is_symlink():
         say(f"{name}: the result in {folder.resolve()} stays as it is; this run gets one of its own")
     else:
@@ -175,8 +184,14 @@ def extend(stage: Stage, cfg: Config, wanted: Fingerprint, folder: Path, old: Ma
         return False
     partial = partial_of(cfg.run_dir / stage.name)
     if folder != partial:
-        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(MANIFEST, *PUBLISHED_ONLY))
-    write_json(partial / FINGERPRINT, as_json(wanted))
+        # Renamed when it is whole: a copy that a kill cut short must not be taken for unfinished work.
+        copy = partial.with_name(partial.name + ".copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(MANIFEST, *PUBLISHED_ONLY))
+        write_json(copy / FINGERPRINT, as_json(wanted))
+        copy.rename(partial)
+    else:
+        write_json(partial / FINGERPRINT, as_json(wanted))
     say(f"{stage.name}: {key} {before} -> {now} continues from the last state in {folder}")
     return True
 
