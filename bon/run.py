@@ -11,6 +11,7 @@ from bon.gains import correlation, gains
 from bon.scores import read_pools, score_proxies, write_scores
 from core.config import BestOfN, Config
 from core.data.chat import ChatTokenizer
+from core.data.rows import SampleRow
 from core.data.splits import read_split
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
@@ -26,7 +27,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     return summary(cfg.bon, out, samples, names)
 
 
-def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
+def _sample(cfg: Config, prompts: Path, out: Path) -> list[SampleRow]:
     tokenizer = ChatTokenizer(cfg.policy)
     rows = read_split(prompts, "eval", cfg.bon.prompts)
     return sample_pool(
@@ -35,7 +36,7 @@ def _sample(cfg: Config, prompts: Path, out: Path) -> list[dict]:
     )  # fmt: skip
 
 
-def summary(cfg: BestOfN, out: Path, samples: list[dict], names: Sequence[str]) -> dict:
+def summary(cfg: BestOfN, out: Path, samples: list[SampleRow], names: Sequence[str]) -> dict:
     """Gold at the largest n by each reward model, from the scores on disk, joined by id; curves are the report's."""
     pools = read_pools(out, names)
     gold, n = gains(pools.gold), cfg.n_max or cfg.samples

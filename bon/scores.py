@@ -35,7 +35,7 @@ def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str
         shared, models = None, {}
         if len(alike) > 1:
             models = {name: load(name) for name in alike[:2]}
-            shared = SharedLayers.of(*models.values(), conversations)
+            shared = SharedLayers.of(models[alike[0]], models[alike[1]], conversations)
         for name in alike:
             model = models.pop(name, None) or load(name)
             cache = shared.cache if shared and shared.fits(model) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
 from core.config import Config
 from core.data.chat import ChatTokenizer, conversation
+from core.data.rows import EvaluationRow, ResponseRow
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
@@ -40,13 +42,13 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     gc.collect()
     rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
     rewards = proxy_scores(cfg, inputs["rm"], [conversation(r["prompt"], r["response"]) for r in rows])
-    golds = score_samples(load_gold(cfg.gold), rows).tolist()
+    golds = score_samples(load_gold(cfg.gold), cast(list[ResponseRow], rows)).tolist()
     drop = ("split", "token_ids")
     table = [
         {"run": cfg.run.name, **{k: v for k, v in row.items() if k not in drop}, "proxy": p, "gold": g}
         for row, p, g in zip(rows, rewards, golds, strict=True)
     ]
-    write_table(out / "rl_eval.parquet", table)
+    write_table(out / "rl_eval.parquet", table, EvaluationRow)
     pools = read_pools(inputs["bon"], cfg.ppo.members)
     return summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
 
@@ -73,8 +75,9 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
     generator = Generator(cfg.policy, cfg.generation, tokenizer)
     reference = load_causal_lm(cfg.policy, dtype=cfg.generation.vllm.dtype).eval().to(device())
     for step in tqdm(waiting, desc="eval: checkpoints", unit="policy"):
-        policy = reference if step == 0 else load_policy(cfg, checkpoints[step])
-        if step:
+        folder = checkpoints[step]
+        policy = load_policy(cfg, folder) if folder else reference
+        if folder:
             generator.sync(named_weights(policy))
         seed = stream_seed(cfg.run.seed, "eval", step)
         groups = generator.generate(ids, n=cfg.eval.samples, seed=seed)

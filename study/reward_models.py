@@ -13,6 +13,7 @@ import numpy as np
 from bon.scores import write_scores
 from core.artefacts import MANIFEST
 from core.config import Config
+from core.data.rows import SampleRow
 from core.files import read_json, read_table, write_json
 from rm.checkpoints.folder import locate, shapes
 from rm.evaluation.metrics import expected_calibration_error, negative_log_likelihood
@@ -91,7 +92,7 @@ def score_second_gold(cfg: Config) -> None:
     wanted = {"gold": cfg.study.second_gold.model_dump(mode="json"), "pools": outputs["samples.parquet"]}
     if file.is_file() and mark.is_file() and read_json(mark) == wanted:
         return
-    samples = read_table(cfg.run_dir / "bon" / "samples.parquet")
+    samples = read_table(cfg.run_dir / "bon" / "samples.parquet", SampleRow)
     out.mkdir(parents=True, exist_ok=True)
     write_scores(file, samples, score_samples(load_gold(cfg.study.second_gold), samples).tolist())
     write_json(mark, wanted)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.config import Model
 from core.errors import ArtefactError
+from core.models import CausalLM
 from core.models.loading import load_causal_lm
 from core.training import distributed
 from core.training.weights import save_adapter
@@ -90,12 +91,12 @@ class Adapter:
             )
         return cls(folder, about, located)
 
-    def load_base(self, attention: str) -> nn.Module:
+    def load_base(self, attention: str) -> CausalLM:
         """The base in the type that it had in training, with as many layers."""
         where, depth = Model(path=str(self.base), attention=attention), read_config(self.folder).num_hidden_layers
         return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
 
-    def check(self, lm: nn.Module) -> tuple[object, dict[str, nn.Linear]]:
+    def check(self, lm: CausalLM) -> tuple[object, dict[str, nn.Linear]]:
         """PEFT's configuration and the layers of `lm` that it adapts; ArtefactError if the tensors do not fit."""
         settings = adapter_config(self.folder)
         layers = adapted(lm, settings, self.folder)
@@ -103,7 +104,7 @@ class Adapter:
         return settings, layers
 
 
-def merged(adapter: Adapter, *, dtype: str, attention: str) -> nn.Module:
+def merged(adapter: Adapter, *, dtype: str, attention: str) -> CausalLM:
     """The causal LM with the adapter merged into it; bit for bit the one in the merged layout of the same model."""
     lm = adapter.load_base(attention)
     settings, layers = adapter.check(lm)
@@ -113,7 +114,7 @@ def merged(adapter: Adapter, *, dtype: str, attention: str) -> nn.Module:
 
 
 @torch.no_grad()
-def cast(lm: nn.Module, dtype: str) -> nn.Module:
+def cast(lm: CausalLM, dtype: str) -> CausalLM:
     """The LM with its weights in another type; buffers such as the rotary frequencies stay in float32."""
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -54,7 +54,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, from the headers; ArtefactError if there are only pickles, or no weights."""
     from safetensors import safe_open
 
-    shape_of = {}
+    shape_of: dict[str, tuple[int, ...]] = {}
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             shape_of |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
@@ -76,7 +76,7 @@ def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors whose names are the values of `names`, under its keys."""
     from safetensors import safe_open
 
-    result = {}
+    result: dict[str, Tensor] = {}
     for file in files(folder):
         with safe_open(file, framework="pt") as weights:
             here = set(weights.keys())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from core.config import NATIVE_DTYPE, Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
+from core.models import CausalLM
 from core.models.loading import load_causal_lm
 from rm.checkpoints.folder import check_vocabulary, faults, locate, read_config, shapes, tensors, tokens_from
 from rm.checkpoints.layout import Parts
@@ -46,7 +47,7 @@ class AbsentLmHead(nn.Module):
         raise ArtefactError("this reward model was saved without an LM head: it has rewards, but no log-probs")
 
 
-def has_lm_head(lm: nn.Module) -> bool:
+def has_lm_head(lm: CausalLM) -> bool:
     return not isinstance(lm.get_output_embeddings(), AbsentLmHead)
 
 
@@ -122,7 +123,7 @@ def _head_weights(
     return {key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()}
 
 
-def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: str) -> nn.Module:
+def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: str) -> CausalLM:
     """The trunk with its LM head: the one in the files, the tied one, or an `AbsentLmHead`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -158,7 +159,7 @@ def _read_lora(
     base: str | Path | None,
     dtype: str,
     attention: str,
-) -> tuple[nn.Module, ChatTokenizer]:
+) -> tuple[CausalLM, ChatTokenizer]:
     """The base with the adapter merged in float32 (rounded once to `dtype`), and the checkpoint's tokenizer."""
     adapter = adapter_config(folder)
     where = Model(path=str(base or adapter.base_model_name_or_path or ""), attention=attention)
@@ -176,7 +177,7 @@ def _read_lora(
     return lm, tokenizer
 
 
-def _fit_vocabulary(folder: Path, lm: nn.Module, tokenizer: ChatTokenizer, base: str) -> None:
+def _fit_vocabulary(folder: Path, lm: CausalLM, tokenizer: ChatTokenizer, base: str) -> None:
     """Add a row for the padding token of the authors' code; ArtefactError for any other difference.
 
     Their code resizes the base to `len(tokenizer)`, which adds a row for a new `[PAD]` or removes unused rows. Pads are

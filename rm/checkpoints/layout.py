@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import read_json, write_json
+from core.models import CausalLM
 from core.models.loading import save_lm
 from rm.checkpoints.folder import check_vocabulary
 from rm.heads import make_head
@@ -27,7 +28,7 @@ MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
 class Parts:
     """The checked contents of a checkpoint, which `rm.model.RewardModel` is made of."""
 
-    lm: nn.Module
+    lm: CausalLM
     head_kind: str
     head: Mapping[str, Tensor]
     tokenizer: ChatTokenizer
@@ -38,7 +39,7 @@ class Parts:
 class Saveable(Protocol):
     """What the functions below need of a reward model."""
 
-    lm: nn.Module
+    lm: CausalLM
     head_kind: str
     tokenizer: ChatTokenizer
     mean: float

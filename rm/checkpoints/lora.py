@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from core.errors import ArtefactError
 from core.files import digest
+from core.models import CausalLM
 from core.models.lora import lora_product, merged_lora
 from rm.checkpoints.folder import faults, files, read_config
 
@@ -50,7 +51,7 @@ def check_settings(folder: Path, base: str | Path, keys: Iterable[str]) -> None:
         raise ArtefactError(f"{base} is not the base of {folder}: its {', its '.join(other)}")
 
 
-def adapted(lm: nn.Module, adapter, folder: Path) -> dict[str, nn.Linear]:
+def adapted(lm: CausalLM, adapter, folder: Path) -> dict[str, nn.Linear]:
     """Name -> layer, for the layers that the adapter targets."""
     from peft.tuners.tuners_utils import check_target_module_exists
 

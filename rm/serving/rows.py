@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -41,9 +43,9 @@ class RowReader:
             BadRequest: names `conversations[i]`.
         """
         rows = _list(body, "conversations")
-        return [self._row(f"conversations[{i}]", lambda r=row: self._conversation(r)) for i, row in enumerate(rows)]
+        return [self._row(f"conversations[{i}]", partial(self._conversation, row)) for i, row in enumerate(rows)]
 
-    def queries(self, body: object) -> list[Tokens]:
+    def queries(self, body: Any) -> list[Tokens]:
         """Rows of OpenRLHF's `{"query": [...], "prompts": [...] or null, "labels": ...}`.
 
         A query is prompt and response in one string, rendered by the chat template. If it begins with `prompts[i]`,
@@ -59,7 +61,7 @@ class RowReader:
         if not isinstance(prompts, list) or len(prompts) != len(rows):
             raise BadRequest(f"prompts must be a list as long as query, which has {len(rows)} rows")
         return [
-            self._row(f"query[{i}]", lambda q=query, p=prompt: self._query(q, p))
+            self._row(f"query[{i}]", partial(self._query, query, prompt))
             for i, (query, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
 

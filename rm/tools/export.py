@@ -16,6 +16,7 @@ from core.config import Dtype
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import read_json, write_json
+from core.models import CausalLM
 from core.models.loading import save_lm
 from core.training.weights import named_weights
 from rm.checkpoints.folder import faults, locate
@@ -86,7 +87,7 @@ def _classifier(model: RewardModel, out: Path) -> None:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ArtefactError(f"transformers has no sequence classifier for {config.model_type}: use --form remote_code")
     network = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    weights = _trunk(model.lm) | {"score.weight": model.head.weight.detach().to(model.lm.dtype)}
+    weights = _trunk(model.lm) | {"score.weight": cast(Tensor, model.head.weight).detach().to(model.lm.dtype)}
     _save(model, out, config, network, weights)
 
 
@@ -150,7 +151,7 @@ def _config(model: RewardModel):
     return config
 
 
-def _trunk(lm: nn.Module) -> dict[str, Tensor]:
+def _trunk(lm: CausalLM) -> dict[str, Tensor]:
     """The causal LM's weights without its LM head."""
     lm_head = next((f"{name}." for name, m in lm.named_modules() if m is lm.get_output_embeddings()), None)
     return {key: tensor for key, tensor in named_weights(lm) if lm_head is None or not key.startswith(lm_head)}

@@ -11,6 +11,7 @@ import yaml
 from bon.scores import read_pools
 from core.artefacts import MANIFEST
 from core.config import Config
+from core.data.rows import PairRow
 from core.files import read_json, read_table, write_json
 from rm.variants import arm_rows
 from study import checks as check
@@ -81,7 +82,7 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
 
 def realised_noise(cfg: Config, names: Sequence[str]) -> dict[str, float]:
     """Name of a reward model -> share of its training labels that were flipped for it."""
-    pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet")
+    pairs = read_table(cfg.run_dir / "preferences" / "pairs.parquet", PairRow)
     train, realised = [r for r in pairs if r["split"] == "rm_train"], {}
     before = {r["pair_id"]: r["flipped"] for r in train}
     for name in names:

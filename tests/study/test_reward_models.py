@@ -28,7 +28,8 @@ def test_parameters_of_an_adapter_are_those_of_its_layers(policy_path, tmp_path)
 
 def test_the_second_gold_is_scored_once_for_one_pool(tmp_path, monkeypatch):
     cfg, _, _ = planned(tmp_path, "study.second_gold={kind: hub, path: some/gold}")
-    samples = [{"prompt_id": "a", "sample_id": k, "prompt": [], "response": f"r{k}"} for k in range(3)]
+    rest = {"split": "eval", "prompt": [], "token_ids": [1], "n_tokens": 1, "finished": True, "logp_sampler": -1.0}
+    samples = [{"prompt_id": "a", "sample_id": k, "response": f"r{k}", **rest} for k in range(3)]
     scored = []
     monkeypatch.setattr("study.reward_models.load_gold", lambda gold: gold.path)
     monkeypatch.setattr(
