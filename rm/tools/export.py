@@ -7,7 +7,7 @@ import copy
 import re
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,7 @@
 """docs/configuration.md says what the code says."""
 
 from core.config.explain import reference
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 RENEW = "python -m core.config.explain > docs/configuration.md"
 

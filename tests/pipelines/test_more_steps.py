@@ -9,7 +9,7 @@ import time
 import pytest
 
 from core.artefacts import manifest_digest, read_manifest
-from tests.conftest import ROOT
+from tests.builders.processes import ROOT
 
 
 def rows(folder):
