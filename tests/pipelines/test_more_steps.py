@@ -18,7 +18,7 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.e2e
 def test_a_run_that_is_continued_gives_the_result_of_a_longer_one(run_dir):
     """Two steps and then a third are the three of `run_dir`, to the last bit."""
