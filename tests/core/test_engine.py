@@ -21,6 +21,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_parameters_are_partitioned(runs):
     assert runs[2]["world"] == 2
     assert runs[1]["local"] == runs[1]["total"] == runs[2]["total"]
@@ -28,16 +29,19 @@ def test_parameters_are_partitioned(runs):
     assert runs[2]["local"] == pytest.approx(runs[2]["total"] / 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_step_of_one_model_leaves_the_other_unchanged(runs):
     assert [runs[n]["crossed"] for n in (1, 2)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(runs):
     assert runs[2]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4)
     for name, one in runs[1]["weights"].items():
         torch.testing.assert_close(torch.tensor(runs[2]["weights"][name]), torch.tensor(one), atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_zero3_equals_plain_pytorch(runs):
     """The same three steps by hand: mean of four micro-batch losses, clipping, AdamW."""
     data = torch.randint(1, 64, (3, 8, 10), generator=torch.Generator().manual_seed(3))

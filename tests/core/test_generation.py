@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.builders.processes import run_program
 
 
+@pytest.mark.slow
 def test_vllm_equals_transformers_before_and_after_sync(policy_path):
     found = json.loads(run_program("tests/programs/vllm_parity.py", policy_path).splitlines()[-1])
     # float32 on both sides: only the order of sums differs
@@ -16,6 +19,7 @@ def test_vllm_equals_transformers_before_and_after_sync(policy_path):
     assert found["seeded"] == [True, False]
 
 
+@pytest.mark.slow
 def test_adapters_beside_the_weights_replace_each_other(small_policy, tmp_path):
     found = json.loads(run_program("tests/programs/adapter_sync.py", small_policy, tmp_path).splitlines()[-1])
     assert max(found["gaps"] + found["on_policy"]) < 2e-3, found

@@ -12,6 +12,7 @@ from core.config import NATIVE_DTYPE
 from tests.builders.processes import GRM, ROOT, answers, background, free_port, wait_for
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_ppo_with_a_vllm_server_that_samples_while_it_trains(run_dir, policy_path, tmp_path):
     for stage in ("prompts", "preferences", "rm"):

@@ -176,6 +176,7 @@ def test_whitening():
     assert float(kept[MASK].mean()) == pytest.approx(float(x[MASK].mean()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_whitening_on_two_ranks_is_that_of_the_concatenation():
     assert run_program("tests/programs/whiten.py", ranks=2).count("equal") == 2
 

@@ -97,7 +97,7 @@ def test_rounding_of_the_actor_is_not_taken_for_weights_that_did_not_arrive(poli
             probe.after(1)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(policy_path):
     for found in json.loads(run_program("tests/programs/probe.py", policy_path).splitlines()[-1]):
         assert "the new weights did not arrive" in found["skipped"]

@@ -9,6 +9,7 @@ from tests.builders.ppo_problem import PPO, STEPS, models, rollouts
 from tests.builders.processes import run_program
 from tests.builders.tiny_lm import OPTIM
 
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     1: ("3x8", "3x2"),
     2: ("3x4", "3x1", "2x2", "1x4", "0x4", "3x2+offload", "2x4+offload", "3x4+gradient_checkpointing"),

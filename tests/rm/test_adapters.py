@@ -263,6 +263,7 @@ def test_a_configuration_without_lora_has_no_adapter_to_save():
     assert load([], ["rm.save=adapter", "rm.lora={rank: 4}"]).rm.save == "adapter"
 
 
+@pytest.mark.slow
 def test_trained_and_saved_under_zero3_both_ways(base, tmp_path):
     run_program("tests/programs/adapters.py", base, tmp_path, ranks=2)
     for name in ("a", "b"):

@@ -34,6 +34,7 @@ def whole(small_policy, tmp_path_factory):
     return runs / "smoke"
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_a_study_from_prompts_to_its_page(small_policy, whole):
     out = whole / "study"
@@ -52,6 +53,7 @@ def test_a_study_from_prompts_to_its_page(small_policy, whole):
     assert finish(small_policy, whole.parent).count("up to date") == 4 + 2
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_a_killed_study_resumes_to_the_uninterrupted_curves(small_policy, whole, tmp_path):
     """Killed once two of its four reward models are trained."""
