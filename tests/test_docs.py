@@ -72,7 +72,8 @@ def parse(monkeypatch, capsys) -> Callable:
 
                 patch.setattr(argparse.ArgumentParser, read.__name__, stop)
             try:
-                program()
+                status = program()
+                assert not (isinstance(status, int) and status), capsys.readouterr().err
             except Parsed as found:
                 return found.args[0]
             except SystemExit as end:

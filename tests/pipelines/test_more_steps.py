@@ -3,13 +3,14 @@
 import json
 import os
 import subprocess
-import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from core.artefacts import manifest_digest, read_manifest
-from tests.builders.processes import ROOT
+from tests.builders.processes import GRM, ROOT
 
 
 def rows(folder):
@@ -20,14 +21,13 @@ def rows(folder):
 
 @pytest.mark.long
 @pytest.mark.e2e
+@pytest.mark.long
 def test_a_run_that_is_continued_gives_the_result_of_a_longer_one(run_dir):
     """Two steps and then a third are the three of `run_dir`, to the last bit."""
-    from safetensors.torch import load_file
-
     new = run_dir.with_name("short")
 
     def ppo(*arguments):
-        command = [sys.executable, "-m", "pipelines", "ppo", "-c", "configs/smoke.yaml", f"run.dir={run_dir.parent}",
+        command = [*GRM, "ppo", "-c", "configs/smoke.yaml", f"run.dir={run_dir.parent}",
                    "run.name=short", *arguments]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                               text=True, timeout=1200)  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_run_that_is_continued_gives_the_result_of_a_longer_one(run_dir):
     assert rows(new / "ppo") == rows(run_dir / "ppo")
     for file in ("policy/model.safetensors", "checkpoints/step-0003/adapter_model.safetensors"):
         whole, continued = (load_file(folder / "ppo" / file) for folder in (run_dir, new))
-        assert whole.keys() == continued.keys() and all(bool((whole[k] == continued[k]).all()) for k in whole)
+        assert whole.keys() == continued.keys() and all(torch.equal(whole[k], continued[k]) for k in whole)
 
     started = time.monotonic()
     assert "up to date again" in ppo("ppo.steps=2") and time.monotonic() - started < 60  # no step is run

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,7 +71,7 @@ def test_what_depends_on_a_stage_that_differs_will_run_too(config):
     finish(first, "prompts", "preferences", "rm")
     steps = dict(runs.plan("rm", noisy, first.run_dir))
     assert steps["prompts"] == "linked" and "preferences.label_noise: 0.0 -> 0.25" in steps["preferences"]
-    assert steps["rm"] == "will run, because preferences will be another"
+    assert steps["rm"] == "will run, because preferences will be re-run"
 
 
 def test_a_linked_stage_is_never_written_through(config):
@@ -205,6 +207,133 @@ def test_runs_are_listed_compared_and_cleaned(config, capsys):
     assert main(["clean", str(first.run_dir)]) == 0 and len(runs.kept(first.run_dir)) == 1
     assert main(["clean", str(first.run_dir), "--yes"]) == 0 and not runs.kept(first.run_dir)
     assert result(first, "preferences") == "preferences other"
+
+
+def test_a_link_that_leads_nowhere_is_replaced(config):
+    first, second = config(), config("run.name=b")
+    finish(first, "prompts")
+    second.run_dir.mkdir()
+    (second.run_dir / "prompts").symlink_to("../gone/prompts")
+    assert runs.settle("prompts", second, first.run_dir) and result(second, "prompts") == "prompts result"
+
+
+def test_force_runs_the_stage_itself_and_links_the_others(config):
+    first, second = config(), config("run.name=b")
+    finish(first, "prompts", "preferences")
+    steps = runs.plan("preferences", second, first.run_dir, force=True)
+    assert steps == [("prompts", "linked"), ("preferences", "will run, because of --force")]
+
+
+def test_unfinished_work_is_resumed_when_its_configuration_returns(config, capsys):
+    cfg, other = config(), config("data.max_prompt_tokens=100")
+    folder = cfg.run_dir / "prompts"
+    (open_partial(folder, fingerprint(STAGES["prompts"], cfg)) / "shard").write_text("hours of work")
+    stages.prepare("prompts", other, fingerprint(STAGES["prompts"], other))
+    stages.prepare("prompts", cfg, fingerprint(STAGES["prompts"], cfg))
+    assert (partial_of(folder) / "shard").read_text() == "hours of work" and not runs.kept(cfg.run_dir)
+    assert "resumes the unfinished work that was kept in" in capsys.readouterr().err
+
+
+def test_force_loses_no_unfinished_work(config):
+    cfg = config()
+    folder, wanted = cfg.run_dir / "prompts", fingerprint(STAGES["prompts"], cfg)
+    for text in ("first", "second"):
+        (open_partial(folder, wanted) / "shard").write_text(text)
+        stages.prepare("prompts", cfg, wanted, force=True)
+        assert not partial_of(folder).exists()
+    assert [(path / "shard").read_text() for path in runs.kept(cfg.run_dir)] == ["first", "second"]
+
+
+def test_an_equal_result_is_kept_once(config):
+    cfg = config()
+    finish(cfg, "prompts")
+    finish(cfg, "prompts")  # as by --force
+    assert not runs.kept(cfg.run_dir)
+    finish(cfg, "prompts", text="another")
+    finish(cfg, "prompts", text="result")
+    (kept,) = runs.kept(cfg.run_dir)
+    assert (kept / "result.txt").read_text() == "prompts another" and result(cfg, "prompts") == "prompts result"
+
+
+def test_states_are_no_outputs_but_a_reward_model_may_be_called_state(tmp_path):
+    wanted, outputs = Fingerprint({}), {}
+    for name, resumable in (("ppo", "state"), ("rm", None)):
+        partial = open_partial(tmp_path / name, wanted)
+        for file in ("state/weights", "policy/state/weights"):
+            (partial / file).parent.mkdir(parents=True)
+            (partial / file).write_text("w")
+        publish(partial, tmp_path / name, name, wanted, seed=1, seconds=1.0, metrics={}, resumable=resumable)
+        outputs[name] = [output["path"] for output in read_manifest(tmp_path / name)["outputs"]]
+    assert outputs == {"ppo": ["policy/state/weights"], "rm": ["policy/state/weights", "state/weights"]}
+
+
+def test_a_copy_that_was_cut_short_is_not_resumed(config, monkeypatch):
+    """A kill while the finished run is copied, to be continued."""
+    with_state(config("ppo.steps=12"), 12)
+    long = config("ppo.steps=14")
+    wanted = fingerprint(STAGES["ppo"], long)
+
+    def killed(source, target, **options):
+        shutil.copytree(source, target, **options)
+        (target / "state" / "000012" / "weights").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "shutil", SimpleNamespace(**{**vars(shutil), "copytree": killed}))
+    with pytest.raises(KeyboardInterrupt):
+        stages.prepare("ppo", long, wanted)
+    monkeypatch.undo()
+    stages.prepare("ppo", long, wanted)
+    assert (partial_of(long.run_dir / "ppo") / "state" / "000012" / "weights").is_file()
+
+
+def test_unfinished_and_nested_runs_are_listed_and_nothing_is_counted_twice(config):
+    study, policy, begun = config(), config("run.name=a/policies/p"), config("run.name=begun")
+    finish(study, "prompts")
+    policy.run_dir.mkdir(parents=True)
+    assert runs.settle("prompts", policy, study.run_dir)
+    finish(policy, "preferences", text="x" * 100_000)
+    (open_partial(begun.run_dir / "prompts", fingerprint(STAGES["prompts"], begun)) / "shard").write_text("work")
+    heads = {line.split()[0]: line for line in runs.list_runs(study.run.dir) if not line.startswith(" ")}
+    assert list(heads) == ["a", "a/policies/p", "begun"]
+    assert "prompts (unfinished)" in heads["begun"] and "prompts (linked), preferences" in heads["a/policies/p"]
+    assert " KB " in heads["a/policies/p"] and float(heads["a/policies/p"].split()[1]) > 100
+    assert float(heads["a"].split()[1]) < 10  # without the policy
+
+
+def test_differences_are_of_stages_that_both_have(config, capsys):
+    """Seeds count, names of runs do not, nor what only one has run, nor fields younger than a manifest."""
+    first, second = config("bon.samples=8"), config("run.name=b", "run.seed=7", "rm.variants.other={}")
+    finish(first, "prompts", "preferences", "rm", "bon")
+    finish(second, "prompts", "preferences", "rm")
+    file = first.run_dir / "rm" / "manifest.json"
+    old = json.loads(file.read_text())
+    del old["config"]["rm"]["overlong"]
+    file.write_text(json.dumps(old))
+    lines = runs.diff(first.run_dir, second.run_dir)
+    keys = [line.split(":")[0].strip() for line in lines[1 : lines.index("prompts:")]]
+    assert "run.seed" in keys and "run.name" not in keys and not any(key.startswith("bon") for key in keys)
+    assert "rm.variants.other.head" in keys and "rm.overlong" not in keys and "  b: not run" in lines
+
+
+def test_numbers_of_a_stage_are_compared_at_any_depth():
+    metrics = {"variants": {"grm": {"accuracy": {"mean": 0.5, "lo": 0.1}}}, "first": {"x": 1}, "seconds": 3}
+    other = {"variants": {"grm": {"accuracy": {"mean": 0.6, "lo": 0.2}}}, "first": {"x": 2}, "seconds": 4}
+    assert runs._numbers(metrics, other) == ["variants.grm.accuracy.mean: 0.5 | 0.6"]
+
+
+def test_clean_takes_a_run_or_a_configuration_and_runs_below(config, tmp_path, capsys):
+    study, policy = config(), config("run.name=a/policies/p")
+    for cfg in (study, policy):
+        finish(cfg, "prompts")
+        finish(cfg, "prompts", text="another")
+    file = tmp_path / "a.yaml"
+    file.write_text(f"run: {{name: a, dir: {tmp_path / 'runs'}}}\n")
+    assert main(["clean", "--config", str(file)]) == 0
+    listed = capsys.readouterr().out
+    assert all(str(cfg.run_dir / ".replaced") in listed for cfg in (study, policy)) and runs.kept(policy.run_dir)
+    assert main(["clean", str(tmp_path / "nothing")]) == 2 and "no run" in capsys.readouterr().err
+    assert main(["clean", "--config", str(file), "--yes"]) == 0
+    assert not runs.kept(study.run_dir) and not runs.kept(policy.run_dir) and result(policy, "prompts")
 
 
 def test_equal_fingerprints_are_equal_whatever_the_order():
