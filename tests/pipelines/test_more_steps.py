@@ -21,7 +21,6 @@ def rows(folder):
 
 @pytest.mark.long
 @pytest.mark.e2e
-@pytest.mark.long
 def test_a_run_that_is_continued_gives_the_result_of_a_longer_one(run_dir):
     """Two steps and then a third are the three of `run_dir`, to the last bit."""
     new = run_dir.with_name("short")
