@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bon.estimators import best_of_n, oracle
-from bon.gains import correlation, gains
+from bon.gains import correlation, gains, scale
 from bon.scores import read_pools, score_proxies, write_scores
 from core.config import BestOfN, Config
 from core.data.chat import ChatTokenizer
@@ -38,8 +38,12 @@ def _sample(cfg: Config, prompts: Path, out: Path) -> list[SampleRow]:
 
 def summary(cfg: BestOfN, out: Path, samples: list[SampleRow], names: Sequence[str]) -> dict:
     """Gold at the largest n by each reward model, from the scores on disk, joined by id; curves are the report's."""
-    pools = read_pools(out, names)
-    gold, n = gains(pools.gold), cfg.n_max or cfg.samples
+    pools, n = read_pools(out, names), cfg.n_max or cfg.samples
+    duplicates = 1 - len({(s["prompt_id"], s["response"]) for s in samples}) / len(samples)
+    if not scale(pools.gold) > 0:  # the pools are kept, although nothing can be selected by this gold
+        text = f"gold does not vary within any of {len(pools.gold)} prompts, so nothing can be selected by it"
+        return {"headline": text, "duplicates": duplicates}
+    gold = gains(pools.gold)
     at_n = {name: float(best_of_n(proxy, gold, [n]).mean()) for name, proxy in pools.proxies.items()}
     best = float(oracle(gold, [n]).mean())
     parts = [f"{name} {value:+.2f}" for name, value in at_n.items()]
@@ -51,5 +55,5 @@ def summary(cfg: BestOfN, out: Path, samples: list[SampleRow], names: Sequence[s
             for name, proxy in pools.proxies.items()
         },
         "oracle_at_n_max": best,
-        "duplicates": 1 - len({(s["prompt_id"], s["response"]) for s in samples}) / len(samples),
+        "duplicates": duplicates,
     }

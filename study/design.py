@@ -15,8 +15,8 @@ class Condition:
     """Training pairs; None: all, or not known."""
     layers: int | None = None
     """Of the reward model; None: as many as the variant or `rm.num_layers` says, or not known."""
-    label_noise: float = 0.0
-    """Share of its training labels that were flipped."""
+    label_noise: float | None = None
+    """Share of its training labels that were flipped; None: not known, or as the variant says."""
     rule: str | None = None
     """How its seeds are combined into one proxy; None: each is a proxy of its own."""
     combined: int = 0
@@ -41,7 +41,7 @@ class Condition:
         return replace(self, rule=None, combined=0)
 
     @property
-    def cell(self) -> tuple[int | None, int | None, float]:
+    def cell(self) -> tuple[int | None, int | None, float | None]:
         """Sizes and noise: what conditions of one variant differ in."""
         return self.pairs, self.layers, self.label_noise
 

@@ -11,13 +11,15 @@ study/kl.csv, tail.csv, per_prompt.parquet (and .csv), checks.json, figures/, st
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from bon.pools import Pools
-from core.config import Config
+from core.config import Config, Study
 from core.data.streams import stream_seed
+from core.errors import ArtefactError
 from study import reward_models as study_models
 from study.analysis import conditions as analysis
 from study.analysis.agreement import agreement, gold_by_proxy, members, prediction
@@ -32,10 +34,11 @@ SERIES_COLUMNS = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}
 """Column of a KL -> its kind, in order of preference."""
 
 
-def plan_of(cfg: Config, n_max: int) -> Plan:
+def plan_of(cfg: Config, n_max: int, study: Study | None = None) -> Plan:
+    """How a run is analysed; with `study`, ensembles of the seeds and soft best-of-n too."""
     return Plan(
         np.arange(1, n_max + 1), draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
-        ensembles=cfg.study.ensembles, temperatures=cfg.study.soft_temperatures,
+        ensembles=study.ensembles if study else (), temperatures=study.soft_temperatures if study else (),
     )  # fmt: skip
 
 
@@ -57,8 +60,13 @@ def results(
         baseline: the condition that one is compared with, prompt by prompt and seed by seed.
         facts: proxy -> what is known of it beside its scores (`study.reward_models.facts`).
         rules: combiners of `study.analysis.combiners`.
+
+    Raises:
+        ArtefactError: two conditions or ensembles of one name.
     """
     proxies = analysis.condition_proxies(pools, conditions, plan)
+    if twice := [name for name, n in Counter(condition.name for condition in proxies).items() if n > 1]:
+        raise ArtefactError(f"two conditions have the name {', '.join(twice)}: rename the variant of one of them")
     out = Results(
         pools,
         proxies={c.name: p for c, p in proxies.items()},

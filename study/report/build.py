@@ -34,7 +34,7 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     pools = read_pools(run / "bon", [arm.name for arm in arms], run / "study" / "gold2.parquet")
     folders = {p.name: run / "policies" / p.name for p in policies}
     series = {p.name: files.read_policy(folders[p.name], p) for p in policies}
-    plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples)
+    plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples, cfg.study)
     realised = realised_noise(cfg, [arm.name for arm in arms])
     results = study_results.results(
         pools, conditions, series, plan, baselines(arms),
@@ -145,7 +145,8 @@ def imported(cfg: Config, scores: Path, series: Path | None, out: Path) -> str:
     runs: dict[str, Series] = {}
     for row in read_series(series) if series else []:
         runs.setdefault(str(row["run"]), Series([])).rows.append(row)
-    plan = study_results.plan_of(cfg, cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size)
+    n_max = cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size
+    plan = study_results.plan_of(cfg, n_max, cfg.study)
     conditions = by_seed(list(pools.proxies))
     for name, one in runs.items():
         one.condition = condition_of_run(name, conditions)

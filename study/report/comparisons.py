@@ -55,7 +55,9 @@ def _lines(axis, lines: dict[tuple, list[dict]], axis_name: str, name: str) -> N
         fits = [getattr(f["fit"], name) for f in line]
         mean = np.array([i.mean for i in fits])
         k = strokes.index(size)
-        label = [variant] + [f"noise {noise:g}"] * bool(noise) + [f"{size} {other}"] * bool(size)
+        label = [variant]
+        label += [f"noise {noise:g}"] if noise else []
+        label += [f"{size} {other}"] if size else []
         axis.errorbar(
             x, mean, yerr=[mean - [i.lo for i in fits], [i.hi for i in fits] - mean], marker=MARKERS[k % len(MARKERS)],
             linestyle=("-", "--", ":", "-.")[k % 4], color=COLOURS[shades.index((variant, noise)) % len(COLOURS)],

@@ -62,12 +62,21 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
         accuracy={name: m["accuracy_gold"]["mean"] for name, m in trained.items()},
         config=yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False),
     )  # fmt: skip
-    write_card(out / "policy-card.md", cfg, metrics["ppo"], gold=f"{cfg.gold.kind}: {metrics['eval']['headline']}")
+    write_card(out / "policy-card.md", cfg, metrics["ppo"], gold=f"{cfg.gold.kind}: {outcome(found)}")
     failed = sum(not c.ok for c in checks)
     return {
         "headline": f"{out.with_name('report') / 'report.html'}: {'; '.join(page.summary(found))}; {failed} of "
         f"{len(checks)} checks failed"
     }
+
+
+def outcome(found: Results) -> str:
+    """What became of the run's policy, in a line with the numbers of the report."""
+    (facts,) = found.policies.values()
+    return (
+        f"{facts['verdict'].kind}; step {facts['step']} gained {facts['gold']} SD of gold and {facts['proxy']} SD of "
+        f"proxy, SD within prompts of the reference's samples, at a KL of {facts['kl']:.2f} nats a response"
+    )
 
 
 def run_pools(cfg: Config, inputs: Mapping[str, Path]) -> Pools:
@@ -141,13 +150,20 @@ def reward_table(trained: Mapping[str, Mapping], judge: str) -> list[list[str]]:
 
 
 def before_and_after(series: Series, pools: Pools, proxy: str, seed: int) -> list[dict]:
-    """Responses of the reference and of the last policy to the same prompts, most proxy gained beyond gold first."""
+    """Responses of the reference and of the last policy to the same prompts, most proxy gained beyond gold first.
+
+    Values are gains as in the tables: over the pool of the same prompt, and for a prompt without one over the response
+    of the reference.
+    """
     first = [r for r in series.rows if r["sample_id"] == 0]
     last = max(r["step"] for r in first)
     before, after = ({r["prompt_id"]: r for r in first if r["step"] == step} for step in (0, last))
-    units = {"proxy": scale(pools.proxies[proxy]), "gold": scale(pools.gold)}
-    means = {m: np.mean([r[m] for r in series.rows if r["step"] == 0]) for m in units}
-    value = lambda row, metric: float((row[metric] - means[metric]) / units[metric])  # noqa: E731
+    tables = {"proxy": pools.proxies[proxy], "gold": pools.gold}
+    units = {metric: scale(table) for metric, table in tables.items()}
+    origins = {metric: {p: b[metric] for p, b in before.items()} for metric in tables}
+    for metric, table in tables.items():
+        origins[metric] |= dict(zip(pools.prompt_ids, table.mean(axis=1).tolist(), strict=True))
+    value = lambda row, metric: float((row[metric] - origins[metric][row["prompt_id"]]) / units[metric])  # noqa: E731
     gap = {
         p: value(after[p], "proxy") - value(b, "proxy") - (value(after[p], "gold") - value(b, "gold"))
         for p, b in before.items()

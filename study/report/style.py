@@ -62,5 +62,7 @@ def legend(axis, results: Results) -> None:
 def cell_name(one: tuple) -> str:
     """A cell of the matrix in words."""
     pairs, layers, noise = one
-    parts = [f"{pairs} pairs"] * bool(pairs) + [f"{layers} layers"] * bool(layers) + [f"noise {noise:g}"] * bool(noise)
+    parts = [f"{pairs} pairs"] if pairs else []
+    parts += [f"{layers} layers"] if layers else []
+    parts += [f"noise {noise:g}"] if noise else []
     return ", ".join(parts) or "all pairs"

@@ -57,6 +57,12 @@ def folder(tmp_path):
     return tmp_path, samples, gold.reshape(P, N)
 
 
+def test_pools_whose_gold_does_not_vary_do_not_stop_the_stage(folder):
+    out, samples, gold = folder
+    write_scores(out / "scores" / "gold.parquet", samples, gold.mean(axis=1).repeat(N).round().tolist())
+    assert "gold does not vary within any of 6 prompts" in summary(BestOfN(samples=N), out, samples, ["rm"])["headline"]
+
+
 def test_the_headline_is_in_the_unit_and_joined_by_id(folder):
     out, samples, gold = folder
     metrics = summary(BestOfN(samples=N), out, samples, ["rm"])

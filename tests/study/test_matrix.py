@@ -8,7 +8,7 @@ import pytest
 
 from bon.pools import Pools
 from core.config.load import load
-from core.errors import ConfigError, DataError
+from core.errors import ArtefactError, ConfigError, DataError
 from core.files import write_table
 from rm.train import num_layers
 from study import matrix
@@ -85,7 +85,7 @@ def test_arms_are_compared_with_the_first_variant_of_their_size(tmp_path):
     _, arms, _ = planned(tmp_path, "study.layers=[6, 12]")
     base = baselines(arms)
     assert base[Condition("grm", 100, 6, 0.25)] == Condition("bt", 100, 6, 0.25)
-    assert base[Condition("bt", 200, 12)] == Condition("bt", 200, 12)
+    assert base[Condition("bt", 200, 12, 0.0)] == Condition("bt", 200, 12, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,15 @@ def test_what_an_arm_is_never_comes_from_its_name(condition):
         assert cell == (condition.variant, condition.pairs, condition.layers, condition.label_noise)
         assert facts["rule"] == (None if name == condition.name else "mean")
         assert found.condition_of(name) == condition.name
+
+
+def test_two_conditions_of_one_name_are_refused():
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(24, 16))
+    table = Pools(tuple(f"p{i}" for i in range(24)), gold, {k: gold + rng.normal(size=gold.shape) for k in "ab"})
+    conditions = {Condition("grm-5layers"): ["a"], Condition("grm", layers=5): ["b"]}
+    with pytest.raises(ArtefactError, match="two conditions have the name grm-5layers: rename"):
+        results(table, conditions, {}, Plan(np.arange(1, 17), draws=100))
 
 
 def test_two_arms_of_one_name_are_refused(tmp_path):

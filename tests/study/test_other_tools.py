@@ -9,7 +9,8 @@ import pytest
 from core.errors import ArtefactError
 from core.files import write_jsonl, write_table
 from study import run as study
-from study.other_tools import read_scores, read_series
+from study.design import Condition
+from study.other_tools import by_seed, read_scores, read_series
 
 P, N = 12, 16
 RNG = np.random.default_rng(0)
@@ -145,6 +146,16 @@ def test_series(tmp_path):
     write_jsonl(tmp_path / "u.jsonl", [{k: v for k, v in r.items() if k != "kl_k1"} for r in series_rows()])
     with pytest.raises(ArtefactError, match="no column one of kl_rb"):
         read_series(tmp_path / "u.jsonl")
+
+
+def test_names_of_other_tools_are_seeds_or_variants_and_nothing_more():
+    names = ["bt-seed0", "bt-seed1", "grm_s2", "grm-5layers-noise0.25", "x.s3"]
+    assert by_seed(names) == {
+        Condition("bt"): ["bt-seed0", "bt-seed1"], Condition("grm"): ["grm_s2"],
+        Condition("grm-5layers-noise0.25"): ["grm-5layers-noise0.25"], Condition("x"): ["x.s3"],
+    }  # fmt: skip
+    unknown = next(iter(by_seed(["grm-5layers-noise0.25"])))
+    assert (unknown.pairs, unknown.layers, unknown.label_noise, unknown.rule) == (None, None, None, None)
 
 
 def test_a_report_of_imported_scores(tmp_path, capsys):
