@@ -78,7 +78,7 @@ STAGES = {
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
-              ("run", "eval.bootstrap", "study.soft_temperatures"),
+              ("run", "eval.bootstrap"),
               makes="report.html: the over-optimisation study of this run; its tables"),
     )
 }  # fmt: skip

@@ -72,7 +72,7 @@ def test_the_model_card_says_what_was_measured(run_dir):
     assert "Reward model (proxy)" in card and "GRM (sft)" in card and "not measured yet" in card
     full = (run_dir / "report" / "policy-card.md").read_text()
     assert (
-        "KL from the base policy" in full and "not measured yet" not in full and "in SD within prompts: proxy" in full
+        "KL from the base policy" in full and "not measured yet" not in full and "SD within prompts" in full
     )
 
 
