@@ -16,7 +16,8 @@ def gains(values: Array) -> Array:
     unit = scale(values)
     if not unit > 0:
         raise ValueError("scores do not vary within any prompt: nothing can be selected by them")
-    return (values - values.mean(axis=1, keepdims=True)) / unit
+    centred: Array = values - values.mean(axis=1, keepdims=True)
+    return centred / unit
 
 
 def scale(values: Array) -> float:

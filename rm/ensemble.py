@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from core.config import NATIVE_DTYPE
+from core.config import NATIVE_DTYPE, Attention
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.layers import FrozenLayers, FrozenStateCache
@@ -72,7 +72,7 @@ class AdapterEnsemble(nn.Module):
         paths: Sequence[str | Path],
         *,
         dtype: str = NATIVE_DTYPE,
-        attention: str = "sdpa",
+        attention: Attention = "sdpa",
         base: str | Path | None = None,
     ) -> AdapterEnsemble:
         """The reward models of these adapter folders, in their order.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.batching import Batch, Targets
-from core.config import NATIVE_DTYPE, Model
+from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer, Message
 from core.errors import ArtefactError
 from core.models import CausalLM
@@ -134,7 +134,12 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = NATIVE_DTYPE,
+        attention: Attention = "sdpa",
+        base: str | Path | None = None,
     ) -> RewardModel:
         """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
@@ -159,7 +164,7 @@ class RewardModel(nn.Module):
         return model.eval().to(device())
 
 
-def _read_own(folder: Path, *, dtype: str, attention: str, base: str | Path | None) -> Parts:
+def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Path | None) -> Parts:
     """The parts of a reward model that this project wrote."""
     about = read_about(folder)
     tokenizer = read_tokenizer(folder, about)

@@ -1,12 +1,13 @@
 """The configuration tree, whose sections can all be imported from here."""
 
-from core.config.base import NATIVE_DTYPE, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
+from core.config.base import NATIVE_DTYPE, Attention, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
 from core.config.data import Data, Generation, Gold, Preferences, PreferenceSource, Splits, Vllm
 from core.config.ppo import Clip, Ensemble, Kl, Ppo, Reward
 from core.config.rm import RewardTraining, RewardVariant
 from core.config.tree import BestOfN, Config, Engine, Evaluation, Run, Study
 
 __all__ = [
+    "Attention",
     "BestOfN",
     "Clip",
     "Config",

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
 Dtype = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+"""Attention kernels of transformers."""
 
 
 def native_dtype() -> Literal["bfloat16", "float32"]:
@@ -61,7 +61,7 @@ class Model(Section):
     """A local folder or a hub id of a causal LM with a chat template."""
     revision: str | None = None
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """Attention kernel of the trainer. On CPU `eager` trains some 10% faster at a few hundred tokens."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model, which some architectures need. Only for publishers you trust."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.config import Model
+from core.config import Attention, Model
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
@@ -91,7 +91,7 @@ class Adapter:
             )
         return cls(folder, about, located)
 
-    def load_base(self, attention: str) -> CausalLM:
+    def load_base(self, attention: Attention) -> CausalLM:
         """The base in the type that it had in training, with as many layers."""
         where, depth = Model(path=str(self.base), attention=attention), read_config(self.folder).num_hidden_layers
         return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
@@ -104,7 +104,7 @@ class Adapter:
         return settings, layers
 
 
-def merged(adapter: Adapter, *, dtype: str, attention: str) -> CausalLM:
+def merged(adapter: Adapter, *, dtype: str, attention: Attention) -> CausalLM:
     """The causal LM with the adapter merged into it; bit for bit the one in the merged layout of the same model."""
     lm = adapter.load_base(attention)
     settings, layers = adapter.check(lm)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.config import NATIVE_DTYPE, Model
+from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
@@ -52,7 +52,7 @@ def has_lm_head(lm: CausalLM) -> bool:
 
 
 def read(
-    path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: str = "sdpa", base: str | Path | None = None
+    path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: Attention = "sdpa", base: str | Path | None = None
 ) -> Parts:
     """The parts of a reward model in one of the layouts above, its trunk in `dtype`, its head in float32.
 
@@ -123,7 +123,7 @@ def _head_weights(
     return {key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()}
 
 
-def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: str) -> CausalLM:
+def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: Attention) -> CausalLM:
     """The trunk with its LM head: the one in the files, the tied one, or an `AbsentLmHead`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -158,7 +158,7 @@ def _read_lora(
     *,
     base: str | Path | None,
     dtype: str,
-    attention: str,
+    attention: Attention,
 ) -> tuple[CausalLM, ChatTokenizer]:
     """The base with the adapter merged in float32 (rounded once to `dtype`), and the checkpoint's tokenizer."""
     adapter = adapter_config(folder)
