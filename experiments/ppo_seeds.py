@@ -16,7 +16,8 @@ import numpy as np
 
 from core.config import Config
 from core.config.load import load
-from pipelines import launch, stages
+from pipelines import launch
+from pipelines.runs import settle
 from ppo.log import read_rows
 
 SHARED = ("prompts", "preferences", "rm")
@@ -38,7 +39,7 @@ def main() -> int:
         for stage in SHARED:
             if not (cfg.run_dir / stage).is_symlink():
                 (cfg.run_dir / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
-        if stages.staleness("ppo", cfg) != []:
+        if not settle("ppo", cfg, None):
             status = launch.run_stage_process(cfg, ["ppo", "--config", options.config, *extra], distributed=True)
             if status:
                 return status

@@ -25,7 +25,7 @@ from core.config import Config
 from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
-from pipelines import launch, stages
+from pipelines import launch, runs, stages
 from study.design import Arm, Policy
 from study.matrix import OWN, SHARED, expanded, plan, policy_overrides
 
@@ -96,8 +96,9 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
         extra = policy_overrides(cfg, policy)
         todo += [(stage, load([file], extra), extra) for stage in OWN]
     for stage, settings, extra in todo:
-        if stages.staleness(stage, settings) == []:
+        if fresh := stages.staleness(stage, settings) == []:
             print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
+        if fresh or runs.settle(stage, settings, None):  # a kept result may fit
             if stage == "preferences":
                 refuse_leaks(settings)
             continue

@@ -21,6 +21,16 @@ MEANT = {
     "bon.num_samples": "bon.samples",
     "engine.zero": "engine.zero_stage",
     "ppo.actor.betas2": "ppo.actor.betas",
+    "ppo.beta": "ppo.kl.coef",
+    "ppo.bata": "ppo.kl.coef",
+    "ppo.batch_size": "ppo.rollouts",
+    "rm.batch_size": "rm.global_batch",
+    "rm.beta": r"rm.variants.\*.beta",
+    "ppo.num_iterations": "ppo.steps",
+    "ppo.save_steps": "ppo.save_every",
+    "preferences.noise": "preferences.label_noise",
+    "ppo.temperature": "generation.temperature",
+    "bon.n": "bon.samples",
 }
 
 
@@ -33,5 +43,8 @@ def test_the_nearest_key_is_the_one_that_was_meant(wrong):
 def test_the_keys_of_the_section_where_nothing_is_near():
     with pytest.raises(ConfigError, match="no such key .*; ppo.kl has coef, target, horizon, where, stop"):
         load([], ["ppo.kl.qqq=1"])
+    for far in ("ppo.max", "generation.top_p"):
+        with pytest.raises(ConfigError, match=f"{far}: no such key .*; {far.split('.')[0]} has "):
+            load([], [f"{far}=1"])
     with pytest.raises(ConfigError, match="the configuration has run, policy, data"):
         load([], ["zzz.x=1"])
