@@ -20,7 +20,7 @@ from core import config
 from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.chat import conversation
-from core.data.rows import CalibrationRow, PairRow
+from core.data.rows import CalibrationRow, HeldOutRow, PairRow
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json, write_table
 from core.models.layers import FrozenStateCache
@@ -237,7 +237,7 @@ def measure(
             }
             for r, c, j in zip(val, chosen.tolist(), rejected.tolist(), strict=True)
         ]
-        write_table(out / "val.parquet", rows)
+        write_table(out / "val.parquet", rows, HeldOutRow)
     words = [len(r["response"].split()) for r in calibration]
     return {
         "accuracy_gold": accuracy_with_interval(pair_accuracy(sign * chosen, sign * rejected)),
