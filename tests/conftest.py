@@ -1,10 +1,13 @@
-"""Shared by the tests: where the real models are, and how to start a program as the stages are started."""
+"""Fixtures of all tests: seeds, the real models, and one finished run."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.builders.processes import ROOT, SEED, make
 from tests.builders.tokenizers import first_tokens
@@ -14,6 +17,14 @@ POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 def pytest_report_header() -> str:
     return f"RLHF_TEST_SEED={SEED} (what tests draw at random depends on it)"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")

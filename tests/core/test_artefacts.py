@@ -26,7 +26,7 @@ def test_digest_follows_content_not_time(tmp_path):
     assert first == second != manifest_digest(make(tmp_path / "rm", {"rm": 2}))
 
 
-def test_partial_is_kept_only_for_the_same_question(tmp_path):
+def test_unfinished_work_is_kept_for_the_same_configuration_only(tmp_path):
     partial = open_partial(tmp_path / "bon", Fingerprint({"n": 1}))
     (partial / "shard").write_text("x")
     assert (open_partial(tmp_path / "bon", Fingerprint({"n": 1})) / "shard").exists()

@@ -161,10 +161,10 @@ def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
+        calls.append((arguments, options))
         if options["split"] != "train":
             raise ValueError("Unknown split")
         return datasets.Dataset.from_list(many(3))
@@ -172,7 +172,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found, _ = pairs_of("llm-blender/Unified-Feedback", subset="all", revision="abc")
     assert [p["row"] for p in found] == [1, 2, 3] and found[0]["source"] == "x/y"
-    assert asked == [(("llm-blender/Unified-Feedback", "all"), {"split": "train", "revision": "abc"})]
+    assert calls == [(("llm-blender/Unified-Feedback", "all"), {"split": "train", "revision": "abc"})]
     with pytest.raises(DataError, match="the hub gives no split 'test' of it: Unknown split"):
         pairs_of("llm-blender/Unified-Feedback", split="test")
 

@@ -44,12 +44,12 @@ def test_a_prompt_is_in_one_split_and_never_in_an_evaluation_set(tmp_path):
     train, val = ({normalised(r["prompt"]) for r in splits[s]} for s in ("rm_train", "rm_val"))
     assert not train & val and len(train | val) == 199 and "question7" not in train | val
     assert dropped["u"] == {"prompt of an evaluation set": 3}
-    asked = cfg.data.splits.rm_val / (cfg.data.splits.rm_val + cfg.data.splits.rm_train)
-    assert len(val) / 199 == pytest.approx(asked, abs=0.08)
+    share = cfg.data.splits.rm_val / (cfg.data.splits.rm_val + cfg.data.splits.rm_train)
+    assert len(val) / 199 == pytest.approx(share, abs=0.08)
     assert len({r["pair_id"] for rows in splits.values() for r in rows}) == 398
 
 
-def test_conversations_that_go_on_from_one_turn_are_not_divided(tmp_path):
+def test_conversations_with_one_first_turn_are_in_one_split(tmp_path):
     rows = []
     for i in range(60):
         start = chat(f"question {i}", "an answer", "and then?")

@@ -71,9 +71,7 @@ def test_the_model_card_says_what_was_measured(run_dir):
     card = (run_dir / "ppo" / "policy" / "README.md").read_text()
     assert "Reward model (proxy)" in card and "GRM (sft)" in card and "not measured yet" in card
     full = (run_dir / "report" / "policy-card.md").read_text()
-    assert (
-        "KL from the base policy" in full and "not measured yet" not in full and "SD within prompts" in full
-    )
+    assert "KL from the base policy" in full and "not measured yet" not in full and "SD within prompts" in full
 
 
 @pytest.mark.e2e

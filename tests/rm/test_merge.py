@@ -84,7 +84,7 @@ def test_mean_and_std_are_measured_on_samples(members, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_heads_of_other_seeds_are_told(tokenizer_path, members, tmp_path, capsys):
+def test_heads_of_other_seeds_are_reported(tokenizer_path, members, tmp_path, capsys):
     other = nudged(tiny_reward_model(tokenizer_path, "mlp"), 5)
     for parameter in other.head.parameters():
         torch.nn.init.normal_(parameter)

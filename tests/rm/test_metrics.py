@@ -51,7 +51,7 @@ def test_wilson_ends_solve_their_quadratic(right, n):
     assert found["mean"] == p and found["n"] == n
 
 
-def test_equal_rewards_count_as_asked():
+def test_equal_rewards_count_half_or_as_wrong_or_not_at_all():
     chosen, rejected = np.array([1.0, 0.0, 2.0]), np.array([0.0, 1.0, 2.0])
     assert pair_hits(chosen, rejected).tolist() == pair_accuracy(chosen, rejected).tolist() == [1, 0, 0.5]
     assert pair_hits(chosen, rejected, "wrong").tolist() == [1, 0, 0]

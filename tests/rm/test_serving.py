@@ -209,7 +209,7 @@ def test_the_queue_scores_together_what_waits_and_keeps_faults_apart():
         queue.submit([])
 
 
-def test_the_client_wants_the_tokenizer_it_was_told(url):
+def test_a_server_with_another_tokenizer_is_refused(url):
     with pytest.raises(ArtefactError, match="not 0123"):
         RemoteRewardModel(url, tokenizer="0123")
 

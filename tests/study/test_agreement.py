@@ -58,7 +58,7 @@ def test_agreement_sees_neither_offsets_of_prompts_nor_the_bulk_in_the_tail():
     assert agreement(gold + 0.0, gold)["accuracy"].mean == 1 and agreement(-gold, gold)["kendall"].mean == -1
 
 
-def test_shared_errors_of_members_are_told_from_their_own():
+def test_shared_errors_of_members_are_separated_from_their_own():
     rng = np.random.default_rng(0)
     gold, shared = rng.normal(size=(2, 80, 32))
     own = rng.normal(size=(3, 80, 32))

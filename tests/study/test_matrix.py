@@ -55,8 +55,8 @@ def test_commands_of_a_scheduler(tmp_path):
 
 def test_the_last_command_makes_the_plan_of_the_first(tmp_path, capsys):
     """It reads the matrix as it was given: the expanded file has arms where the matrix has variants."""
-    asked = ["--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]
-    assert study.main(["--commands", *asked]) == 0
+    options = ["--config", "configs/offline.yaml", f"run.dir={tmp_path}", *ASKED]
+    assert study.main(["--commands", *options]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert last[:3] == ["grm", "study", "--config"]
     assert study.main(["--dry-run", "--config", last[3]]) == 0
@@ -140,7 +140,7 @@ def test_two_arms_of_one_name_are_refused(tmp_path):
          "ppo.critic_trainable_layers 8 exceeds 4 layers of the proxy that the critic starts from"),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_are_told_before_anything_runs(tmp_path, more, message):
+def test_sizes_that_do_not_fit_are_reported_before_anything_runs(tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
         planned(tmp_path, *more)
 
@@ -150,7 +150,7 @@ def test_a_critic_of_the_policy_and_sizes_without_policies_do_fit(tmp_path):
     planned(tmp_path, "study.layers=[4, 12]", "ppo.critic_trainable_layers=8", "study.ppo_layers=[12]")
 
 
-def test_more_layers_than_the_base_has_are_told_before_anything_runs(tmp_path):
+def test_more_layers_than_the_base_has_are_reported_before_anything_runs(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"num_hidden_layers": 10}')
     with pytest.raises(ConfigError, match="12 layers exceed the 10 of"):
@@ -179,6 +179,6 @@ def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["ensembles", "sweep"])
-def test_combiners_that_are_not_known_are_told_before_anything_runs(tmp_path, axis):
+def test_combiners_that_are_not_known_are_reported_before_anything_runs(tmp_path, axis):
     with pytest.raises(DataError, match="no combiner 'mode'"):
         planned(tmp_path, f"study.{axis}=[mean, mode]")
