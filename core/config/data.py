@@ -117,7 +117,7 @@ class Preferences(Section):
     max_rejected_share: Fraction = 0.01
     """A source with a larger share of malformed rows is an error. All of them are listed in `rejected.jsonl`."""
     decontaminate: tuple[Path, ...] = ()
-    """Evaluation sets, as `grm rm-eval --set` reads them. Imported pairs with one of their prompts are left out."""
+    """Evaluation sets, in any layout of `grm rm-eval`. Imported pairs with one of their prompts are left out."""
     label_noise: Fraction = Field(default=0.0, le=0.5)
     """Share of all pairs whose label is flipped, for training and validation alike. Flips are recorded, so the held-out
     accuracy is reported against the flipped and against the clean labels."""
