@@ -1,4 +1,4 @@
-"""A new run that takes its inputs from a finished one, and a PPO run to which a step is added. Some four minutes."""
+"""A new run that takes its inputs from a finished one, and a PPO run to which a step is added. Five to nine minutes."""
 
 import json
 import os
