@@ -1,10 +1,41 @@
-"""What a stage depends on."""
+"""What a stage depends on, and finished runs of an earlier version."""
+
+import json
 
 import pytest
 
+from core.artefacts import Fingerprint
 from core.config import Config, Gold
+from core.config.load import load
 from core.errors import ArtefactError
-from pipelines.stages import Stage, fingerprint
+from pipelines.stages import STAGES, Stage, fingerprint
+from tests.builders.processes import ROOT
+
+EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").read_text())
+"""Stage -> `config` of the manifest that version 0.1 wrote for configs/smoke.yaml on CPUs without bfloat16."""
+
+
+def sections(stage: Stage, *overrides: str) -> Fingerprint:
+    """What the stage reads of configs/smoke.yaml, without the digests of its inputs."""
+    types = ["engine.dtype=float32", "generation.vllm.dtype=float32"]
+    plain = json.loads(load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]).model_dump_json())
+
+    def read(field: str):
+        value = plain
+        for key in field.split("."):
+            value = value[key]
+        return value
+
+    return Fingerprint({field: read(field) for field in stage.reads})
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_a_run_of_an_earlier_version_stays_up_to_date(name):
+    """Whoever renames a field, changes a default or a shipped configuration makes finished runs stale: on purpose?"""
+    earlier = {"config": EARLIER[name]}
+    assert sections(STAGES[name]).differences(earlier) == []
+    changed = sections(STAGES[name], "run.seed=7").differences(earlier)
+    assert changed == ["run.seed: 1 -> 7"]
 
 
 def test_gold_that_is_not_trained_yet_is_named(tmp_path):
