@@ -132,7 +132,7 @@ def _layers_from(trunk: CausalLM, start: int) -> Iterator[None]:
 
 
 def shared_depth(*lms: CausalLM) -> int:
-    """How many of the lowest layers are frozen in all models and equal in all, bit for bit; 0 if the embedding is not."""
+    """How many of the lowest layers are frozen and equal, bit for bit, in all models; 0 if the embedding is not."""
     trunks = [_trunk(lm) for lm in lms]
     if not _same_and_frozen([t.embed_tokens for t in trunks]):
         return 0

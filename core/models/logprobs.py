@@ -93,6 +93,6 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Blocks of rows: small enough for their float32 copies to stay in a core's cache; on a GPU larger, for fewer kernels."""
+    """Blocks of rows whose float32 copies stay in a core's cache; on a GPU larger ones, for fewer kernels."""
     rows = max(1, (1 << 26 if logits.is_cuda else 1 << 20) // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

@@ -1,5 +1,6 @@
 """Scoring the pools by many reward models: layers they share run once, and change no reward."""
 
+import pytest
 import torch
 
 from bon.scores import SharedLayers, score_proxies
@@ -10,6 +11,8 @@ from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
+
+pytestmark = pytest.mark.slow
 
 
 def test_shared_layers_change_no_reward(policy_path, tmp_path):

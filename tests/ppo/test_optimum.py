@@ -11,6 +11,8 @@ from ppo.rewards import RewardScale
 from ppo.update import Learner
 from tests.builders.plain_engine import PlainEngine, TableCritic, TablePolicy
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, V, T = 2, 3, 2
 STEPS, BOUND = 200, 0.04
 RESPONSES = torch.tensor(list(itertools.product(range(V), repeat=T)))  # [9, 2]

@@ -15,6 +15,8 @@ from study import run as study
 from study.report import build, of_run
 from tests.builders.finished_run import policy_stages, shared_stages
 
+pytestmark = pytest.mark.slow
+
 INPUTS = ("preferences", "rm", "bon", "ppo", "eval")
 NAMES = {"bt-seed0": "bt", "grm-seed0": "grm", "PPO against bt-seed0": "bt-seed0-kl0"}
 """What the run calls its conditions and its policy -> what the study calls them."""
