@@ -27,6 +27,7 @@ from core.config.load import load
 from pipelines import __main__ as command_line
 from pipelines import stages
 from tests.builders.pages import PACKAGES, PAGES, ROOT, blocks, commands, words_of
+from tests.builders.processes import make
 
 COMMANDS = list(commands())
 CHEAP = {"config", "status", "runs", "diff"}
@@ -93,7 +94,7 @@ def check(parse, monkeypatch, request) -> Callable[[list[str]], None]:
     def command(words: list[str]) -> None:
         name, rest = words[0].removeprefix(".venv/bin/"), words[1:]
         if name == "make":
-            make(rest)
+            make_target(rest)
         elif name == "grm":
             grm(rest)
         elif name == "torchrun":
@@ -113,15 +114,13 @@ def check(parse, monkeypatch, request) -> Callable[[list[str]], None]:
         else:
             assert os.access(ROOT / words[0], os.X_OK), f"no {words[0]}: add its package to the extra `dev`"
 
-    def make(words: list[str]) -> None:
+    def make_target(words: list[str]) -> None:
         """The targets exist, the variables are read somewhere, and the recipes call `grm` with words that it knows."""
         read = (ROOT / "Makefile").read_text() + (ROOT / "scripts" / "setup.sh").read_text()
         for variable in (word.partition("=")[0] for word in words if "=" in word):
             assert re.search(rf"\b{variable}\b", read), f"neither the Makefile nor scripts/setup.sh reads {variable}"
         options = [] if words == ["help"] else ["-n"]
-        done = subprocess.run(["make", *options, *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for recipe in re.findall(r"\.venv/bin/grm ([^;&|\n]*)", done.stdout):
+        for recipe in re.findall(r"\.venv/bin/grm ([^;&|\n]*)", make(*options, *words).stdout):
             grm(shlex.split(recipe), run=False)
 
     def grm(words: list[str], *, run: bool = True) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders.processes import ROOT
+from tests.builders.processes import ROOT, make
 
 
 def checkout(folder: Path) -> Path:
@@ -62,8 +62,7 @@ def test_make_updates_an_environment_that_is_older_than_its_lock(tmp_path, file)
 
 def commands(*arguments: str) -> list[str]:
     """What make would run, but for `ready.sh`."""
-    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "ready.sh" not in line]
+    return [line for line in make("-n", *arguments).stdout.splitlines() if "ready.sh" not in line]
 
 
 def test_the_main_job_runs_every_stage_once_in_order():

@@ -26,7 +26,9 @@ _MARK = "RLHF_TEST_PROCESS"
 
 
 def make(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
-    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    """Run `make ARGUMENTS`, as from a shell: `make test` hands its own options on to every make that it starts."""
+    env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done
 
