@@ -37,6 +37,7 @@ def test_workers_of_all_servers_are_numbered_and_called_at_once():
     assert paths == [p for p in ("/start_weight_update", "/update_weights", "/finish_weight_update") for _ in SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, config.Lora(rank=2, targets=("q_proj", "up_proj"))])
 def test_what_is_announced_is_what_comes(lora):
     """vLLM cuts its buffers by the metadata: another order, type or shape would hang or load garbage."""

@@ -17,6 +17,8 @@ from ppo.probe import SyncProbe
 from ppo.train import MAX_MISMATCH
 from tests.builders.processes import run_program
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting.", "What is two plus two?"]
 ANSWERS = ["Apples, pears and plums.", "Air scatters blue light more than red.", "Good morning to you all!", "Four."]
 
@@ -97,7 +99,6 @@ def test_rounding_of_the_actor_is_not_taken_for_weights_that_did_not_arrive(poli
             probe.after(1)
 
 
-@pytest.mark.slow
 def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(policy_path):
     for found in json.loads(run_program("tests/programs/probe.py", policy_path).splitlines()[-1]):
         assert "the new weights did not arrive" in found["skipped"]

@@ -183,6 +183,7 @@ def evaluate(*arguments):
     return main([*map(str, arguments), "--dtype", "float32", "--bootstrap", "200"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_its_tables_hold(models, tmp_path, capsys):
     candidates = {"prompt": "P", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "long r1", "r2"], "domain": "chat"}
     sets = {

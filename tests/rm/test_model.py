@@ -211,6 +211,7 @@ def test_the_loss_of_every_variant_from_conversations_one_by_one(model, options)
     assert float(found["loss"].detach()) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "mlp", "inform", "odin"])
 def test_every_head_learns_a_pair(policy_path, head):
     where = Model(path=str(policy_path), attention="eager")

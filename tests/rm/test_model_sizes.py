@@ -24,6 +24,7 @@ def cfg(policy_path):
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_size_has_a_cache_of_its_own_layers(cfg):
     for layers in SIZES:

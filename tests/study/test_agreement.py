@@ -124,6 +124,7 @@ def test_gold_that_is_length_is_gone_beyond_length():
     assert found["real"]["gold_beyond_length"].mean == pytest.approx(found["real"]["gold"].mean, abs=0.05)
 
 
+@pytest.mark.slow
 def test_p_values_are_students_and_agree_with_the_interval():
     for t, freedom, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (3.169, 10, 0.01), (1.96, 1e6, 0.05)):
         assert student_tails(t, freedom) == pytest.approx(p, rel=2e-3)

@@ -18,6 +18,7 @@ from study.analysis.bootstrap import (
 from study.analysis.fits import columns, fit_curve, least_squares, peak, predict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("S", "seed_sd", "prompt_sd"), [(1, 0.0, 1.0), (3, 1.0, 1.0), (4, 0.3, 0.1), (5, 0.0, 1.0)])
 def test_intervals_cover_at_their_nominal_rate(S, seed_sd, prompt_sd):
     """True mean 0; effects of seeds, of prompts and of both. 90 to 98 of 100 intervals at 95% must hold it."""
@@ -128,6 +129,7 @@ def test_fits_cover_where_points_share_a_pool():
     assert ((hits / times >= 0.88) & (hits / times <= 0.99)).all(), hits / times
 
 
+@pytest.mark.slow
 def test_soft_best_of_n_against_all_subsets():
     rng = np.random.default_rng(0)
     proxy, value = rng.normal(size=(2, 6)), rng.normal(size=(2, 6))

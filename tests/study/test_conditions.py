@@ -35,6 +35,7 @@ def analysed(pools, plan=PLAN):
     return {c.name: findings(bon_curves(pools, c.name, p, plan), best) for c, p in proxies.items()}
 
 
+@pytest.mark.slow
 def test_a_planted_peak_is_found_within_its_interval():
     found = analysed(planted(200, bend=1.2))
     large = planted(2000, bend=1.2, start=1)  # the truth, from ten times the prompts
@@ -51,6 +52,7 @@ def test_a_planted_peak_is_found_within_its_interval():
     assert fit.beta.lo > 0 and fit.d_peak.lo <= np.sqrt(np.log(truth) - 1 + 1 / truth) + 0.35
 
 
+@pytest.mark.slow
 def test_data_without_a_peak_are_not_called_over_optimised():
     kinds = [analysed(planted(150, bend=0.0, start=s))["bt"]["verdict"].kind for s in range(6)]
     assert set(kinds) == {NO_TURN_OVER}, kinds

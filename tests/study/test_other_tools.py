@@ -158,6 +158,7 @@ def test_names_of_other_tools_are_seeds_or_variants_and_nothing_more():
     assert (unknown.pairs, unknown.layers, unknown.label_noise, unknown.rule) == (None, None, None, None)
 
 
+@pytest.mark.slow
 def test_a_report_of_imported_scores(tmp_path, capsys):
     write_jsonl(tmp_path / "mine.jsonl", table())
     write_jsonl(tmp_path / "rl.jsonl", series_rows())

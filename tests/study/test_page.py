@@ -20,6 +20,8 @@ from study.results import results
 from tests.builders.browser import dom, needs_browser
 from tests.builders.planted import EVIL, PLAN, pools, series
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def study():

@@ -17,6 +17,8 @@ from study.report import page, training
 from study.report.of_run import analyse, before_and_after, checkpoint_table, reward_table
 from study.results import plan_of, results
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<script>alert(1)</script>"
 P, N = 24, 16
 CFG = load([], ["eval.bootstrap=200", f"bon.samples={N}", "ppo.proxy=grm"])
