@@ -200,6 +200,7 @@ def testcount_lower_in_both_equals_all_comparisons(N, levels):
     np.testing.assert_array_equal(count_lower_in_both(proxy, gold), expected)
 
 
+@pytest.mark.slow
 def test_tied_win_rate_is_the_mean_over_random_tie_breaks():
     proxy, gold = (scores[:1] for scores in pools(40, 4))
     rng = np.random.default_rng(11)

@@ -48,6 +48,7 @@ def pretending(*answers: tuple[float, int, object], health: dict | None = None) 
         server.server_close()
 
 
+@pytest.mark.slow
 def test_the_client_tries_again_after_a_failure(monkeypatch):
     monkeypatch.setattr("rm.serving.client.time.sleep", lambda seconds: None)
     with pretending((0, 503, {}), (0, 200, {"rewards": [1.5]})) as address:
@@ -56,6 +57,7 @@ def test_the_client_tries_again_after_a_failure(monkeypatch):
         RemoteRewardModel(address).score(CHATS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -71,6 +73,7 @@ def test_answers_that_are_no_rewards_are_refused(answer, message):
         RemoteRewardModel(address).score(CHATS[:2])
 
 
+@pytest.mark.slow
 def test_the_client_checks_the_server_at_its_start():
     slow = pretending((1.0, 200, {"rewards": [1.0]}))
     with slow as address, pytest.raises(RemoteError, match="no answer within 0.2 s"):

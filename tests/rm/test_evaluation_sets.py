@@ -213,6 +213,7 @@ def test_the_command_writes_what_its_tables_hold(models, tmp_path, capsys):
     assert "| arena  | m0 " in table and "= hard" in table and "m1 - m0" in table and "* without code" in table
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_the_model(models, tmp_path):
     model = RewardModel.from_pretrained(models[0], dtype="float32")
     found = read_set("mt", write(tmp_path / "mt.jsonl", judgement(turn=2), judgement()))
@@ -223,6 +224,7 @@ def test_rewards_are_those_of_the_model(models, tmp_path):
     assert long == 0
 
 
+@pytest.mark.slow
 def test_long_items_are_left_out_whole(models, tmp_path):
     model = RewardModel.from_pretrained(models[0], dtype="float32")
     row = {"prompt": "P", "chosen": ["c"], "rejected": ["r0", "r1 " * 100], "subset": "Math"}

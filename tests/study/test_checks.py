@@ -47,6 +47,7 @@ def sound():
     return results(table, by_seed(list(table.proxies)), {}, PLAN)
 
 
+@pytest.mark.slow
 def test_proxies_that_were_shuffled(sound):
     assert check.aligned(sound).ok
     table = sound.pools
@@ -81,6 +82,7 @@ def test_estimates_of_kl():
     assert not check.kl_estimates({"run": Series([r | {"kl_k1": -r["kl_k1"]} for r in rows])}).ok
 
 
+@pytest.mark.slow
 def test_repeated_responses(sound):
     assert check.bound_is_close(sound).ok
     tied = {name: np.round(values / 2) for name, values in sound.pools.proxies.items()}
