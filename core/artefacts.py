@@ -40,12 +40,15 @@ class Fingerprint:
     """Config sections that the stage reads, as plain values."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Input stage or external file -> digest."""
+    corrections: tuple[str, ...] = ()
+    """What earlier versions of the stage got wrong, oldest first. A result that was made before one of them is out of
+    date, whatever its configuration."""
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Which keys or inputs differ from those of a manifest, one line each.
 
-        A field that is younger than the manifest counts as having had its default, and fields that cannot change a
-        result are passed over.
+        Corrections that are younger than the manifest come first. A field that is younger than the manifest counts as
+        having had its default, and fields that cannot change a result are passed over.
         """
         # A section that the stage has stopped reading cannot make it stale.
         read = {k: v for k, v in other.get("config", {}).items() if k in self.sections}
@@ -55,7 +58,8 @@ class Fingerprint:
             for key in sorted(new.keys() | old.keys())
             if new.get(key, ABSENT) != old.get(key, ABSENT) and _decides(key) and not _is_younger(key, new, old)
         ]
-        seen = other.get("inputs", {})
+        seen, corrected = other.get("inputs", {}), self.corrections[other.get("corrections", 0) :]
+        lines = [f"an earlier version {fault}" for fault in corrected] + lines
         return lines + [
             f"input {k} changed" for k in sorted(self.inputs.keys() | seen.keys()) if self.inputs.get(k) != seen.get(k)
         ]
@@ -129,7 +133,12 @@ def partial_of(folder: Path) -> Path:
 
 
 def as_json(fingerprint: Fingerprint) -> dict[str, Any]:
-    return json.loads(json.dumps({"config": fingerprint.sections, "inputs": fingerprint.inputs}, default=str))
+    facts = {
+        "config": fingerprint.sections,
+        "inputs": fingerprint.inputs,
+        "corrections": len(fingerprint.corrections),
+    }
+    return json.loads(json.dumps(facts, default=str))
 
 
 def read_fingerprint(partial: Path) -> dict[str, Any] | None:
@@ -249,6 +258,7 @@ def publish(
         "config": fingerprint.sections,
         "config_hash": digest(fingerprint.sections),
         "inputs": fingerprint.inputs,
+        "corrections": len(fingerprint.corrections),
         "outputs": outputs,
         "code": code_version(),
         "packages": package_versions(),

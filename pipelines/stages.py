@@ -54,6 +54,9 @@ class Stage:
     grows: tuple[str, str] | None = None
     """(field, module): a finished or stopped run is continued when only this number is raised, unless the module's
     `why_not(section, folder, old)` names a reason against it."""
+    corrections: tuple[str, ...] = ()
+    """What earlier versions got wrong in its result, oldest first, as the end of "an earlier version ...". Only ever
+    append to it: finished results are out of date from then on."""
 
 
 PUBLISHED_ONLY = ("policy", "policy-ema")
@@ -73,7 +76,8 @@ STAGES = {
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
               ("policy.path", "gold.path"), makes="pools of samples, scored by gold and by every proxy"),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
-              makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend")),
+              makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend"),
+              corrections=("sorted PPO's minibatches by length",)),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
@@ -117,7 +121,7 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 inputs[f"{field}={path}"] = _cached_digest(path)
             elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
-    return Fingerprint(sections, inputs)
+    return Fingerprint(sections, inputs, stage.corrections)
 
 
 def run(name: str, cfg: Config, *, force: bool = False) -> str:

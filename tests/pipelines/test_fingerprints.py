@@ -31,7 +31,10 @@ def sections(stage: Stage, *overrides: str) -> Fingerprint:
 
 @pytest.mark.parametrize("name", EARLIER)
 def test_a_run_of_an_earlier_version_stays_up_to_date(name):
-    """Whoever renames a field, changes a default or a shipped configuration makes finished runs stale: on purpose?"""
+    """Whoever renames a field, changes a default or a shipped configuration makes finished runs stale: on purpose?
+
+    Results that were wrong are out of date by `Stage.corrections`, with the reason.
+    """
     earlier = {"config": EARLIER[name]}
     assert sections(STAGES[name]).differences(earlier) == []
     changed = sections(STAGES[name], "run.seed=7").differences(earlier)
