@@ -12,7 +12,8 @@ from core.data.rows import PromptRow
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
 from core.errors import ArtefactError, DataError
-from core.files import numbered_rows, write_jsonl, write_table
+from core.files import write_jsonl, write_table
+from core.row_files import numbered_rows
 
 
 class PromptsMetrics(TypedDict):

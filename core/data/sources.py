@@ -22,7 +22,7 @@ from core.config import PreferenceSource
 from core.data.chat import Message, check_prompt, check_unicode, response_of
 from core.data.splits import prompt_id
 from core.errors import DataError
-from core.files import numbered_rows
+from core.row_files import numbered_rows
 
 SUMMARISE = "Generate one-sentence summary for the following post: "
 """Put before the first turn of the `summarize` sources of Unified-Feedback, as the GRM authors do, because their rows

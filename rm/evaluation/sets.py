@@ -12,7 +12,8 @@ from core.data.chat import Message, conversation
 from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
 from core.data.splits import prompt_id
 from core.errors import DataError
-from core.files import digest, numbered_rows
+from core.files import digest
+from core.row_files import numbered_rows
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01
