@@ -5,7 +5,10 @@ import json
 import pytest
 
 from core.data.labels import repeated
-from core.data.sources import SUMMARISE, Malformed, PreferenceSource, read_pairs
+from core.config import PreferenceSource
+from core.data.layouts.readers import SUMMARISE
+from core.data.sources import read_pairs
+from core.data.tables import Malformed
 from core.data.splits import prompt_id
 from core.errors import DataError
 from core.files import write_table
@@ -120,10 +123,10 @@ def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
     found, malformed = pairs_of(path)
     assert [p["row"] for p in found] == [1, 11]
     assert malformed.counts == {
-        "chosen and rejected are identical": 1,
+        "the two answers are equal": 1,
         "a response is empty": 1,
         "a rating is not a finite number": 1,
-        "the two conversations have different prompts": 1,
+        "the prompts differ": 1,
         "roles must alternate user, assistant, ... and end with user, not ['user', 'user']": 1,
         "no column 'conv_B_rating'": 1,
         "not an object": 1,
