@@ -11,7 +11,7 @@ from core.data.chat import Message
 from core.data.layouts.pairing import Answers, Draft, complete, repeats_prompt
 from core.data.layouts.table import LAYOUTS, Layout, recognise, unread_columns
 from core.data.splits import prompt_id
-from core.data.tables import Malformed, source_tables
+from core.data.tables import Malformed, Table, source_tables
 from core.errors import DataError
 
 AHEAD = 200
@@ -51,38 +51,38 @@ def read_pairs(source: PreferenceSource, malformed: Malformed, name: str | None 
     """
     places = count()
     for table in source_tables(source, malformed):
-        yield from table_pairs(table.rows, table.name, malformed, layout=source.layout, name=name, places=places)
+        yield from table_pairs(table, malformed, layout=source.layout, name=name, places=places)
 
 
 def table_pairs(
-    rows: Rows,
-    file: str,
+    table: Table,
     malformed: Malformed,
     *,
     layout: str = "auto",
     name: str | None = None,
     places: Iterator[int] | None = None,
 ) -> Iterator[SourcePair]:
-    """Pairs of the numbered rows of one table.
+    """Pairs of one table.
 
     Args:
-        file: name of the table in messages.
         layout: one of LAYOUTS, or auto: that of the first row that has a known one.
-        name: source of the rows that name none themselves, by default `file`.
+        name: source of the rows that name none themselves, by default the name of the table.
         places: what numbers the pairs that are no ties.
     """
-    known = LAYOUTS.get(layout)
+    known, rows = LAYOUTS.get(layout), table.rows
     if known is None:
-        known, rows = _recognised(rows, file, malformed)
+        known, rows = _recognised(table, malformed)
     if known is None:  # no row at all
         return
     ahead = list(islice(rows, AHEAD))
-    table = _Table(file, known, name or file, malformed, places or count(), _repeat_prompts(ahead, known))
+    reading = _Reading(
+        table.file, known, name or table.name, malformed, places or count(), _repeat_prompts(ahead, known)
+    )
     rows = chain(ahead, rows)
-    yield from _rated(rows, table) if known.rated else _each(rows, table)
+    yield from _rated(rows, reading) if known.rated else _each(rows, reading)
 
 
-class _Table(NamedTuple):
+class _Reading(NamedTuple):
     """What is known of the table that is read."""
 
     file: str
@@ -105,18 +105,18 @@ class _Table(NamedTuple):
         self.malformed.unread |= unread_columns(row, self.layout)
 
 
-def _recognised(rows: Rows, file: str, malformed: Malformed) -> tuple[Layout | None, Rows]:
+def _recognised(table: Table, malformed: Malformed) -> tuple[Layout | None, Rows]:
     """The layout of the first row that has a known one, and the rows from there on; earlier rows are malformed."""
     odd: list[tuple[int, DataError]] = []
-    for number, row in rows:
+    for number, row in table.rows:
         try:
-            layout = recognise(row, file)
+            layout = recognise(row, table.file)
         except DataError as error:
             odd.append((number, error))
             continue
         for before, _ in odd:
-            malformed.add("columns of no known layout", f"{file} row {before}")
-        return layout, chain([(number, row)], rows)
+            malformed.add("columns of no known layout", f"{table.file} row {before}")
+        return layout, chain([(number, row)], table.rows)
     if odd:
         raise odd[0][1]
     return None, iter(())
@@ -131,37 +131,37 @@ def _repeat_prompts(ahead: list[tuple[int, dict[str, Any]]], layout: Layout) -> 
     return bool(repeated) and sum(repeated) >= len(repeated) / 2
 
 
-def _each(rows: Rows, table: _Table) -> Iterator[SourcePair]:
+def _each(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
     for number, row in rows:
-        drafts, fault = _tried(table.layout.read, row)
+        drafts, fault = _tried(reading.layout.read, row)
         if drafts is not None and not drafts:
             fault = "fewer than two answers"
         if fault is not None or drafts is None:
-            next(table.places)
-            table.malformed.add(str(fault), table.where(number))
+            next(reading.places)
+            reading.malformed.add(str(fault), reading.where(number))
             continue
-        yield from _of_row(number, row, drafts, table)
+        yield from _of_row(number, row, drafts, reading)
 
 
-def _of_row(number: int, row: dict[str, Any], drafts: list[Draft], table: _Table) -> Iterator[SourcePair]:
+def _of_row(number: int, row: dict[str, Any], drafts: list[Draft], reading: _Reading) -> Iterator[SourcePair]:
     """The pairs of a row. Where it makes none, the row is malformed; where it makes several, a pair that cannot be used
     is counted only."""
     pairs: list[SourcePair] = []
     faults: list[str] = []
     notes: list[str] = []
     for draft in drafts:
-        place = -1 if draft.tie else next(table.places)
-        answers, fault = _tried(lambda: table.complete(draft, row, notes))  # noqa: B023, called at once
+        place = -1 if draft.tie else next(reading.places)
+        answers, fault = _tried(lambda: reading.complete(draft, row, notes))  # noqa: B023, called at once
         if answers is not None and answers.chosen == answers.rejected:
             fault = "the two answers are equal"
         if answers is None or fault is not None:
             faults.append(str(fault))
             continue
-        pairs.append(_pair(answers, draft, _source(row, table.name), number, place))
+        pairs.append(_pair(answers, draft, _source(row, reading.name), number, place))
     if pairs:
-        table.used(row, [*notes, *(f"one pair of several left out: {fault}" for fault in faults)])
+        reading.used(row, [*notes, *(f"one pair of several left out: {fault}" for fault in faults)])
     else:
-        table.malformed.add(faults[0], table.where(number))
+        reading.malformed.add(faults[0], reading.where(number))
     yield from pairs
 
 
@@ -173,46 +173,46 @@ class _Response(NamedTuple):
     source: str
 
 
-def _rated(rows: Rows, table: _Table) -> Iterator[SourcePair]:
+def _rated(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
     """Every two rated responses to a prompt; the number is that of the later row."""
     prompts: dict[str, list[_Response]] = {}
     for number, row in rows:
-        response, fault = _tried(lambda: _response(number, row, table))  # noqa: B023, called at once
+        response, fault = _tried(lambda: _response(number, row, reading))  # noqa: B023, called at once
         if response is None:
-            table.malformed.add(str(fault), table.where(number))
+            reading.malformed.add(str(fault), reading.where(number))
         else:
             prompts.setdefault(prompt_id(response.prompt), []).append(response)
-    binary = table.layout.name == "kto"
+    binary = reading.layout.name == "kto"
     for group in prompts.values():
         if binary and len({response.rating for response in group}) < 2:
-            _refuse(group, "one answer a row: pairs only where a prompt has both labels", table)
+            _refuse(group, "one answer a row: pairs only where a prompt has both labels", reading)
             continue
         if len(group) == 1:
-            table.malformed.changed["only response to its prompt left out"] += 1
+            reading.malformed.changed["only response to its prompt left out"] += 1
         for first, second in combinations(group, 2):
             better, worse = (first, second) if first.rating >= second.rating else (second, first)
             margin = better.rating - worse.rating
             if better.text == worse.text:
-                table.malformed.changed["pair of equal responses left out"] += 1
+                reading.malformed.changed["pair of equal responses left out"] += 1
             elif not binary or margin:  # two answers with one label are no pair, and no tie
                 draft = Draft(None, None, None, None if binary else margin, margin == 0)
                 answers = Answers(better.prompt, better.text, worse.text)
-                place = -1 if draft.tie else next(table.places)
+                place = -1 if draft.tie else next(reading.places)
                 yield _pair(answers, draft, better.source, second.number, place)
 
 
-def _response(number: int, row: dict[str, Any], table: _Table) -> _Response:
-    rated, notes = table.layout.read(row), []
+def _response(number: int, row: dict[str, Any], reading: _Reading) -> _Response:
+    rated, notes = reading.layout.read(row), []
     assert not isinstance(rated, list)
-    answers = table.complete(Draft(rated.prompt, rated.response, rated.response), row, notes)
-    table.used(row, notes)
-    return _Response(number, answers.prompt, answers.chosen, rated.rating, _source(row, table.name))
+    answers = reading.complete(Draft(rated.prompt, rated.response, rated.response), row, notes)
+    reading.used(row, notes)
+    return _Response(number, answers.prompt, answers.chosen, rated.rating, _source(row, reading.name))
 
 
-def _refuse(group: list[_Response], reason: str, table: _Table) -> None:
+def _refuse(group: list[_Response], reason: str, reading: _Reading) -> None:
     for response in group:
-        table.malformed.read -= 1
-        table.malformed.add(reason, table.where(response.number))
+        reading.malformed.read -= 1
+        reading.malformed.add(reason, reading.where(response.number))
 
 
 def _pair(answers: Answers, draft: Draft, source: str, number: int, place: int) -> SourcePair:

@@ -54,7 +54,9 @@ class Malformed:
 
 class Table(NamedTuple):
     name: str
-    """For messages, and the source of rows that name none."""
+    """Source of rows that name none."""
+    file: str
+    """For messages."""
     rows: Iterator[tuple[int, dict[str, Any]]]
     """With their numbers from 1."""
 
@@ -73,9 +75,9 @@ def source_tables(source: PreferenceSource, malformed: Malformed) -> Iterator[Ta
             f"{path}: neither a {', '.join(SUFFIXES)} file, nor a folder of such files, nor a hub id (owner/name)"
         )
     else:
-        tables = iter([Table(path.name, iter(enumerate(_of_hub(source), start=1)))])
+        tables = iter([Table(path.name, str(path), iter(enumerate(_of_hub(source), start=1)))])
     for table in tables:
-        yield Table(table.name, _of_split(table, source.split, malformed))
+        yield table._replace(rows=_of_split(table, source.split, malformed))
 
 
 def local_tables(
@@ -88,8 +90,8 @@ def local_tables(
         subset: configuration of the folder, or one of its folders.
     """
     if path.is_file():
-        _check_file(path, split, subset)
-        yield Table(_stem(path), _rows(path, _stem(path), malformed))
+        _check_file(path, split, subset, malformed)
+        yield _table(path, path.parent, malformed)
     elif _is_saved(path):
         yield from _saved(path, split, subset)
     else:
@@ -97,12 +99,13 @@ def local_tables(
         if not files:
             raise DataError(f"{path}: a folder without {', '.join(SUFFIXES)} files, compressed or not")
         for file in files:
-            name = str(file.relative_to(path).with_name(_stem(file)))
-            yield Table(name, _rows(file, name, malformed))
+            yield _table(file, path, malformed)
 
 
-def _rows(file: Path, name: str, malformed: Malformed) -> Iterator[tuple[int, dict[str, Any]]]:
-    return numbered_rows(file, lambda number, fault: malformed.add(fault, f"{name} row {number}"))
+def _table(file: Path, folder: Path, malformed: Malformed) -> Table:
+    name = str(file.relative_to(folder))
+    rows = numbered_rows(file, lambda number, fault: malformed.add(fault, f"{name} row {number}"))
+    return Table(_stem(file), name, rows)
 
 
 def _stem(file: Path) -> str:
@@ -110,26 +113,37 @@ def _stem(file: Path) -> str:
 
 
 def _every_file(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if format_of(p) and p.name not in ("dataset_info.json", "dataset_infos.json"))
+    about = ("dataset_info.json", "dataset_infos.json")
+    return sorted(p for p in folder.rglob("*") if format_of(p) and p.name not in about)
+
+
+def kinds_of(name: str) -> list[str]:
+    """train, validation or test, for each of their words in a name (`valid1`, `test_prefs`, `hh_train`)."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return [kind for word in words for kind, known in KINDS.items() if word in known]
 
 
 def kind_of(split: str) -> str | None:
-    """train, validation or test, for a name that begins with one of their words (`valid1`, `test_prefs`)."""
-    first = re.match(r"[a-z]*", split.lower())
-    return next((kind for kind, words in KINDS.items() if first and first[0] in words), None)
+    """The kind of split that a name begins with."""
+    first = re.match(r"[a-zA-Z]+", split)
+    return next(iter(kinds_of(first[0])), None) if first else None
 
 
-def _check_file(file: Path, split: str | None, subset: str | None) -> None:
-    """A single file has no splits; only its name can say that it is one."""
+def _check_file(file: Path, split: str | None, subset: str | None, malformed: Malformed) -> None:
+    """DataError for a single file that is not of the split: only its name can say of which it is."""
     if split is None:
         return
     if subset is not None:
         raise DataError(f"{file} is one file, which has no subset {subset!r}: leave subset out, or give its folder")
-    named = kind_of(_stem(file))
-    if named is None and kind_of(split) != "train":
+    named, begins = kinds_of(_stem(file)), kind_of(_stem(file))
+    if (kind_of(split) or split) in named:
+        return
+    if begins:
+        raise DataError(f"{file} is named as a split {begins!r}, not {split!r}: set split to {begins} to read it")
+    if kind_of(split) != "train":
         raise DataError(f"{file} is one file, whose name says no split: leave split out, or give a folder of splits")
-    if named is not None and named != kind_of(split):
-        raise DataError(f"{file} is named as a split {named!r}, not {split!r}: set split to {named} to read it")
+    if named:
+        malformed.changed[f"file {file.name} read as split {split!r}"] += 1
 
 
 def _files_of_split(folder: Path, split: str, subset: str | None, malformed: Malformed) -> list[Path]:
@@ -203,7 +217,7 @@ def _saved(folder: Path, split: str | None, subset: str | None) -> Iterator[Tabl
     if split is not None and split not in loaded:
         raise DataError(f"{folder}: no split {split!r}; there are {', '.join(sorted(loaded))}")
     for name in [split] if split is not None else loaded:
-        yield Table(f"{folder.name}/{name}", iter(enumerate(loaded[name], start=1)))
+        yield Table(folder.name, f"{folder.name}/{name}", iter(enumerate(loaded[name], start=1)))
 
 
 def _of_hub(source: PreferenceSource) -> Iterable[dict[str, Any]]:

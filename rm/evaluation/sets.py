@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from core.config import PreferenceSource
 from core.data.chat import Message, conversation
-from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
+from core.data.layouts.messages import as_messages, refuse_unusable
+from core.data.layouts.pairing import with_context
+from core.data.layouts.readers import winner
+from core.data.layouts.text import parse_dialogue
+from core.data.sources import table_pairs
 from core.data.splits import prompt_id
+from core.data.tables import Malformed, Table, local_tables
 from core.errors import DataError
 from core.files import digest
-from core.row_files import numbered_rows
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01

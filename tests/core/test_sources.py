@@ -133,9 +133,9 @@ def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
         "not UTF-8": 1,
         "not JSON": 1,
     }
-    assert malformed.first["not UTF-8"] == ["u row 9"] and [r["where"] for r in malformed.rows][:2] == [
-        "u row 2",
-        "u row 3",
+    assert malformed.first["not UTF-8"] == ["u.jsonl row 9"] and [r["where"] for r in malformed.rows][:2] == [
+        "u.jsonl row 2",
+        "u.jsonl row 3",
     ]
 
 
@@ -158,7 +158,7 @@ def test_weights_repeat_training_pairs():
 def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
     found, malformed = pairs_of(write(tmp_path / "u.jsonl", {"note": "made by hand"}, *many(3)))
     assert len(found) == 3 and found[0]["row"] == 2
-    assert malformed.lines() == ["1 x columns of no known layout (u row 1)"]
+    assert malformed.lines() == ["1 x columns of no known layout (u.jsonl row 1)"]
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
