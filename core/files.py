@@ -1,6 +1,7 @@
 """Reading and writing of rows and JSON, digests, and joins by id.
 
-`read_rows` reads the files of users in any format of `core.row_files`; `write_table` and `read_table` are for the tables of a run.
+`read_rows` reads the files of users in any format of `core.row_files`; `write_table` and `read_table` are for the
+tables of a run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from core.row_files import Fault, numbered_rows, parsed
 
 Row = TypeVar("Row")
 """A TypedDict of `core.data.rows`."""
+
+
 def digest(value: Any) -> str:
     """16 hex digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

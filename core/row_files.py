@@ -20,7 +20,7 @@ from core.errors import ArtefactError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Formats of rows: JSON Lines, a JSON array of objects or JSON Lines, CSV with a header, Parquet."""
-COMPRESSIONS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """What may follow the suffix of a text format, as in `.jsonl.gz`."""
 MOST_CELL = 2**31 - 1
 """Longest cell of a CSV file in characters. The limit of Python's reader, 131,072, is below long conversations."""
@@ -104,7 +104,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
-        for line in file:  # not `yield from`, which closes the file when the caller stops early
+        for line in file:  # noqa: UP028, `yield from` closes the file when the caller stops early
             yield line
     except (EOFError, OSError, lzma.LZMAError) as error:
         raise ArtefactError(f"{path}: cannot be unpacked ({error})") from None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from core.config import PreferenceSource
 from core.data.chat import Message
-from core.data.layouts.pairing import Answers, Draft, complete, repeats_prompt
+from core.data.layouts.pairing import Answers, Draft, Rated, complete, repeats_prompt
 from core.data.layouts.table import LAYOUTS, Layout, recognise, unread_columns
 from core.data.splits import prompt_id
 from core.data.tables import Malformed, Table, source_tables
@@ -33,8 +33,8 @@ class SourcePair(TypedDict):
     tie: bool
     """Equal ratings: which response is chosen then means nothing."""
     place: int
-    """Number of rows before it that are no ties, usable or not, from 0; where a row has several pairs, of pairs. `stride`
-    counts it, as the GRM authors count the rows that they keep. -1 for a tie."""
+    """Number of rows before it that are no ties, usable or not; where a row has several pairs, of pairs. -1 for a tie.
+    `stride` keeps its multiples, as the GRM authors do."""
     row: int
     """Line or row of its file, from 1; of two rated responses the later one's."""
     prompt_id: str
@@ -202,8 +202,8 @@ def _rated(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
 
 
 def _response(number: int, row: dict[str, Any], reading: _Reading) -> _Response:
-    rated, notes = reading.layout.read(row), []
-    assert not isinstance(rated, list)
+    rated: Rated = reading.layout.read(row)
+    notes: list[str] = []
     answers = reading.complete(Draft(rated.prompt, rated.response, rated.response), row, notes)
     reading.used(row, notes)
     return _Response(number, answers.prompt, answers.chosen, rated.rating, _source(row, reading.name))

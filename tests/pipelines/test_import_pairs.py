@@ -71,7 +71,9 @@ def test_repeats_and_shares(tmp_path):
     _, dropped, _ = imported(settings(tmp_path, sources={"u": {"path": path}}), tmp_path)
     assert dropped == {"u": {"duplicate": 3}}
     broken = write(tmp_path / "b.jsonl", *many(9), unified(first=""))
-    with pytest.raises(ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b.jsonl row 10\)"):
+    with pytest.raises(
+        ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b.jsonl row 10\)"
+    ):
         imported(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path, tmp_path)
     assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {
         "reason": "a response is empty",

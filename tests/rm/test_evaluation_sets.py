@@ -11,13 +11,14 @@ import torch
 
 from core.config import Model
 from core.data.chat import ChatTokenizer
+from core.data.layouts.text import parse_dialogue
 from core.errors import DataError
 from core.files import read_json, read_table, write_table
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.command import main, metrics_of, model_names, parse_set, score_set
-from rm.evaluation.sets import parse_dialogue, read_set
+from rm.evaluation.sets import read_set
 from rm.model import RewardModel
 from tests.builders.processes import ROOT
 

@@ -51,7 +51,7 @@ def unified(row: Row) -> list[Draft]:
     chats = [[dict(message) for message in chat] for chat in (draft.chosen, draft.rejected)]
     for chat in chats:
         chat[0]["content"] = SUMMARISE + chat[0]["content"].strip()
-    return [Draft(None, *chats, draft.margin, draft.tie)]
+    return [Draft(None, chats[0], chats[1], draft.margin, draft.tie)]
 
 
 def trl(row: Row) -> list[Draft]:
@@ -142,7 +142,9 @@ def arena_votes(row: Row) -> list[Draft]:
         if len(said) != len(prompts):
             raise DataError("prompt and answers have different numbers of turns")
         turns = zip(prompts, said, strict=True)
-        chats.append([{"role": r, "content": t} for two in turns for r, t in zip(("user", "assistant"), two, strict=True)])
+        chats.append(
+            [{"role": r, "content": t} for two in turns for r, t in zip(("user", "assistant"), two, strict=True)]
+        )
     votes = [number(row[f"winner_{name}"]) for name in ("model_a", "model_b", "tie")]
     if sorted(votes) != [0, 0, 1]:
         raise DataError("winner_model_a, winner_model_b and winner_tie are not one 1 and two 0")

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.data.layouts import readers
 from core.data.layouts.messages import is_filled
-from core.data.layouts.pairing import CONTEXT, Draft, Rated
+from core.data.layouts.pairing import CONTEXT
 from core.data.layouts.text import is_conversation
 from core.errors import DataError
 
@@ -23,7 +23,8 @@ class Layout:
     """Published sets that are written so."""
     told_by: tuple[tuple[str, ...], ...]
     """Alternatives of columns; a row that has all columns of one of them has the layout, if `when` holds too."""
-    read: Callable[[Row], list[Draft]] | Callable[[Row], Rated]
+    read: Callable[[Row], Any]
+    """The pairs of a row as `Draft`s, in a list; its answer as `Rated` where `rated` holds."""
     read_as: str
     """What a row is read as, for docs/data.md."""
     also: tuple[str, ...] = ()
@@ -89,8 +90,8 @@ _TABLE = (
     Layout("answers", "Coste et al.", (("instruction", "answers", "preference"),), readers.answers,
            "preference is the index of the better answer", also=("input",)),
     Layout("completions", "UltraFeedback", (("instruction", "completions"),), readers.completions,
-           "each two answers are a pair, by overall_score; margin is the difference. The system prompts of the answers, "
-           "which differ, are not shown"),
+           "each two answers are a pair, by overall_score; margin is the difference. The system prompts, which differ "
+           "between answers, are not shown"),
     Layout("ranked", "Nectar", (("prompt", "answers"),), readers.ranked,
            "each two answers are a pair, by rank; ranks give no margin"),
     Layout("candidates", "RewardBench 2, RM-Bench", (("prompt", *_PAIR),), readers.candidates,
