@@ -6,6 +6,7 @@ rows of files are read by `core.row_files`, which says why.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -184,10 +185,12 @@ def _splits(folder: Path, subset: str | None) -> dict[str, list[Path]]:
             where = {"data_dir": subset}
         elif subset is not None:
             where = {"name": subset}
-        builder = load_dataset_builder(str(folder), **where)
+        base = os.path.realpath(folder)  # as `datasets` does; files in it may be links, as in the cache of the hub
+        builder = load_dataset_builder(base, **where)
     except Exception as error:  # of any kind that `datasets` raises: its message needs the folder
         raise DataError(f"{folder}" + (f", subset {subset!r}" if subset else "") + f": {error}") from None
-    return {str(split): [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    found = builder.config.data_files or {}
+    return {str(split): [folder / os.path.relpath(file, base) for file in files] for split, files in found.items()}
 
 
 def _has_configuration(folder: Path, subset: str) -> bool:

@@ -60,14 +60,18 @@ was read from.
 same rules. More malformed rows than `data.max_rejected_share` are an error.
 """
 
+LAYOUT_ROWS = """## Layouts
+A file has the first layout whose columns its first row has, unless `layout` names one. Where a row makes several pairs,
+`stride` counts the pairs.
+"""
+
 ROWS = """## Rows as they are read
 One row of each published set, or as many as make a pair. Column names and shapes are those of the sets.
 """
 
 
 def page() -> str:
-    lines = [HEADER, "## Layouts", "", "A file has the first layout whose columns its first row has, unless `layout` names one.",
-             "Where a row makes several pairs, `stride` counts the pairs.", "",
+    lines = [HEADER, LAYOUT_ROWS,
              "| layout | sets | columns | read as |", "| --- | --- | --- | --- |"]  # fmt: skip
     lines += [_line(f"`{name}`", layout.sets, _told_by(layout), layout.read_as) for name, layout in LAYOUTS.items()]
     lines += ["", ROWS, "| set | layout | prompt | chosen | rejected | margin |",
