@@ -20,7 +20,7 @@ CASES: list[dict[str, Any]] = [
 
 HEADER = """# Data
 
-What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and `grm rm-eval --set` read. This page is made
+What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and the sets of `rm-eval` read. This page is made
 by `python -m tests.builders.layout_page > docs/data.md`, which reads the rows of its last table.
 
 ## Files, splits and subsets
