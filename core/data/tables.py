@@ -95,6 +95,8 @@ def local_tables(
         yield _table(path, path.parent, malformed)
     elif _is_saved(path):
         yield from _saved(path, split, subset)
+    elif subset is not None and _is_saved(path / subset):
+        yield from _saved(path / subset, split, None)
     else:
         files = _every_file(path) if split is None else _files_of_split(path, split, subset, malformed)
         if not files:
@@ -251,5 +253,10 @@ def _of_split(table: Table, split: str, malformed: Malformed) -> Iterator[tuple[
 
 
 def _same_split(own: str, wanted: str) -> bool:
+    """Whether a row of the split `own` is of `wanted`, which may be written as for the hub (`train[:1000]`, `a+b`)."""
     kind = kind_of(own)
-    return own == wanted or kind is None or (kind == kind_of(wanted) and wanted in KINDS[kind])
+    names = [part.partition("[")[0] for part in wanted.split("+")]
+    if kind is None or own in names:
+        return True
+    bare = KINDS[kind]
+    return any(kind_of(name) == kind and (name in bare or own in bare) for name in names)

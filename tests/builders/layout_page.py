@@ -20,8 +20,8 @@ CASES: list[dict[str, Any]] = [
 
 HEADER = """# Data
 
-What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and the sets of `rm-eval` read. This page is made
-by `python -m tests.builders.layout_page > docs/data.md`, which reads the rows of its last table.
+What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and the sets of `rm-eval` read. This page is
+made by `python -m tests.builders.layout_page > docs/data.md`, which reads the rows of its last table.
 
 ## Files, splits and subsets
 A path is a `.jsonl`, `.json` (an array, or lines), `.csv` or `.parquet` file, text also as `.gz`, `.bz2` or `.xz`; a

@@ -113,12 +113,15 @@ def test_a_single_file_is_train_unless_its_name_says_otherwise(tmp_path):
         prompts_of(tmp_path / "pairs.jsonl", subset="all")
 
 
-def test_rows_that_name_another_split_are_left_out(tmp_path):
+def test_rows_that_name_another_split_are_left_out(tmp_path, monkeypatch):
     """As in HelpSteer2-preference, whose one file holds both splits."""
     rows = [unified(prompt=name) | {"split": name} for name in ("train", "validation", "valid1", "east")]
     file = write(tmp_path / "preference.jsonl", *rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     assert prompts_of(file, malformed := Malformed()) == ["train", "east"]
     assert malformed.changed == {"row of split 'validation' not read": 1, "row of split 'valid1' not read": 1}
+    for part in ("train[:2]", "train+east"):
+        assert [p for p in prompts_of("owner/set", split=part)] == ["train", "east"]
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "validation.jsonl", *rows)
@@ -136,6 +139,7 @@ def test_what_datasets_saved_to_disk(tmp_path):
         prompts_of(tmp_path / "both", split="val")
     with pytest.raises(DataError, match="no split 'test'; there are train"):
         prompts_of(tmp_path / "one", split="test")
+    assert prompts_of(tmp_path, subset="both") == ["train"]
     whole = [row for table in local_tables(tmp_path / "both", Malformed()) for row in table.rows]
     assert len(whole) == 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from core.data.chat import Message
@@ -17,10 +17,12 @@ UNUSABLE = (
 """Columns of a row, or keys of a message, that a text alone cannot stand for. With content, they refuse the row."""
 
 
-def refuse_unusable(columns: Mapping[str, Any]) -> None:
-    """DataError, which is the name of the column, for a row or a message that has one of UNUSABLE."""
+def refuse_unusable(columns: Mapping[str, Any], own: Collection[str] = ()) -> None:
+    """DataError, which is the name of the column, for a row or a message that has one of UNUSABLE but not of `own`."""
+    if columns.keys().isdisjoint(UNUSABLE):  # nearly always, and this is done for each message
+        return
     for name in UNUSABLE:
-        if is_filled(columns.get(name)):
+        if name not in own and is_filled(columns.get(name)):
             raise DataError(name)
 
 

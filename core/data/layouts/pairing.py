@@ -68,7 +68,7 @@ def complete(
     Raises:
         DataError: why the row makes no pair.
     """
-    refuse_unusable({name: value for name, value in row.items() if name not in own})
+    refuse_unusable(row, own)
     prompt, chosen, rejected = _sides(draft, notes)
     texts = [draft.prompt] if isinstance(draft.prompt, str) else []
     chosen, rejected = without_prompt([*texts, prompt[-1]["content"]], chosen, rejected, notes, repeats=repeats)
@@ -81,7 +81,7 @@ def complete(
 
 def prompt_of(value: Any, row: Mapping[str, Any], own: Collection[str], notes: list[str]) -> list[Message]:
     """The checked prompt of a row without answers; as `complete` else."""
-    refuse_unusable({name: value for name, value in row.items() if name not in own})
+    refuse_unusable(row, own)
     return check_prompt(with_context(_prompt(value, notes), row, own, notes))
 
 

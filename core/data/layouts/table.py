@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from core.data.layouts import readers
@@ -15,7 +16,7 @@ from core.errors import DataError
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     name: str
     """As in `preferences.sources.*.layout`."""
@@ -38,7 +39,7 @@ class Layout:
     def fits(self, row: Row) -> bool:
         return any(row.keys() >= set(columns) for columns in self.told_by) and (self.when is None or self.when(row))
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that the layout reads itself."""
         return frozenset(name for columns in self.told_by for name in columns) | set(self.also)
