@@ -143,10 +143,16 @@ def _check_file(file: Path, split: str | None, subset: str | None, malformed: Ma
         return
     if begins:
         raise DataError(f"{file} is named as a split {begins!r}, not {split!r}: set split to {begins} to read it")
-    if kind_of(split) != "train":
+    if kind_of(split) != "train" and not _rows_name_splits(file):
         raise DataError(f"{file} is one file, whose name says no split: leave split out, or give a folder of splits")
     if named:
         malformed.changed[f"file {file.name} read as split {split!r}"] += 1
+
+
+def _rows_name_splits(file: Path) -> bool:
+    """Whether the first row of a file has a column `split` that names one."""
+    _, row = next(numbered_rows(file, lambda *_: None), (0, {}))
+    return isinstance(row.get("split"), str) and kind_of(row["split"]) is not None
 
 
 def _files_of_split(folder: Path, split: str, subset: str | None, malformed: Malformed) -> list[Path]:
@@ -154,6 +160,8 @@ def _files_of_split(folder: Path, split: str, subset: str | None, malformed: Mal
     files = splits.get(split)
     if files is None:  # a name that `datasets` knows no split by, as of train_prefs.parquet
         files = [file for of_split in splits.values() for file in of_split if _kind(file) == split]
+    if not files and splits.keys() == {"train"}:
+        files = [file for file in splits["train"] if format_of(file) and _rows_name_splits(file)]
     if not files:
         raise DataError(f"{folder}: no files of split {split!r}; there are {', '.join(sorted(splits))}")
     groups: dict[Path, set[str]] = {}

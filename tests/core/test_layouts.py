@@ -208,12 +208,14 @@ def test_csv_holds_texts_and_lists_of_messages(tmp_path):
     rows = [
         {"prompt": "When?", "chosen": "1984", "rejected": "None"},
         {"prompt": json.dumps(chat("Hi", "Yes?", "Why?")), "chosen": "good", "rejected": "bad"},
+        {"prompt": str(chat("Hi")), "chosen": "good", "rejected": "bad"},
     ]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    first, second = pairs_of(tmp_path / "a.csv")[0]
+    (first, second), malformed = pairs_of(tmp_path / "a.csv")
+    assert malformed.counts == {"messages written as text, but not as JSON": 1}
     assert (first["chosen"], first["rejected"]) == ("1984", "None") and second["prompt"] == chat("Hi", "Yes?", "Why?")
 
 

@@ -120,12 +120,15 @@ def test_rows_that_name_another_split_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     assert prompts_of(file, malformed := Malformed()) == ["train", "east"]
     assert malformed.changed == {"row of split 'validation' not read": 1, "row of split 'valid1' not read": 1}
+    assert prompts_of(file, split="validation") == ["validation", "valid1", "east"]
     for part in ("train[:2]", "train+east"):
         assert [p for p in prompts_of("owner/set", split=part)] == ["train", "east"]
     folder = tmp_path / "folder"
     folder.mkdir()
-    write(folder / "validation.jsonl", *rows)
+    write(folder / "pairs.jsonl", *rows)
     assert prompts_of(folder, split="validation") == ["validation", "valid1", "east"]
+    with pytest.raises(DataError, match="named as a split 'validation', not 'test'"):
+        prompts_of(write(tmp_path / "validation.jsonl", *rows), split="test")
 
 
 def test_what_datasets_saved_to_disk(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -67,9 +68,12 @@ def is_messages(value: object) -> bool:
 
 
 def _written_as_text(value: str) -> Any:
+    """The list of messages that a text holds as JSON, else the text."""
     try:
         read = json.loads(value)
     except ValueError:
+        if re.match(r"\s*\[\{'(role|content|from|value)':", value):  # as `pandas` writes lists into CSV
+            raise DataError("messages written as text, but not as JSON") from None
         return value
     keys = [set(m) for m in read if isinstance(m, dict)] if isinstance(read, list) else []
     return read if keys and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys) else value
