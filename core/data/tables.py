@@ -139,11 +139,13 @@ def _check_file(file: Path, split: str | None, subset: str | None, malformed: Ma
     if subset is not None:
         raise DataError(f"{file} is one file, which has no subset {subset!r}: leave subset out, or give its folder")
     named, begins = kinds_of(_stem(file)), kind_of(_stem(file))
-    if (kind_of(split) or split) in named:
+    kind = kind_of(split)
+    if _kind(file) == split or (kind in named and split in KINDS[str(kind)]):
         return
     if begins:
-        raise DataError(f"{file} is named as a split {begins!r}, not {split!r}: set split to {begins} to read it")
-    if kind_of(split) != "train" and not _rows_name_splits(file):
+        name = begins if begins != kind else _kind(file)  # train_prefs is another split than train_sft
+        raise DataError(f"{file} is named as a split {name!r}, not {split!r}: set split to {name} to read it")
+    if kind != "train" and not _rows_name_splits(file):
         raise DataError(f"{file} is one file, whose name says no split: leave split out, or give a folder of splits")
     if named:
         malformed.changed[f"file {file.name} read as split {split!r}"] += 1

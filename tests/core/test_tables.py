@@ -109,6 +109,11 @@ def test_a_single_file_is_train_unless_its_name_says_otherwise(tmp_path):
     assert prompts_of(tmp_path / "test.jsonl", split="test") == ["test.jsonl"]
     assert prompts_of(tmp_path / "hh_base_test.jsonl", malformed := Malformed()) == ["hh_base_test.jsonl"]
     assert malformed.changed == {"file hh_base_test.jsonl read as split 'train'": 1}
+    put(tmp_path, "train_prefs.jsonl", "a")
+    for split in ("train", "train_prefs"):
+        assert prompts_of(tmp_path / "train_prefs.jsonl", split=split) == ["a"]
+    with pytest.raises(DataError, match="named as a split 'train_prefs', not 'train_sft'"):
+        prompts_of(tmp_path / "train_prefs.jsonl", split="train_sft")
     with pytest.raises(DataError, match="is one file, which has no subset 'all'"):
         prompts_of(tmp_path / "pairs.jsonl", subset="all")
 

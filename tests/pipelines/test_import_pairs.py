@@ -50,8 +50,8 @@ def test_the_stride_takes_the_rows_that_the_grm_authors_take(tmp_path):
     ours = {r["prompt"][0]["content"] for rows in splits.values() for r in rows}
     unusable = {row["conv_A"][0]["content"] for row in rows if not row["conv_A"][1]["content"]}
     unusable |= {row["conv_B"][0]["content"] for row in rows if row["conv_A"] == row["conv_B"]}
-    assert ours == theirs - unusable and len(ours) < len(theirs) and malformed.counts.total() > 20
-    assert dropped["u"]["tie"] + malformed.read == 200 - malformed.counts.total() + dropped["u"]["tie"]
+    assert ours == theirs - unusable and len(ours) < len(theirs)
+    assert malformed.read + malformed.counts.total() == 200 and dropped["u"]["tie"] > 0
 
 
 def test_the_stride_goes_on_over_files(tmp_path):
