@@ -1,36 +1,23 @@
 """Reading and writing of rows and JSON, digests, and joins by id.
 
-`read_rows` reads the files of users in any of SUFFIXES; `write_table` and `read_table` are for the tables of a run.
+`read_rows` reads the files of users in any format of `core.row_files`; `write_table` and `read_table` are for the
+tables of a run.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from core.errors import ArtefactError
+from core.row_files import Fault, numbered_rows, parsed
 
 Row = TypeVar("Row")
 """A TypedDict of `core.data.rows`."""
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""Formats of rows: JSON Lines, a JSON array of objects, CSV with a header, Parquet."""
-BATCH_ROWS = 1024
-"""Rows of a Parquet file that are in memory at a time."""
-
-
-class _Fault(NamedTuple):
-    """What is wrong with a row: the kind of fault, and details of this one."""
-
-    kind: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind} ({self.detail})" if self.detail else self.kind
 
 
 def digest(value: Any) -> str:
@@ -67,14 +54,14 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise ArtefactError(f"no file {path}")
-    value = _parsed(path.read_bytes())
-    if isinstance(value, _Fault):
+    value = parsed(path.read_bytes())
+    if isinstance(value, Fault):
         raise ArtefactError(f"{path}: {value}")
     return value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file in one of SUFFIXES. The values of a CSV file are strings.
+    """All rows of a file in one of the formats of `core.row_files`. The values of a CSV file are strings.
 
     Raises:
         ArtefactError: names the file, the line (.jsonl) or row, and what is wrong there; also for a file without rows.
@@ -83,96 +70,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ArtefactError(f"{path}: holds no rows")
     return rows
-
-
-def numbered_rows(
-    path: Path, on_fault: Callable[[int, str], None] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a file in one of SUFFIXES, read as they are needed; in .jsonl the number of the line.
-
-    Args:
-        on_fault: called with the number and the kind of fault of a row that cannot be read, which is then skipped.
-            Without it, such a row is an ArtefactError.
-
-    Raises:
-        ArtefactError: no such file, a folder, another suffix, or a file that cannot be read at all.
-    """
-    if path.is_dir():
-        raise ArtefactError(f"{path} is a folder: give a {_either(SUFFIXES)} file")
-    if not path.is_file():
-        raise ArtefactError(f"no file {path}")
-    readers = dict(zip(SUFFIXES, (_json_lines, _json_array, _csv_rows, _parquet_rows), strict=True))
-    if path.suffix not in readers:
-        raise ArtefactError(f"{path}: give a {_either(SUFFIXES)} file")
-    unit = "line" if path.suffix == ".jsonl" else "row"
-    for number, value in readers[path.suffix](path):
-        if isinstance(value, dict):
-            yield number, value
-            continue
-        fault = value if isinstance(value, _Fault) else _Fault("not an object", f"but {type(value).__name__}")
-        if on_fault is None:
-            raise ArtefactError(f"{path}, {unit} {number}: {fault}")
-        on_fault(number, fault.kind)
-
-
-def _either(suffixes: tuple[str, ...]) -> str:
-    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
-
-
-def _parsed(data: bytes) -> Any:
-    """A JSON value, or the fault of its text."""
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _Fault("not UTF-8", str(error))
-    except (ValueError, RecursionError) as error:
-        return _Fault("not JSON", str(error))
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parsed(line)
-
-
-def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows")
-    yield from enumerate(rows, start=1)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        rows, number = csv.DictReader(_decoded(file, path)), 0
-        try:
-            for number, row in enumerate(rows, start=1):
-                yield number, _Fault("more cells than the header has") if None in row else row
-        except csv.Error as error:
-            raise ArtefactError(f"{path}, row {number + 1}: not CSV ({error})") from None
-
-
-def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ArtefactError(f"{path}, line {number}: not UTF-8 ({error})") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        rows = (row for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        where = f"{path}, after row {number}" if number else str(path)
-        raise ArtefactError(f"{where}: not Parquet, or cut short ({error})") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

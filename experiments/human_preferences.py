@@ -27,8 +27,9 @@ from core.config.load import load
 from core.data.chat import ChatTokenizer, conversation
 from core.data.labels import flip_labels
 from core.data.rows import PairRow
-from core.data.sources import Malformed, read_pairs
+from core.data.sources import read_pairs
 from core.data.streams import stream_seed, unit_interval
+from core.data.tables import Malformed
 from core.environment import STARTED, variables
 from core.errors import ArtefactError
 from core.files import read_table, write_table

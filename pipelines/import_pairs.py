@@ -10,9 +10,10 @@ from typing import NamedTuple
 from core.config import Data, Preferences, Splits
 from core.data.chat import with_system
 from core.data.rows import PairRow, PromptRow
-from core.data.sources import Malformed, SourcePair, read_pairs
+from core.data.sources import SourcePair, read_pairs
 from core.data.splits import normalised, opening, pair_id, prompt_id
 from core.data.streams import unit_interval
+from core.data.tables import Malformed
 from core.errors import ArtefactError
 from core.files import read_table, write_jsonl
 from rm.evaluation.sets import read_set
@@ -28,6 +29,7 @@ class Imported(NamedTuple):
     dropped: dict[str, dict[str, int]]
     """Source -> reason -> pairs that are not used."""
     malformed: Malformed
+    """Also what was done to rows that are used, and the columns that nothing was read from."""
 
 
 def import_pairs(
@@ -68,7 +70,8 @@ def import_pairs(
             kept.append(row)
         rows_of[name] = malformed.counts.total() - before[0], malformed.read - before[1]
         if not rows_of[name][1]:
-            raise ArtefactError(f"preferences.sources.{name}: no pair; " + ("; ".join(malformed.lines()) or "no rows"))
+            why = [*malformed.lines(), *(f"{n} x {done}" for done, n in malformed.changed.items())]
+            raise ArtefactError(f"preferences.sources.{name}: no pair; " + ("; ".join(why) or "no rows"))
         kept.sort(key=lambda row: unit_interval(row["pair_id"], salt=f"pairs/{seed}"))
         for row in kept[: source.max_pairs]:
             splits[row["split"]].append(row)
@@ -125,15 +128,15 @@ def as_row(pair: SourcePair, *, system: str | None = None, split: str = "rm_val"
 
 
 def _strided(pairs: Iterable[SourcePair], stride: int, counts: Counter[str]) -> Iterator[SourcePair]:
-    """Every `stride`-th of the pairs that are no ties, as the 40K and 400K of the GRM authors; ties are counted."""
-    untied = 0
+    """The pairs of every `stride`-th row that is no tie, as the 40K and 400K of the GRM authors; ties are counted.
+
+    Rows that cannot be used count as well: left out of the count, all later pairs would be other ones than theirs.
+    """
     for pair in pairs:
         if pair["tie"]:
             counts["tie"] += 1
-            continue
-        if untied % stride == 0:
+        elif pair["place"] % stride == 0:
             yield pair
-        untied += 1
 
 
 def _unwanted(row: PairRow, seen: Mapping[str, tuple[str, str]], banned: set[str]) -> str | None:

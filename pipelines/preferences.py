@@ -57,6 +57,10 @@ class PreferencesMetrics(TypedDict):
     """Share of samples that ended by themselves."""
     rejected: dict[str, int]
     """Malformed rows of imported sources, by reason."""
+    changed: dict[str, int]
+    """Rows of imported sources that were used after a change, or left out for no fault of theirs, by what was done."""
+    unread_columns: list[str]
+    """Columns of imported sources with content that nothing was read from."""
     sources: dict[str, int]
     """Pairs of each source."""
 
@@ -210,5 +214,7 @@ def _metrics(
         "response_tokens": float(np.mean([s["n_tokens"] for s in samples])),
         "finished": float(np.mean([s["finished"] for s in samples])),
         "rejected": dict(imported.malformed.counts) if imported else {},
+        "changed": dict(imported.malformed.changed) if imported else {},
+        "unread_columns": sorted(imported.malformed.unread) if imported else [],
         "sources": dict(Counter(pair["source"] for pair in pairs)),
     }

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 from core.config import RewardTraining, RewardVariant
-from core.data.chat import ChatTokenizer
+from core.data.chat import ChatTokenizer, Message
 from core.data.rows import PairRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError, DataError
@@ -48,24 +48,43 @@ def tokenise(
     """
     pairs, counts = [], {"dropped": 0, "truncated": 0}
     for row in rows:
-        spans = tokenizer.assistant_spans(row["prompt"]) if variant.regularise == "every_turn" else ()
-        pair = Pair(
-            tokenizer.prompt_ids(row["prompt"]),
-            tokenizer.response_ids(row["chosen"]),
-            tokenizer.response_ids(row["rejected"]),
-            tuple(spans),
-            variant.margin * _gap(row) if variant.margin else 0.0,
-        )
-        over = pair.length - rm.max_tokens
-        if over > 0 and (rm.overlong == "drop" or over >= len(pair.prompt)):
-            counts["dropped"] += 1
-            continue
-        if over > 0:
-            counts["truncated"] += 1
-            kept = tuple((max(a - over, 1), b - over) for a, b in pair.turns if b - over > 1)
-            pair = replace(pair, prompt=pair.prompt[over:], turns=kept)
-        pairs.append(pair)
+        pair: Pair | None = _pair(row, row["prompt"], tokenizer, variant)
+        if pair is not None and pair.length > rm.max_tokens:
+            pair = _shortened(pair, row, tokenizer, rm, variant)
+            counts["dropped" if pair is None else "truncated"] += 1
+        if pair is not None:
+            pairs.append(pair)
     return pairs, counts
+
+
+def _pair(row: PairRow, prompt: list[Message], tokenizer: ChatTokenizer, variant: RewardVariant) -> Pair:
+    """The pair of a row whose prompt may have been shortened."""
+    spans = tokenizer.assistant_spans(prompt) if variant.regularise == "every_turn" else ()
+    return Pair(
+        tokenizer.prompt_ids(prompt),
+        tokenizer.response_ids(row["chosen"]),
+        tokenizer.response_ids(row["rejected"]),
+        tuple(spans),
+        variant.margin * _gap(row) if variant.margin else 0.0,
+    )
+
+
+def _shortened(
+    pair: Pair, row: PairRow, tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
+) -> Pair | None:
+    """A pair above `rm.max_tokens`, cut down to it as `rm.overlong` says; None where it is dropped."""
+    if rm.overlong == "truncate":
+        prompt = row["prompt"]
+        system = [m for m in prompt[:1] if m["role"] == "system"]
+        for first in range(len(system) + 2, len(prompt), 2):  # a turn of the user, and the assistant's answer
+            shorter = _pair(row, [*system, *prompt[first:]], tokenizer, variant)
+            if shorter.length <= rm.max_tokens:
+                return shorter
+    if rm.overlong == "truncate_right":
+        room = max(rm.max_tokens - len(pair.prompt), 0)
+        cut = replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
+        return cut if cut.chosen != cut.rejected else None  # two equal texts say nothing about which is better
+    return None
 
 
 def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, seed: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_scores [N], and a list of N numbers for
                     each proxy (Coste et al. 2310.02743, whose own file has gold only)
 grm                 a folder with proxy_score.csv and gold_score.csv of all samples (the GRM repository)
+rewardbench         results of each item, as RewardBench's programs write them; gold is whether an answer is right
 table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`;
                     gold2, if present, is a second gold
 
@@ -21,8 +22,9 @@ from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
 from core.files import digest, read_rows
 from study.design import Condition
+from study.rewardbench import rewardbench_pools, rewardbench_rows
 
-LAYOUTS = ("gold_labelled_gens", "grm", "table")
+LAYOUTS = ("gold_labelled_gens", "grm", "rewardbench", "table")
 NO_PROXY = {
     "prompt_id",
     "sample_id",
@@ -48,7 +50,9 @@ def read_scores(path: Path, layout: str = "auto") -> Pools:
         layout = _recognise(path)
     if layout not in LAYOUTS:
         raise ArtefactError(f"{path}: no layout {layout!r}; known are {', '.join(LAYOUTS)}")
-    readers = {"gold_labelled_gens": _gold_labelled_gens, "grm": _grm, "table": _table}
+    readers = {
+        "gold_labelled_gens": _gold_labelled_gens, "grm": _grm, "rewardbench": rewardbench_pools, "table": _table
+    }  # fmt: skip
     try:
         return readers[layout](path)
     except ArtefactError as error:
@@ -84,6 +88,8 @@ def read_series(path: Path) -> list[dict]:
 def _recognise(path: Path) -> str:
     if path.is_dir():
         return "grm" if (path / "gold_score.csv").is_file() else "table"
+    if rewardbench_rows(path) is not None:
+        return "rewardbench"
     return "gold_labelled_gens" if {"answers", "gold_scores"} <= read_rows(path)[0].keys() else "table"
 
 

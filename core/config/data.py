@@ -35,11 +35,14 @@ class Splits(Section):
 
 class Data(Section):
     prompts: Path = Path("data/prompts.jsonl")
-    """JSON Lines file: one object per line with `prompt` (a string) or `messages` (which end with a user turn)."""
+    """File of rows with `prompt` (a text, or messages that end with a user turn, as TRL writes prompts) or `messages`.
+    `system`, `history` and `input` are used as in [data.md](data.md)."""
     system: str | None = None
     """System message put before every prompt that has none (null: none is added)."""
     max_prompt_tokens: int = Field(default=256, ge=8)
     """Longer prompts are dropped, counted and listed in `rejected.jsonl`."""
+    max_rejected_share: Fraction = 0.01
+    """A larger share of malformed rows in `prompts` is an error. Repeated and long prompts are not malformed."""
     splits: Splits = Splits()
     """What each prompt is used for."""
 
@@ -90,20 +93,26 @@ class Gold(Section):
 
 
 class PreferenceSource(Section):
-    """A source is a set of local files or a dataset of the hub."""
+    """A source is a local file or folder, or a dataset of the hub."""
 
     path: Path
-    """A .jsonl, .json or .parquet file, a folder of such files, or a hub id (owner/name)."""
-    layout: Literal["auto", "unified", "trl", "hh", "ratings"] = "auto"
-    """How the pairs are written. auto recognises it from the columns. `core/data/sources.py` describes the layouts."""
+    """A .jsonl, .json, .csv or .parquet file (text also as .gz), a folder of such files, a folder of `save_to_disk`, or
+    a hub id (owner/name)."""
+    layout: Literal[
+        "auto", "unified", "arena", "arena_votes", "ppe", "helpsteer", "safe_rlhf", "shp", "webgpt", "summaries",
+        "alpaca_farm", "answers", "completions", "ranked", "candidates", "hh", "trl", "outputs", "kto", "ratings",
+    ] = "auto"  # fmt: skip
+    """How the pairs are written. auto recognises it from the columns. [data.md](data.md) describes the layouts."""
     subset: str | None = None
-    """Configuration name of a hub dataset (null: its default)."""
+    """Configuration of a hub dataset or of a local copy of one, or one of its folders (null: its default)."""
     split: str = "train"
-    """Split of a hub dataset. In a folder, only files whose names begin with it are read, or all if none does."""
+    """Only this split is read. In a folder, `datasets` finds its files as on the hub. A single file is train unless its
+    name says otherwise. Where a column `split` of the rows names another one, the row is left out, counted."""
     revision: str | None = None
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     stride: int = Field(default=1, ge=1)
-    """Keep every k-th pair, where ties do not count: 20 and 2 give the 40K and 400K pairs of Unified-Feedback."""
+    """Keep the pairs of every k-th row of those that are no ties, usable or not: 20 and 2 give the 40K and 400K pairs
+    that the GRM authors take of Unified-Feedback."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Keep at most n pairs, chosen by hash (null: all)."""
     weight: float = Field(default=1.0, gt=0)

@@ -89,9 +89,11 @@ class RewardTraining(Section):
     runs out."""
     max_tokens: int = Field(default=512, ge=16)
     """Longest conversation in tokens. `overlong` decides about longer ones."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to a pair with a conversation above max_tokens: drop leaves it out, truncate cuts the beginning of
-    its prompt. Both are counted."""
+    overlong: Literal["drop", "truncate", "truncate_right"] = "drop"
+    """What happens to a pair with a conversation above max_tokens. drop: it is left out. truncate: the earliest turns
+    of its prompt are cut, whole, until it fits. The system turn stays, and a pair whose last turn alone is too long is
+    left out. truncate_right: each conversation is cut at its right end, as the GRM authors' code does, and a pair is
+    left out whose responses are then equal. All are counted."""
     optim: Optim = Optim(lr=5e-5)
     """Optimiser of every variant."""
     variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}

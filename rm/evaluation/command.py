@@ -161,6 +161,8 @@ def describe(evalset: EvalSet, path: Path) -> dict:
         "comparisons": len(evalset.comparisons),
         "label_ties": evalset.label_ties,
         "malformed": evalset.malformed.lines(),
+        "changed": dict(evalset.malformed.changed),
+        "unread_columns": sorted(evalset.malformed.unread),
     }
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from core.config import PreferenceSource
 from core.data.chat import Message, conversation
-from core.data.sources import SUFFIXES, Malformed, parse_dialogue, read_pairs
+from core.data.layouts.messages import as_messages, refuse_unusable
+from core.data.layouts.pairing import with_context
+from core.data.layouts.readers import winner
+from core.data.layouts.text import parse_dialogue
+from core.data.sources import table_pairs
 from core.data.splits import prompt_id
+from core.data.tables import Malformed, Table, local_tables
 from core.errors import DataError
-from core.files import digest, numbered_rows
+from core.files import digest
+from core.row_files import SUFFIXES
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
 
 MAX_MALFORMED = 0.01
@@ -45,16 +51,16 @@ class EvalSet:
     layout: str
     comparisons: list[Comparison]
     rows: int
-    """Number of rows in the files."""
+    """Number of rows in the files, those that cannot be used included."""
     label_ties: int
-    """Number of rows whose labels tie, dropped or not."""
+    """Number of rows (of pairs, where a row has several) whose labels tie, dropped or not."""
     malformed: Malformed
 
 
 def read_set(
     name: str, path: Path, layout: str = "auto", *, label_ties: LabelTies = "drop", max_malformed: float = MAX_MALFORMED
 ) -> EvalSet:
-    """The set in `path`, a file or a folder of files (JSON Lines, JSON arrays, Parquet).
+    """The set in `path`, a file or a folder of files, whichever splits they are.
 
     Args:
         layout: one of `LAYOUTS`, or auto: detected from the columns of the first row.
@@ -65,21 +71,21 @@ def read_set(
         DataError: no such file, an unknown layout, nothing to compare, an item in two files, or a larger share of
             malformed rows than `max_malformed`.
     """
-    files = _files(path)
-    malformed, items, rows = Malformed(), [], 0
-    for file in files:
-        table = [] if layout == "pairs" else list(numbered_rows(file))
-        if not table and layout != "pairs":
+    malformed, items = Malformed(), []
+    for table in _tables(path, malformed):
+        first = next(table.rows, None)
+        if first is None:
             continue
-        known = recognise(table[0][1], file) if layout == "auto" else layout
+        known = recognise(first[1], path) if layout == "auto" else layout
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
         layout = known  # the other files of a folder are taken to be like the first
+        table = table._replace(rows=chain([first], table.rows))
         reader = LAYOUTS[known]
-        parsed, read = _parse(table, file, reader, malformed) if reader else _pairs(file, malformed)
-        rows += read
-        items += [(file, item) for item in parsed]
+        parsed = _parse(table, reader, malformed) if reader else _pairs(table, malformed)
+        items += [(Path(table.file), item) for item in parsed]
     bad = malformed.counts.total()
+    rows = malformed.read + bad
     if bad > max_malformed * rows:
         raise DataError(
             f"{path}: {bad} of {rows} rows do not fit the layout {layout}, more than --max-malformed "
@@ -99,7 +105,8 @@ def recognise(row: dict, file: Path) -> str:
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
         return "hhh"
-    if {"conversation_a", "conversation_b", "winner", "turn", "question_id"} <= columns:
+    arena = str(row.get("judge")).startswith("arena")  # there `turn` is the number of turns, and all of them count
+    if {"conversation_a", "conversation_b", "winner", "turn", "question_id"} <= columns and not arena:
         return "mt_bench"
     if {"response_1", "response_2", "winner"} <= columns:
         return "ppe"
@@ -122,7 +129,7 @@ def _hhh(row: dict, stem: str, number: int) -> list[Comparison]:
     if len(choices) != 2 or sorted(labels) != [0, 1]:
         raise DataError("targets must be two choices with the labels 0 and 1")
     chosen = labels.index(1)
-    prompt = parse_dialogue(row["input"])
+    prompt = _prompt(parse_dialogue(row["input"]), row)
     return [_answered(f"{stem}:{number}", stem, prompt, choices[chosen], choices[1 - chosen])]
 
 
@@ -135,7 +142,7 @@ def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
     if any(len(chat) < 2 * turn for chat in sides.values()):
         raise DataError("a conversation ends before the judged turn")
     sides = {side: chat[: 2 * turn] for side, chat in sides.items()}
-    chosen, rejected, tie = _winner(row["winner"])
+    chosen, rejected, tie = winner(row["winner"])
     subset = f"{'gpt-4' if 'gpt' in judge else 'human'}, turn {turn}"
     identity = f"{row['question_id']}/{turn}/{row.get('model_a')}/{row.get('model_b')}/{judge}"
     question = f"question {row['question_id']}"  # both turns of a question, with any responses
@@ -144,15 +151,15 @@ def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
 
 def _ppe(row: dict, stem: str, number: int) -> list[Comparison]:
     responses = {"model_a": row["response_1"], "model_b": row["response_2"]}
-    chosen, rejected, tie = _winner(row["winner"])
+    chosen, rejected, tie = winner(row["winner"])
     subset = str(row.get("subset") or stem)
     texts = responses[chosen], responses[rejected]
-    comparison = _answered(_id(row, stem, number), subset, _prompt(row["prompt"]), *texts)
+    comparison = _answered(_id(row, stem, number), subset, _prompt(row["prompt"], row), *texts)
     return [replace(comparison, label_tie=tie)]
 
 
 def _rewardbench(row: dict, stem: str, number: int) -> list[Comparison]:
-    prompt = _prompt(row["prompt"])
+    prompt = _prompt(row["prompt"], row)
     return [_answered(_id(row, stem, number), row["subset"], prompt, row["chosen"], row["rejected"])]
 
 
@@ -177,7 +184,7 @@ def _crossed(row: dict, identity: str, subset: str) -> list[Comparison]:
     """Each chosen response of a row with each rejected one."""
     if not row["chosen"] or not row["rejected"]:
         raise DataError("no chosen or no rejected response")
-    prompt = _prompt(row["prompt"])
+    prompt = _prompt(row["prompt"], row)
     chosen, rejected = ([_answer(prompt, text) for text in row[side]] for side in ("chosen", "rejected"))
     about: dict[str, Any] = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
     return [
@@ -196,8 +203,12 @@ def _answer(prompt: list[Message], text: str) -> list[Message]:
     return _chat(conversation(prompt, text))
 
 
-def _prompt(value: Any) -> list:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+def _prompt(value: Any, row: dict) -> list[Message]:
+    """A prompt with the system message and the history of its row. The benchmarks' texts are one turn, whatever they
+    contain; `core.data.layouts` takes dialogues and templates apart in other pairs."""
+    refuse_unusable(row)
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else as_messages(value, [])
+    return with_context(turns, row, (), [])
 
 
 def _chat(messages: object) -> list[Message]:
@@ -215,55 +226,42 @@ def _chat(messages: object) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _winner(value: object) -> tuple[str, str, bool]:
-    """(side of the chosen response, side of the rejected one, whether they tie)."""
-    if value in ("model_a", "model_b"):
-        return value, "model_b" if value == "model_a" else "model_a", False
-    if isinstance(value, str) and value.startswith("tie"):  # also "tie (bothbad)", "tie (inconsistent)"
-        return "model_a", "model_b", True
-    raise DataError("winner is none of model_a, model_b, tie")
-
-
 def _id(row: dict, stem: str, number: int) -> str:
     given = next((row[key] for key in ("id", "question_id", "uid") if row.get(key) is not None), None)
     return f"{stem}:{number}" if given is None else str(given)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix in SUFFIXES:
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
-    if not files:
+def _tables(path: Path, malformed: Malformed) -> Iterator[Table]:
+    if not path.exists():
         raise DataError(
             f"--set: {path} is neither a file nor a folder of files ({', '.join(SUFFIXES)}); fetch a set with "
             "`hf download NAME --repo-type dataset --local-dir FOLDER`"
         )
-    return files
+    return local_tables(path, malformed)
 
 
-def _parse(
-    table: list[tuple[int, dict]], file: Path, reader: Callable, malformed: Malformed
-) -> tuple[list[list[Comparison]], int]:
-    """Comparisons of each row that can be used, and the number of all rows."""
+def _parse(table: Table, reader: Callable, malformed: Malformed) -> list[list[Comparison]]:
+    """Comparisons of each row that can be used."""
     items = []
-    for number, row in table:
+    for number, row in table.rows:
         try:
-            items.append(reader(row, file.stem, number))
+            items.append(reader(row, table.name, number))
+            malformed.read += 1
         except KeyError as error:
-            malformed.add(f"no column {error.args[0]!r}", f"{file.name} row {number}")
+            malformed.add(f"no column {error.args[0]!r}", f"{table.file} row {number}")
         except (DataError, TypeError, AttributeError) as error:
-            malformed.add(str(error), f"{file.name} row {number}")
-    return items, len(table)
+            malformed.add(str(error), f"{table.file} row {number}")
+    return items
 
 
-def _pairs(file: Path, malformed: Malformed) -> tuple[list[list[Comparison]], int]:
-    """Comparisons of a file that `core.data.sources` reads, and the number of its rows."""
-    items, before = [], malformed.counts.total()
-    for row in read_pairs(PreferenceSource(path=file), malformed):
-        identity = f"{file.stem}:{row['row']}"
+def _pairs(table: Table, malformed: Malformed) -> list[list[Comparison]]:
+    """Comparisons of a table that `core.data.sources` reads."""
+    items = []
+    for row in table_pairs(table, malformed):
+        identity = f"{table.name}:{row['row']}"
         comparison = _answered(identity, row["source"], row["prompt"], row["chosen"], row["rejected"])
         items.append([replace(comparison, label_tie=row["tie"])])
-    return items, len(items) + malformed.counts.total() - before
+    return items
 
 
 def _unique(items: list[tuple[Path, list[Comparison]]]) -> list[Comparison]:

@@ -1,13 +1,17 @@
 """Rows of every format are read alike, what cannot be read is named, and joins are by id."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 
 import pytest
 
 from core.data.rows import ScoreRow
 from core.errors import ArtefactError
-from core.files import SUFFIXES, join, numbered_rows, read_json, read_rows, read_table, write_table
+from core.files import join, read_json, read_rows, read_table, write_table
+from core.row_files import SUFFIXES, numbered_rows
 
 ROWS = [{"prompt": "Why?", "answer": 'é, "so"\nand so'}, {"prompt": "How?", "answer": ""}]
 
@@ -33,6 +37,26 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert read_rows(file) == ROWS and list(numbered_rows(file)) == [(1, ROWS[0]), (2, ROWS[1])]
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_compressed_files_are_read_as_they_are(tmp_path, name, suffix, pack):
+    packed = tmp_path / (name + suffix)
+    packed.write_bytes(pack(write(tmp_path / name, ROWS).read_bytes()))
+    assert list(numbered_rows(packed)) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+def test_a_json_file_may_hold_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": 1}\n{oops\n\n{"a": 2}\n')
+    faults = []
+    rows = list(numbered_rows(tmp_path / "a.json", lambda *fault: faults.append(fault)))
+    assert rows == [(1, {"a": 1}), (4, {"a": 2})] and faults == [(2, "not JSON")]
+
+
+def test_a_cell_holds_a_long_conversation_and_numbers_stay_text(tmp_path):
+    rows = [{"prompt": "When?", "answer": "1984"}, {"prompt": "x" * 200_000, "answer": "None"}]
+    assert read_rows(write(tmp_path / "a.csv", rows)) == rows
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
     file = write(tmp_path / f"rows{suffix}", ROWS)
@@ -50,13 +74,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: holds no rows"),
         ("a.json", b'[{"a": 1}, 2]', r"a\.json, row 2: not an object \(but int\)"),
-        ("a.json", b'{"a": 1}', r"a\.json: holds a dict; a \.json file must hold an array"),
+        ("a.json", b'{\n  "a": 1\n}', r"a\.json: holds a dict; a \.json file must hold an array"),
         ("a.json", b'[{"a": 1},', r"a\.json: not JSON"),
         ("a.json", b'["\xff"]', r"a\.json: not UTF-8"),
         ("a.json", b"", r"a\.json: not JSON"),
         ("a.csv", b"a,b\n1,2\n3,\xff\n", r"a\.csv, line 3: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3,4,5\n", r"a\.csv, row 2: more cells than the header has"),
-        ("a.csv", b"a\n1\n" + b"x" * 200_000, r"a\.csv, row 2: not CSV \(field larger than field limit"),
+        ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be unpacked \(Not a gzipped file"),
+        ("a.parquet.gz", b"", r"a\.parquet\.gz: give a"),
         ("a.csv", b"a,b\n", r"a\.csv: holds no rows"),
         ("a.csv", b"", r"a\.csv: holds no rows"),
         ("a.parquet", b"", r"a\.parquet: not Parquet, or cut short"),

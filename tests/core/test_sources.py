@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from core.config import PreferenceSource
 from core.data.labels import repeated
-from core.data.sources import SUMMARISE, Malformed, PreferenceSource, read_pairs
+from core.data.layouts.readers import SUMMARISE
+from core.data.sources import read_pairs
 from core.data.splits import prompt_id
+from core.data.tables import Malformed
 from core.errors import DataError
 from core.files import write_table
 from tests.builders.pair_files import chat, many, unified, write
@@ -120,20 +123,18 @@ def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
     found, malformed = pairs_of(path)
     assert [p["row"] for p in found] == [1, 11]
     assert malformed.counts == {
-        "chosen and rejected are identical": 1,
+        "the two answers are equal": 1,
         "a response is empty": 1,
         "a rating is not a finite number": 1,
-        "the two conversations have different prompts": 1,
+        "the prompts differ": 1,
         "roles must alternate user, assistant, ... and end with user, not ['user', 'user']": 1,
         "no column 'conv_B_rating'": 1,
         "not an object": 1,
         "not UTF-8": 1,
         "not JSON": 1,
     }
-    assert malformed.first["not UTF-8"] == ["u row 9"] and [r["where"] for r in malformed.rows][:2] == [
-        "u row 2",
-        "u row 3",
-    ]
+    assert malformed.first["not UTF-8"] == ["u.jsonl row 9"]
+    assert {"reason": "a response is empty", "where": "u.jsonl row 3"} in malformed.rows
 
 
 def test_unknown_columns_and_missing_files_are_named(tmp_path):
@@ -155,7 +156,7 @@ def test_weights_repeat_training_pairs():
 def test_one_odd_row_does_not_decide_a_files_layout(tmp_path):
     found, malformed = pairs_of(write(tmp_path / "u.jsonl", {"note": "made by hand"}, *many(3)))
     assert len(found) == 3 and found[0]["row"] == 2
-    assert malformed.lines() == ["1 x columns of no known layout (u row 1)"]
+    assert malformed.lines() == ["1 x columns of no known layout (u.jsonl row 1)"]
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):

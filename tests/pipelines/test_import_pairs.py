@@ -33,6 +33,60 @@ def test_the_stride_counts_pairs_without_ties(tmp_path):
     assert kept == ["clear 0", "clear 4", "clear 8"] and dropped == {"u": {"tie": 10}}
 
 
+def test_the_stride_takes_the_rows_that_the_grm_authors_take(tmp_path):
+    """Their code: `ds.filter(conv_A_rating != conv_B_rating)`, then `ds.select(range(0, len(ds), 20))`. Rows that
+    nothing can be learnt from are among those that are counted."""
+    rows = [unified(i % 3, (i * i) % 4 % 3, prompt=f"row {i}") for i in range(200)]
+    for i in range(0, 200, 7):
+        rows[i] |= {"conv_A": chat(f"row {i}", "")}
+    for i in range(0, 200, 11):
+        rows[i] |= {"conv_A": rows[i]["conv_B"]}
+    rows[40] |= {"conv_A": chat("another prompt", "x")}
+    untied = [row for row in rows if row["conv_A_rating"] != row["conv_B_rating"]]
+    theirs = {row["conv_A"][0]["content"] for row in untied[::20]}
+    path = write(tmp_path / "u.jsonl", *rows)
+    cfg = settings(tmp_path, sources={"u": {"path": path, "stride": 20}}, max_rejected_share=1.0)
+    splits, dropped, malformed = imported(cfg, tmp_path)
+    ours = {r["prompt"][0]["content"] for rows in splits.values() for r in rows}
+    unusable = {row["conv_A"][0]["content"] for row in rows if not row["conv_A"][1]["content"]}
+    unusable |= {row["conv_B"][0]["content"] for row in rows if row["conv_A"] == row["conv_B"]}
+    assert ours == theirs - unusable and len(ours) < len(theirs)
+    assert malformed.read + malformed.counts.total() == 200 and dropped["u"]["tie"] > 0
+
+
+def test_the_stride_goes_on_over_files(tmp_path):
+    (tmp_path / "set").mkdir()
+    for number in (0, 1):
+        rows = [unified(prompt=f"row {10 * number + i}") for i in range(10)]
+        write(tmp_path / "set" / f"train-0000{number}-of-00002.jsonl", *rows)
+    splits, _, _ = imported(settings(tmp_path, sources={"u": {"path": tmp_path / "set", "stride": 4}}), tmp_path)
+    kept = {r["prompt"][0]["content"] for rows in splits.values() for r in rows}
+    assert kept == {f"row {i}" for i in range(0, 20, 4)}
+
+
+def test_what_was_done_to_rows_is_counted(tmp_path):
+    rows = [{"prompt": f"Question {i} is this.", "chosen": f"Question {i} is this. Yes.", "rejected": "No.", "id": i}
+            for i in range(10)]  # fmt: skip
+    rows[0]["rejected"] = "Question 0 is this. No."
+    path = write(tmp_path / "r.jsonl", *rows, {**rows[1], "split": "validation"}, {**rows[1], "images": ["a.png"]})
+    cfg = settings(tmp_path, sources={"r": {"path": path}}, max_rejected_share=0.1)
+    splits, _, malformed = imported(cfg, tmp_path, tmp_path)
+    chosen = {r["chosen"] for rows in splits.values() for r in rows}
+    assert "Yes." in chosen and "Question 1 is this. Yes." in chosen and len(chosen) == 10
+    assert malformed.changed == {
+        "prompt repeated in both answers left out of them": 1,
+        "row of split 'validation' not read": 1,
+    }
+    assert malformed.counts == {"images": 1} and malformed.unread == {"id"}
+    assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {"reason": "images", "where": "r.jsonl row 12"}
+
+
+def test_a_source_of_other_splits_only_says_so(tmp_path):
+    path = write(tmp_path / "v.jsonl", *(row | {"split": "validation"} for row in many(3)))
+    with pytest.raises(ArtefactError, match=r"sources\.v: no pair; 3 x row of split 'validation' not read"):
+        imported(settings(tmp_path, sources={"v": {"path": path}}), tmp_path)
+
+
 def test_a_prompt_is_in_one_split_and_never_in_an_evaluation_set(tmp_path):
     rows = many(200) + many(200, first="better") + [unified(prompt="what is asked, in the evaluation")]
     held = write(
@@ -71,11 +125,13 @@ def test_repeats_and_shares(tmp_path):
     _, dropped, _ = imported(settings(tmp_path, sources={"u": {"path": path}}), tmp_path)
     assert dropped == {"u": {"duplicate": 3}}
     broken = write(tmp_path / "b.jsonl", *many(9), unified(first=""))
-    with pytest.raises(ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b row 10\)"):
+    with pytest.raises(
+        ArtefactError, match=r"sources\.b: 1 of 10 rows .* 0\.01: 1 x a response is empty \(b.jsonl row 10\)"
+    ):
         imported(settings(tmp_path, sources={"b": {"path": broken}}), tmp_path, tmp_path)
     assert json.loads((tmp_path / "rejected.jsonl").read_text()) == {
         "reason": "a response is empty",
-        "where": "b row 10",
+        "where": "b.jsonl row 10",
     }
     allowed = settings(tmp_path, sources={"b": {"path": broken}}, max_rejected_share=0.1)
     assert len(imported(allowed, tmp_path)[2].rows) == 1

@@ -11,13 +11,14 @@ import torch
 
 from core.config import Model
 from core.data.chat import ChatTokenizer
+from core.data.layouts.text import parse_dialogue
 from core.errors import DataError
 from core.files import read_json, read_table, write_table
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.command import main, metrics_of, model_names, parse_set, score_set
-from rm.evaluation.sets import parse_dialogue, read_set
+from rm.evaluation.sets import read_set
 from rm.model import RewardModel
 from tests.builders.processes import ROOT
 
@@ -124,6 +125,50 @@ def test_bad_rows_are_counted_up_to_a_share(tmp_path):
     ]
     assert "1 x a user turn is empty (set.jsonl row 10)" in found.malformed.lines()
     assert "1 x no column 'response_1' (set.jsonl row 8)" in found.malformed.lines()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PPE,
+        HHH | {"id": 1},
+        {"prompt": "Hi", "chosen": "two", "rejected": "one", "subset": "donotanswer", "id": 7},
+        {"prompt": "Hi", "chosen": ["two"], "rejected": ["one"], "subset": "Math", "id": 7},
+        {"prompt": "Hi", "chosen": "two", "rejected": "one"},
+    ],
+    ids=["ppe", "hhh", "rewardbench", "rewardbench2", "pairs"],
+)
+def test_system_turns_count_and_images_are_refused(tmp_path, row):
+    file = write(tmp_path / "s.jsonl", row | {"system": "Be brief.", "history": [["Yo", "Yes?"]]})
+    for side in (read_set("s", file).comparisons[0].chosen, read_set("s", file).comparisons[0].rejected):
+        assert side[:-1] == [{"role": "system", "content": "Be brief."}, *chat("Yo", "Yes?", "Hi")]
+    file = write(tmp_path / "i.jsonl", row, row | {"images": ["a.png"]})
+    with pytest.raises(DataError, match=r"1 of 2 rows do not fit .*: 1 x images \(i\.jsonl row 2\)"):
+        read_set("i", file)
+
+
+def test_rows_of_rated_responses_are_counted_as_rows(tmp_path):
+    """Ten responses to one prompt are 45 pairs; one bad row of eleven is a share of 1 / 11."""
+    rows = [{"prompt": "Hi", "response": f"r{i}", "rating": i} for i in range(10)]
+    file = write(tmp_path / "r.jsonl", *rows, {"prompt": "Hi", "response": "", "rating": 3})
+    with pytest.raises(DataError, match="1 of 11 rows do not fit the layout pairs"):
+        read_set("r", file, max_malformed=0.05)
+    found = read_set("r", file, max_malformed=0.1)
+    assert found.rows == 11 and len(found.comparisons) == 45
+
+
+def test_a_broken_line_is_one_malformed_row(tmp_path):
+    file = write(tmp_path / "p.jsonl", PPE, PPE)
+    file.write_bytes(file.read_bytes() + b"\n{broken")
+    found = read_set("p", file, max_malformed=0.5)
+    assert found.malformed.lines() == ["1 x not JSON (p.jsonl row 3)"] and found.rows == 3
+
+
+def test_votes_of_the_arena_are_of_whole_chats(tmp_path):
+    """There `turn` is the number of turns; in MT-Bench it is the one that was judged."""
+    arena = judgement(judge="arena_user_1", turn=3, conversation_a=chat("Q1", "a1"), conversation_b=chat("Q1", "b1"))
+    found = read_set("arena", write(tmp_path / "arena.jsonl", arena))
+    assert found.layout == "pairs" and texts(found.comparisons[0]) == (["Q1", "b1"], ["Q1", "a1"])
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -67,6 +67,35 @@ def test_gold_labelled_gens(tmp_path):
     np.testing.assert_allclose(pools.proxies["other"][at["q0"]], PROXY["bt-seed1"][0])
 
 
+@pytest.mark.parametrize("lines", [True, False], ids=["lines", "columns"])
+def test_results_of_rewardbench_are_scores(tmp_path, lines):
+    """`rewardbench` writes lines, `scripts/run_rm.py` an object of columns with the model's name."""
+    rows = [{"prompt": f"q{p}", "results": 1, "scores_chosen": PROXY["bt-seed0"][p, 0], "text_rejected": f"no {p}",
+             "scores_rejected": PROXY["bt-seed0"][p, 1], "text_chosen": f"yes {p}", "subset": "hep-go"}
+            for p in range(P)]  # fmt: skip
+    file = tmp_path / ("mine_outputs.jsonl" if lines else "columns.json")
+    columns = {name: [row[name] for row in rows] for name in rows[0]} | {"model": "owner/mine"}
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(columns, indent=4))
+    pools = read_scores(file)
+    np.testing.assert_array_equal(pools.gold, [[1.0, 0.0]] * P)
+    np.testing.assert_allclose(pools.proxies["mine"], PROXY["bt-seed0"][:, :2])
+    assert pools.responses[3] == ("yes 3", "no 3") and pools.prompts[3] == "q3"
+
+
+def test_results_of_rewardbench_2_are_scores(tmp_path):
+    columns = {"id": list(range(P)), "subset": ["Math"] * (P - 1) + ["Ties"], "num_correct": [1] * (P - 1) + [3],
+               "scores": PROXY["bt-seed0"][:, :4].tolist(), "text": [["a", "b", "c", "d"]] * P, "results": [1.0] * P,
+               "model": "owner/mine", "model_type": "Seq. Classifier"}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(columns, indent=4, sort_keys=True))
+    pools = read_scores(tmp_path / "mine.json")
+    np.testing.assert_array_equal(pools.gold, [[1.0, 0.0, 0.0, 0.0]] * (P - 1))
+    np.testing.assert_allclose(pools.proxies["mine"], PROXY["bt-seed0"][:-1, :4])
+    columns["scores"][2][1] = None
+    (tmp_path / "mine.json").write_text(json.dumps(columns))
+    with pytest.raises(ArtefactError, match=r"mine.json \(read as rewardbench\): row 3: score None is no number"):
+        read_scores(tmp_path / "mine.json")
+
+
 def test_files_of_the_grm_repository(tmp_path):
     write_csv(tmp_path / "proxy_score.csv", grm_rows(PROXY["bt-seed0"]))
     write_csv(tmp_path / "gold_score.csv", grm_rows(GOLD))

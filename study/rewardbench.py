@@ -1,0 +1,89 @@
+"""What RewardBench's own programs write about each item, as `bon.pools.Pools`: gold is whether an answer is right.
+
+`rewardbench --save_all` and `scripts/run_rm.py` have scores_chosen and scores_rejected, a pair an item; `run_v2.py` has
+`scores`, a list an item, whose first `num_correct` answers are right. Rows, or one object of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bon.pools import Pools, from_tables
+from core.errors import ArtefactError
+from core.files import read_json, read_rows
+
+TIES = "ties"
+"""Subset of RewardBench 2 whose items have more answers than others, and several that are right."""
+
+
+def rewardbench_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The items of a file; None for a file of anything else."""
+    if not path.is_file():
+        return None
+    rows = (_of_columns(path) if path.suffix == ".json" else []) or read_rows(path)
+    known = ({"scores_chosen", "scores_rejected"}, {"scores", "num_correct"})
+    return rows if any(columns <= rows[0].keys() for columns in known) else None
+
+
+def _of_columns(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON object of columns of one length, and of values that all rows share; none of anything else."""
+    try:
+        table = read_json(path)
+    except ArtefactError:  # lines
+        return []
+    if not isinstance(table, dict):
+        return []
+    columns = {name: values for name, values in table.items() if isinstance(values, list)}
+    if len({len(values) for values in columns.values()}) != 1:
+        return []
+    same = {name: value for name, value in table.items() if name not in columns}
+    return [dict(zip(columns, row, strict=True)) | same for row in zip(*columns.values(), strict=True)]
+
+
+def rewardbench_pools(path: Path) -> Pools:
+    """Pools of the items, without those of the subset Ties.
+
+    Raises:
+        ArtefactError: no such file, a score that is no number, or items with different numbers of answers.
+    """
+    rows = rewardbench_rows(path)
+    if rows is None:
+        raise ArtefactError("neither scores_chosen and scores_rejected nor scores and num_correct")
+    samples: list[dict[str, Any]] = []
+    gold: list[dict[str, Any]] = []
+    scores: list[dict[str, Any]] = []
+    for number, row in enumerate(rows, start=1):
+        if str(row.get("subset")).lower() == TIES:
+            continue
+        answers, right = _answers(row)
+        for k, (text, score) in enumerate(answers):
+            if isinstance(score, bool) or not isinstance(score, int | float):
+                raise ArtefactError(f"row {number}: score {score!r} is no number")
+            ids = {"prompt_id": f"{number:06d}", "sample_id": k}
+            samples.append({**ids, "response": text, "n_tokens": len(text), "prompt": _prompt(row)})
+            gold.append({**ids, "score": float(k < right)})
+            scores.append({**ids, "score": float(score)})
+    if not samples:
+        raise ArtefactError("no items but those of the subset Ties")
+    name = str(rows[0].get("model") or path.stem.removesuffix("_outputs"))
+    return from_tables(samples, gold, {name.rpartition("/")[2]: scores})
+
+
+def _answers(row: Mapping[str, Any]) -> tuple[Sequence[tuple[str, Any]], int]:
+    """(text, score) of each answer, the right ones first, and how many are right."""
+    if "scores" in row:
+        texts = row.get("text") or [""] * len(row["scores"])
+        return list(zip(map(_text, texts), row["scores"], strict=True)), int(row["num_correct"])
+    return [(_text(row.get(f"text_{side}")), row[f"scores_{side}"]) for side in ("chosen", "rejected")], 1
+
+
+def _text(value: Any) -> str:
+    """An answer, which may be a whole chat or its rendering."""
+    return value[-1]["content"] if isinstance(value, list) else str(value or "")
+
+
+def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    prompt = row.get("prompt") or ""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]

@@ -1,0 +1,116 @@
+"""docs/data.md: how published preference data is read, with a row of each layout and what it is read as.
+
+python -m tests.builders.layout_page > docs/data.md
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from core.data.layouts.table import LAYOUTS, Layout, recognise
+from core.data.sources import SourcePair, table_pairs
+from core.data.tables import Malformed, Table
+from tests.builders.processes import ROOT
+
+CASES: list[dict[str, Any]] = [
+    json.loads(line) for line in (ROOT / "tests" / "builders" / "layouts.jsonl").read_text("utf-8").splitlines()
+]
+"""Rows in published layouts: `layout` (name of the set), `rows`, and `expect`."""
+
+HEADER = """# Data
+
+What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and the sets of `rm-eval` read. This page is
+made by `python -m tests.builders.layout_page > docs/data.md`, which reads the rows of its last table.
+
+## Files, splits and subsets
+A path is a `.jsonl`, `.json` (an array, or lines), `.csv` or `.parquet` file, text also as `.gz`, `.bz2` or `.xz`; a
+folder of such files; or a folder of `save_to_disk`. A source may also be a hub id. In a folder, `datasets` decides
+which files are of a split and a configuration, as it does on the hub: by `README.md`, by folders, by names of files.
+`subset` names a configuration or a folder.
+
+`split` is `train` by default, and nothing else is then read: no folder without training files, no single file that is
+named as another split (`test.jsonl`), no row whose column `split` names another one. `split: test` reads those. Files
+that are of no split are named in the metrics. Evaluation sets are read whole.
+
+Broken lines and rows that make no pair are counted by reason and listed in `rejected.jsonl` with file and row. What was
+done to the others is in the stage's metrics: `changed` counts it, and `unread_columns` names the columns that nothing
+was read from.
+
+## Prompts and answers
+- The system turn is part of the prompt: as a turn of the conversation, or from the columns `system` or `system_prompt`.
+  A turn of a `developer` is a system turn, and an empty one is left out. Two that differ refuse the row.
+- Earlier turns are part of the prompt, also from the column `history` (pairs of texts, or messages).
+- `instruction` and `input` are one prompt with a line feed between them.
+- Messages have `role` and `content`, or `from` and `value`. Text parts of a `content` are put together.
+- `tools`, `functions`, `tool_calls`, `images`, `videos`, `audios` and `reasoning_content` with anything in them refuse
+  the row under their name, as do turns without text and parts that are no text.
+- Two conversations have to agree in all but the last turn.
+- A prompt that stands again at the beginning of both answers is left out of them, counted. Of prompts with fewer than
+  three words this is done only where half of the file's rows are like that: answers to "Hello!" begin with "Hello!".
+- Text never becomes a control token. Markers mean something in these places only, and are plain text elsewhere:
+  - A prompt that begins with `Human:` is divided at "\\n\\nHuman:" and "\\n\\nAssistant:"; so are both answers, where
+    they are whole dialogues. `<extra_id_1>User` and `<extra_id_1>Assistant` divide the prompts of HelpSteer2.
+  - A text that is a whole rendering by ChatML (`<|im_start|>`), Llama 3 or Gemma becomes the messages it was made of,
+    and the end of turn goes from the answers to it. A marker that stands in other text stays text.
+  - "TL;DR:" stays where it is, in prompts and in answers.
+  - Prompts of benchmarks (RewardBench, PPE, RM-Bench) are one turn, whatever they contain.
+
+`data.prompts` takes TRL's prompt-only form, `{"prompt": "text"}` or `{"prompt": [messages]}`, also `messages`, with the
+same rules. More malformed rows than `data.max_rejected_share` are an error.
+"""
+
+LAYOUT_ROWS = """## Layouts
+A file has the first layout whose columns its first row has, unless `layout` names one. Where a row makes several pairs,
+`stride` counts the pairs.
+"""
+
+ROWS = """## Rows as they are read
+One row of each published set, or as many as make a pair. Column names and shapes are those of the sets.
+"""
+
+
+def page() -> str:
+    lines = [HEADER, LAYOUT_ROWS,
+             "| layout | sets | columns | read as |", "| --- | --- | --- | --- |"]  # fmt: skip
+    lines += [_line(f"`{name}`", layout.sets, _told_by(layout), layout.read_as) for name, layout in LAYOUTS.items()]
+    lines += ["", ROWS, "| set | layout | prompt | chosen | rejected | margin |",
+              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines += [_line(*_row(case)) for case in CASES]
+    return "\n".join(lines) + "\n"
+
+
+def read(case: dict[str, Any]) -> tuple[list[SourcePair], Malformed]:
+    """The pairs of a case, ties included, and what was refused of it."""
+    malformed = Malformed()
+    return list(table_pairs(Table("case", "case", iter(enumerate(case["rows"], start=1))), malformed)), malformed
+
+
+def _row(case: dict[str, Any]) -> list[str]:
+    layout = recognise(case["rows"][0], case["layout"]).name
+    pairs, malformed = read(case)
+    if not pairs or pairs[0]["tie"]:
+        why = "a tie" if pairs else ", ".join(malformed.counts)
+        return [case["layout"], f"`{layout}`", f"refused: {why}", "", "", ""]
+    pair, more = pairs[0], len(pairs) - 1
+    turns = " ".join(f"{m['role']}: {_code(m['content'])}" for m in pair["prompt"])
+    margin = "" if pair["margin"] is None else f"{pair['margin']:g}"
+    rejected = _code(pair["rejected"]) + (f" and {more} more pairs" if more else "")
+    return [case["layout"], f"`{layout}`", turns, _code(pair["chosen"]), rejected, margin]
+
+
+def _told_by(layout: Layout) -> str:
+    columns = [", ".join(f"`{name}`" for name in columns) for columns in layout.told_by]
+    return " or ".join(columns) + (f" ({layout.condition})" if layout.condition else "")
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("\n", "\\n") + "`"
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
