@@ -41,8 +41,8 @@ class Fingerprint:
     inputs: dict[str, str] = field(default_factory=dict)
     """Input stage or external file -> digest."""
     corrections: tuple[str, ...] = ()
-    """What earlier versions of the stage got wrong, oldest first. A result that was made before one of them is out of
-    date, whatever its configuration."""
+    """What earlier versions of the stage got wrong, oldest first, and "" where it does not concern this configuration. A
+    result from before one of them is out of date."""
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Which keys or inputs differ from those of a manifest, one line each.
@@ -59,7 +59,7 @@ class Fingerprint:
             if new.get(key, ABSENT) != old.get(key, ABSENT) and _decides(key) and not _is_younger(key, new, old)
         ]
         seen, corrected = other.get("inputs", {}), self.corrections[other.get("corrections", 0) :]
-        lines = [f"an earlier version {fault}" for fault in corrected] + lines
+        lines = [f"an earlier version {fault}" for fault in corrected if fault] + lines
         return lines + [
             f"input {k} changed" for k in sorted(self.inputs.keys() | seen.keys()) if self.inputs.get(k) != seen.get(k)
         ]

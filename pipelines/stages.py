@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.artefacts import (
     FINGERPRINT,
@@ -36,6 +36,15 @@ from core.errors import ArtefactError
 from core.files import path_digest, write_json
 
 
+class Correction(NamedTuple):
+    """What earlier versions of a stage got wrong."""
+
+    fault: str
+    """The end of "an earlier version ..."."""
+    of: str = ""
+    """Config field (dotted): only results with this option set were wrong. Empty: all results."""
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
@@ -54,9 +63,9 @@ class Stage:
     grows: tuple[str, str] | None = None
     """(field, module): a finished or stopped run is continued when only this number is raised, unless the module's
     `why_not(section, folder, old)` names a reason against it."""
-    corrections: tuple[str, ...] = ()
-    """What earlier versions got wrong in its result, oldest first, as the end of "an earlier version ...". Only ever
-    append to it: finished results are out of date from then on."""
+    corrections: tuple[Correction, ...] = ()
+    """What earlier versions got wrong in its result, oldest first. Only ever append to it: the finished results that
+    were wrong are out of date from then on."""
 
 
 PUBLISHED_ONLY = ("policy", "policy-ema")
@@ -70,14 +79,16 @@ STAGES = {
               makes="prompts, split by hash"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
               ("policy.path", "gold.path", "preferences.sources", "preferences.decontaminate"),
-              makes="labelled pairs of samples, or imported pairs"),
+              makes="labelled pairs of samples, or imported pairs",
+              corrections=(Correction("read imported pairs without their system turns and histories",
+                                      of="preferences.sources"),)),
         Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
               makes="reward models"),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
               ("policy.path", "gold.path"), makes="pools of samples, scored by gold and by every proxy"),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
               makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend"),
-              corrections=("sorted PPO's minibatches by length",)),
+              corrections=(Correction("sorted PPO's minibatches by length"),)),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
               ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint"),
@@ -121,7 +132,8 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 inputs[f"{field}={path}"] = _cached_digest(path)
             elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
-    return Fingerprint(sections, inputs, stage.corrections)
+    corrections = tuple(c.fault if not c.of or _get(plain, c.of) else "" for c in stage.corrections)
+    return Fingerprint(sections, inputs, corrections)
 
 
 def run(name: str, cfg: Config, *, force: bool = False) -> str:

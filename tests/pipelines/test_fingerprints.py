@@ -8,7 +8,7 @@ from core.artefacts import Fingerprint
 from core.config import Config, Gold
 from core.config.load import load
 from core.errors import ArtefactError
-from pipelines.stages import STAGES, Stage, fingerprint
+from pipelines.stages import STAGES, Correction, Stage, fingerprint
 from tests.builders.processes import ROOT
 
 EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").read_text())
@@ -46,3 +46,13 @@ def test_gold_that_is_not_trained_yet_is_named(tmp_path):
     cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))
     with pytest.raises(ArtefactError, match="a run of its own: `make rm CONFIG"):
         fingerprint(stage, cfg)
+
+
+def test_a_correction_concerns_only_the_results_that_were_wrong(tmp_path):
+    """Imported pairs were read wrongly once; sampled ones were not, and stay up to date."""
+    faults = lambda *overrides: fingerprint(  # noqa: E731
+        Stage("label", "module", (), ("preferences",), corrections=(Correction("erred", of="preferences.sources"),)),
+        load([ROOT / "configs" / "smoke.yaml"], [*overrides]),
+    ).differences({"config": {}, "inputs": {}})
+    assert "an earlier version erred" not in faults()
+    assert faults("preferences.sources.hh.path=data/prompts.jsonl")[0] == "an earlier version erred"
