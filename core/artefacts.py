@@ -41,8 +41,8 @@ class Fingerprint:
     inputs: dict[str, str] = field(default_factory=dict)
     """Input stage or external file -> digest."""
     corrections: tuple[str, ...] = ()
-    """What earlier versions of the stage got wrong, oldest first, and "" where it does not concern this configuration. A
-    result from before one of them is out of date."""
+    """What earlier versions of the stage got wrong, oldest first, and "" where it does not concern this configuration.
+    A result from before one of them is out of date."""
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Which keys or inputs differ from those of a manifest, one line each.
