@@ -20,7 +20,8 @@ from core.models import CausalLM
 from core.models.loading import save_lm
 from core.training.weights import named_weights
 from rm.checkpoints.folder import faults, locate
-from rm.checkpoints.foreign import V_HEAD, has_lm_head
+from rm.checkpoints.foreign import has_lm_head
+from rm.checkpoints.foreign_heads import V_HEAD
 from rm.checkpoints.layout import ABOUT_FILE, save_reward_model
 from rm.model import RewardModel
 
