@@ -22,6 +22,7 @@ from typing import Literal, TypedDict
 
 from core.data.chat import ChatTokenizer, Message, conversation, response_of
 from core.data.rows import ResponseRow
+from core.errors import DataError
 
 Reads = Literal["end_of_turn", "whole", "whole_as_text", "whole_template"]
 
@@ -43,10 +44,11 @@ class Reader:
         if self.reads == "end_of_turn":
             return tuple(self.tokenizer.prompt_ids(messages[:-1])), tuple(self.tokenizer.response_ids(response))
         whole = self._with_special_tokens(self.tokenizer.whole_ids(messages))
-        # Where the prompt can be cut off, it is computed once for all its responses.
-        prompt = self._with_special_tokens(self.tokenizer.prompt_ids(messages[:-1]), closed=False)
-        if whole[: len(prompt)] == prompt and len(prompt) < len(whole):
-            return prompt, whole[len(prompt) :]
+        if self._after_the_end is not None:
+            # Where the prompt can be cut off, it is computed once for all its responses.
+            prompt = self.opened(self.tokenizer.prompt_ids(messages[:-1]))
+            if whole[: len(prompt)] == prompt and len(prompt) < len(whole):
+                return prompt, whole[len(prompt) :]
         return (), whole
 
     def row(self, row: ResponseRow) -> Tokens:
@@ -63,14 +65,28 @@ class Reader:
             return tuple(prompt), tuple(ids)
         if self._after_the_end is None:
             return self.conversation(conversation(row["prompt"], row["response"]))
-        closed = ids[-1] == self.tokenizer.eot_id
-        begin = self._with_special_tokens(prompt, closed=False)
-        return begin, (*ids, *(self._after_the_end if closed else ()))
+        return self.opened(prompt), self.closed(ids)
+
+    def opened(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The tokens of a prompt, begun as this model reads them."""
+        return self._with_special_tokens(prompt, closed=False)
+
+    def closed(self, response: Sequence[int], *, opens: bool = False) -> tuple[int, ...]:
+        """The tokens of a response, ended as this model reads them: only an end of turn has something after it.
+
+        Args:
+            opens: the tokens are of the prompt too.
+        """
+        end = self._after_the_end if response[-1] == self.tokenizer.eot_id and self.reads != "end_of_turn" else None
+        return (*(self.opened(response) if opens else response), *(end or ()))
 
     @cached_property
     def _after_the_end(self) -> tuple[int, ...] | None:
         """What the template writes after the end of turn; None if it renders a response otherwise than it is sampled."""
-        whole, begin = self.tokenizer.whole_ids(_PROBE), self.tokenizer.conversation_ids(_PROBE)
+        try:
+            whole, begin = self.tokenizer.whole_ids(_PROBE), self.tokenizer.conversation_ids(_PROBE)
+        except DataError:  # answers do not extend the generation prompt, or have no one end of turn
+            return None
         if whole[: len(begin)] != begin:
             return None
         return (*whole[len(begin) :], *self._special_tokens[1])
