@@ -129,7 +129,7 @@ def fit(
     """
     model, tokenizer = build(rm, settings, variant, seed)
     pairs, counts = tokenise(arm_rows(train, variant, seed), tokenizer, rm, variant)
-    check_lengths([pair.length for pair in pairs], model.positions, "training pair")
+    check_lengths([pair.length for pair in pairs], model.positions, "training pair (bounded by rm.max_tokens)")
     batches = batch_plan(pairs, rm, variant, seed)
     engine = Engine(
         model, settings, micro_batch=rm.micro_batch, optim=rm.optim, total_steps=len(batches),

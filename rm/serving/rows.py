@@ -119,6 +119,8 @@ class RowReader:
         while self._pad and query.startswith(self._pad):
             query = query.removeprefix(self._pad)
         query = self._without_ends(query)
+        if not query.strip():
+            raise DataError("a query needs text other than pads and ends of turns")
         if isinstance(prompt, str) and prompt and query.startswith(prompt):
             before, after = self.tokenizer.rendered_ids(prompt), self.tokenizer.rendered_ids(query.removeprefix(prompt))
         else:

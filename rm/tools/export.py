@@ -99,6 +99,8 @@ def _classifier(model: RewardModel, out: Path) -> None:
 
 def _remote_code(model: RewardModel, out: Path) -> None:
     """Names and settings are those of the GRM authors' full checkpoints, which `rm.checkpoints.foreign` reads."""
+    from rm.tools.modeling_grm import GrmForSequenceClassification
+
     config = _config(model)
     code = MODELING.read_text(encoding="utf-8")
     code = re.sub(r'^MODEL_TYPE = ".*"', f'MODEL_TYPE = "{config.model_type}"', code, count=1, flags=re.MULTILINE)

@@ -11,14 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from core.errors import ArtefactError
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.tools.export import export
-from tests.builders.checkpoints import CHATS, CLOSE, batch, read, write_full, write_lora
+from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
 from tests.builders.command_line import grm
 from tests.builders.reward_models import tiny_reward_model
 
@@ -29,16 +35,16 @@ folder, chats = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 load = lambda dtype: AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
 model = load(torch.float32).eval()
-texts = [tokenizer.apply_chat_template(chat, tokenize=False).rstrip() for chat in chats]
+texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
 found = {}
 with torch.no_grad():
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
         found[side] = model(**inputs).logits.tolist()
         found[side + " without mask"] = model(inputs["input_ids"]).logits.tolist()
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
-rows = classify(texts, batch_size=3, function_to_apply="none", padding=True, add_special_tokens=False)
+rows = classify(texts, batch_size=3, function_to_apply="none", padding=True)
 found["pipeline"] = [[row["score"]] for row in rows]
 half = load(torch.bfloat16)
 types = {str(p.dtype) for n, p in half.named_parameters() if "v_head" in n}, str(half.model.dtype)
@@ -65,8 +71,8 @@ def command(*arguments: object) -> int:
 
 
 @torch.no_grad()
-def logits(model, tokenizer, tokenizer_path, side: str) -> torch.Tensor:
-    ids, mask = batch(tokenizer, tokenizer_path)
+def logits(model, tokenizer, side: str) -> torch.Tensor:
+    ids, mask = batch(tokenizer)
     if side == "left":
         ids = torch.stack([row.roll(len(row) - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
         mask = mask.flip(1)
@@ -74,7 +80,7 @@ def logits(model, tokenizer, tokenizer_path, side: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, tokenizer_path, tmp_path):
+def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer_path, tmp_path):
     model = tiny_reward_model(tokenizer_path, "linear", tie_word_embeddings=tied)
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out") == 0
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -85,7 +91,7 @@ def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, tokenizer_
     assert config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
     assert config.pad_token_id not in model.tokenizer.stop_ids
     for side in ("right", "left"):
-        found = logits(theirs.eval(), tokenizer, tokenizer_path, side)
+        found = logits(theirs.eval(), AutoTokenizer.from_pretrained(tmp_path / "out"), side)
         torch.testing.assert_close(found.squeeze(-1), model.score(CHATS), **CLOSE)
     back = read(tmp_path / "out")
     assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
@@ -98,6 +104,21 @@ def test_any_head_is_exported_with_its_own_modelling_file(head, tokenizer_path, 
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", form) == 0
     back = read(tmp_path / "out")
     assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
+
+
+def test_an_mlp_head_leaves_other_classifiers_as_they_are(tokenizer, tokenizer_path, tmp_path):
+    """transformers registers remote code for the class of its configuration, for the whole process."""
+    export(tiny_reward_model(tokenizer_path, "mlp"), tmp_path / "mlp")
+    stock = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1))
+    stock.save_pretrained(tmp_path / "stock")
+    load = AutoModelForSequenceClassification.from_pretrained
+    ours = load(tmp_path / "mlp", trust_remote_code=True)
+    assert type(ours).__name__ == "GrmForSequenceClassification" and type(ours.config).__name__ == "GrmConfig"
+    assert type(ours.config) is not LlamaConfig and isinstance(ours.config, LlamaConfig)
+    assert type(load(tmp_path / "stock", trust_remote_code=True)) is LlamaForSequenceClassification
+    # as transformers 4 registers it, whether or not the configuration has a class of the library
+    AutoModelForSequenceClassification.register(type(ours.config), type(ours), exist_ok=True)
+    assert type(load(tmp_path / "stock", trust_remote_code=True)) is LlamaForSequenceClassification
 
 
 @pytest.mark.slow
@@ -122,8 +143,8 @@ def test_a_process_without_this_project_loads_the_export(head, tokenizer_path, t
         )
 
 
-def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, tokenizer_path, tmp_path):
-    folder, expected = write_lora(tokenizer, tokenizer_path, tmp_path)
+def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, tmp_path):
+    folder, expected = write_lora(tokenizer, tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     for form in ("merged", "remote_code"):
         assert command(folder, tmp_path / form, "--form", form, "--base", tmp_path / "moved") == 0
