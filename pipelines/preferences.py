@@ -175,8 +175,12 @@ def noisy_pairs(
 def _write(out: Path, samples: Sequence[SampleRow], scores: np.ndarray, pairs: list[PairRow]) -> None:
     calibration: list[CalibrationRow] = [
         {
-            "prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "prompt": s["prompt"], "response": s["response"],
-            "token_ids": list(s["token_ids"]), "tokenizer": s.get("tokenizer"),
+            "prompt_id": s["prompt_id"],
+            "sample_id": s["sample_id"],
+            "prompt": s["prompt"],
+            "response": s["response"],
+            "token_ids": list(s["token_ids"]),
+            "tokenizer": s.get("tokenizer"),
         }
         for s in samples
         if s["split"] == "calibration"

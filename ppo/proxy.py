@@ -17,6 +17,7 @@ from rm.model import RewardModel
 from rm.score import score_tokens
 from rm.serving.client import RemoteRewardModel
 
+
 class LocalProxy:
     """Reward models under engines. All ranks score together, and the work is divided by tokens.
 

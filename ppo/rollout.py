@@ -59,7 +59,7 @@ class Collector:
         self._sample_ahead(step + 1)
         self._generator.sleep()
         clock.lap("generate")
-        rewards = self._engines.proxy.score(_responses(sampled, self._generator.tokenizer.fingerprint))
+        rewards = self._engines.proxy.score(responses(sampled, self._generator.tokenizer.fingerprint))
         clock.lap("score")
         count = len(sampled.completions) // self._ppo.micro_batch
         micros = make_micros(
@@ -109,7 +109,7 @@ class Collector:
         micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
 
 
-def _responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:
+def responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:
     """What the proxy reads: the responses as they were sampled."""
     return [
         {"prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids, "tokenizer": tokenizer}

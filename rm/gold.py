@@ -61,8 +61,7 @@ class GoldModel(Protocol):
         ...
 
     def score_rows(self, rows: Sequence[ResponseRow]) -> np.ndarray:
-        """As `score`, of sampled responses: by their tokens where gold has the policy's tokenizer, else by their text.
-        """
+        """As `score`, of sampled responses: by their tokens if gold has the policy's tokenizer, else by their text."""
         ...
 
 

@@ -82,7 +82,7 @@ class Reader:
 
     @cached_property
     def _after_the_end(self) -> tuple[int, ...] | None:
-        """What the template writes after the end of turn; None if it renders a response otherwise than it is sampled."""
+        """What the template writes after the end of turn; None if it renders a response otherwise than sampled."""
         try:
             whole, begin = self.tokenizer.whole_ids(_PROBE), self.tokenizer.conversation_ids(_PROBE)
         except DataError:  # answers do not extend the generation prompt, or have no one end of turn

@@ -94,7 +94,7 @@ class CalibrationRow(TypedDict):
     response: str
     token_ids: NotRequired[list[int]]
     """As in `SampleRow`."""
-    tokenizer: NotRequired[str]
+    tokenizer: NotRequired[str | None]
     """As in `SampleRow`."""
 
 

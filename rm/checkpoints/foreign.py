@@ -111,9 +111,7 @@ def _base(folder: Path, base: str | Path | None) -> tuple[str, str | None]:
     return where, None if base else adapter.revision
 
 
-def _read_lm(
-    folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: str, attention: Attention
-) -> CausalLM:
+def _read_lm(folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: str, attention: Attention) -> CausalLM:
     """The trunk with its LM head: the one in the files, the tied one, or an `AbsentLmHead`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

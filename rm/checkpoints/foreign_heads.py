@@ -75,8 +75,9 @@ def find_head(folder: Path, shape_of: Mapping[str, tuple[int, ...]], config) -> 
         kind = _told_kind(folder, config) if told else _kind_of(folder, f"{name}.summary.", of_summary)
         return ForeignHead(f"{name}.summary.", kind)
     if not set(own) <= {"weight", "bias"}:
+        layers = ", ".join(f"{key} {list(shape)}" for key, shape in sorted(own.items()))
         raise ArtefactError(
-            f"{folder}: {name} is not a linear layer but {', '.join(f'{k} {list(s)}' for k, s in sorted(own.items()))}; "
+            f"{folder}: {name} is not a linear layer but {layers}; "
             "its activations are not in the file, so it cannot be read"
         )
     return ForeignHead(f"{name}.", "linear_bias" if "bias" in own else "linear")

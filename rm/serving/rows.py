@@ -47,7 +47,7 @@ class RowReader:
         bos = self.tokenizer.hf.bos_token_id
         return bos is not None and self.tokenizer.prompt_ids([{"role": "user", "content": "Question"}])[0] == bos
 
-    def conversations(self, body: object) -> list[Tokens]:
+    def conversations(self, body: Any) -> list[Tokens]:
         """Rows of `{"conversations": [[{role, content}, ...], ...]}`; each must end with the assistant.
 
         With `token_ids`, a list as long, and `tokenizer`, the fingerprint that they are of, the last response of row i

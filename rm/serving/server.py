@@ -45,7 +45,6 @@ from rm.serving.client import TOKEN_VARIABLE
 from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
 
-
 MAX_BODY = 64 << 20
 """Bytes. 256 conversations of 32,000 tokens are some 32 MiB."""
 
@@ -127,9 +126,7 @@ class Ensemble:
     def members(self, rows: Sequence[Tokens]) -> Tensor:
         """Float32 rewards [k, n], standardised if `self.standardised`."""
         frozen = self._frozen(rows) if self._frozen else None
-        rewards = [
-            model.score_tokens(rows, batch_tokens=self.batch_tokens, frozen=frozen) for model in self.models
-        ]
+        rewards = [model.score_tokens(rows, batch_tokens=self.batch_tokens, frozen=frozen) for model in self.models]
         if not self.standardised:
             return torch.stack(rewards)
         return standardise(torch.stack(rewards), [m.mean for m in self.models], [m.std for m in self.models])

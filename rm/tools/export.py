@@ -25,7 +25,7 @@ from rm.checkpoints.foreign_heads import V_HEAD
 from rm.checkpoints.layout import ABOUT_FILE, save_reward_model
 from rm.model import RewardModel
 from rm.reading import Reads
-from rm.tools.exported_tokenizer import exported_tokenizer
+from rm.tools.exported_tokenizer import exported_tokenizer, splits_answers_otherwise
 
 MODELING = Path(__file__).with_name("modeling_grm.py")
 HOW_TO_LOAD = {
@@ -40,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     model = RewardModel.from_pretrained(options.model, dtype=options.dtype, base=options.base, reads=options.reads)
     form = export(model, options.out, options.form, facts=_facts(options.model))
     print(f"{options.out}: {form}; load it with {HOW_TO_LOAD[form].format(str(options.out))}")
+    if (
+        model.reads == "end_of_turn"
+        and form != "merged"
+        and splits_answers_otherwise(exported_tokenizer(model.tokenizer))
+    ):
+        print("its tokenizer joins the end of the generation prompt with an answer, so programs that tokenise a whole "
+              "conversation read other tokens there, and their rewards differ a little from ours")  # fmt: skip
     return 0
 
 
@@ -192,6 +199,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights (%(default)s)")
     parser.add_argument("--base", help="base of a LoRA checkpoint, instead of the one that it names")
-    parser.add_argument("--reads", choices=get_args(Reads), help="tokens that the model reads, recorded in OUT (default: "
+    parser.add_argument("--reads", choices=get_args(Reads), help="tokens that it reads, recorded in OUT (default: "
                         "what MODEL records, or what the makers of its layout do; docs/reward-models.md)")  # fmt: skip
     return parser

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
-from functools import cached_property
 
 from core.data.chat import ChatTokenizer, Message, conversation
 from core.errors import ArtefactError
@@ -24,32 +22,36 @@ _PROBES = (
 
 
 def exported_tokenizer(tokenizer: ChatTokenizer) -> ChatTokenizer:
-    """A copy whose whole rendering of a conversation has the tokens `conversation_ids`, with special tokens added too.
+    """A copy whose template renders a whole conversation as its prompt, the response and the end of turn.
 
     Raises:
-        ArtefactError: a template for which that is not so, since it writes a conversation otherwise than its turns.
+        ArtefactError: a template for which that is not so, since it writes a turn that is there otherwise than one that
+            is generated.
     """
-    changed = copy.copy(tokenizer)
-    for name in [n for n in vars(changed) if isinstance(getattr(type(changed), n, None), cached_property)]:
-        del vars(changed)[name]
-    changed.hf = copy.deepcopy(tokenizer.hf)
-    probe = _PROBES[0]
-    prompt = tokenizer.hf.apply_chat_template(probe[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.hf.apply_chat_template(probe, tokenize=False)
-    written = whole[len(prompt + probe[-1]["content"]) :]
+    changed = copy.deepcopy(tokenizer)
+    rendered = tokenizer.hf.apply_chat_template(_PROBES[0], tokenize=False)
+    written = rendered.rpartition(_PROBES[0][-1]["content"])[2]
     wanted = tokenizer.hf.decode([tokenizer.eot_id], skip_special_tokens=False)
     if written != wanted:
         changed.hf.chat_template = ending_with(tokenizer.hf.chat_template, written, wanted)
     _add_nothing(changed.hf)
     for messages in _PROBES:
-        expected = tokenizer.conversation_ids(messages)
         text = changed.hf.apply_chat_template(messages, tokenize=False)
-        if changed.whole_ids(messages) != expected or list(changed.hf(text).input_ids) != expected:
+        expected = tokenizer.hf.decode(tokenizer.conversation_ids(messages), skip_special_tokens=False)
+        if text != expected:
             raise ArtefactError(
-                f"the chat template of {tokenizer.name} renders a whole conversation with other tokens than its turns, "
-                f"as in {text!r}, so other programs would read this model wrongly: use --form merged"
+                f"the chat template of {tokenizer.name} renders a whole conversation as {text!r}, but turn by turn it "
+                f"is {expected!r}: other programs would read this model wrongly, so use --form merged"
             )
     return changed
+
+
+def splits_answers_otherwise(exported: ChatTokenizer) -> bool:
+    """Whether the tokens of a whole rendering are not those of prompt and answer, although the text is the same.
+
+    It is so where the tokenizer joins the end of the generation prompt with the beginning of an answer.
+    """
+    return any(exported.whole_ids(messages) != exported.conversation_ids(messages) for messages in _PROBES)
 
 
 def ending_with(template: str, written: str, wanted: str) -> str:
@@ -80,9 +82,5 @@ def _add_nothing(hf) -> None:
     for name in ("add_bos_token", "add_eos_token"):
         if getattr(hf, name, False):
             setattr(hf, name, False)
-    if _added(hf):
+    if hf("a").input_ids != hf("a", add_special_tokens=False).input_ids:
         hf.backend_tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
-
-
-def _added(hf) -> Sequence[int]:
-    return [i for i in hf("a").input_ids if i not in hf("a", add_special_tokens=False).input_ids]

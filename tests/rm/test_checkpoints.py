@@ -228,7 +228,10 @@ def test_a_linear_head_of_another_name(name, bias, tokenizer, tmp_path):
     ("extra", "message"),
     [
         ({"value_head.weight": torch.ones(1, 32)}, r"holds the heads score and value_head: remove the one"),
-        ({"score.0.weight": torch.ones(4, 32)}, r"score is not a linear layer but 0\.weight \[4, 32\], weight \[1, 32\]"),
+        (
+            {"score.0.weight": torch.ones(4, 32)},
+            r"score is not a linear layer but 0\.weight \[4, 32\], weight \[1, 32\]",
+        ),
     ],
 )
 def test_heads_that_cannot_be_told_are_refused(tokenizer, tmp_path, extra, message):

@@ -24,6 +24,7 @@ from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.tools.export import export
+from rm.tools.exported_tokenizer import ending_with
 from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
 from tests.builders.command_line import grm
 from tests.builders.reward_models import tiny_reward_model
@@ -201,3 +202,30 @@ def test_what_cannot_be_exported_is_refused(tokenizer, tokenizer_path, tmp_path,
     with pytest.raises(ArtefactError, match="cannot read a of_another_kind head"):
         export(model, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+NASTY = """
+{%- macro turn(m) -%}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>{% endmacro -%}
+{% set messages = messages[0:] %}
+{%- for m in messages %}{{ turn(m) }}{{ '\\n' if not loop.last else ' \\n' }}{% endfor %}
+  {%- if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def test_only_what_follows_the_last_end_of_turn_is_cut_from_a_template(tokenizer_path):
+    """A template is captured and not rewritten: macros, other variables and line ends stay as they are."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    chat = [*CHATS[0], {"role": "user", "content": "More <|im_end|>\n"}, *CHATS[1][1:]]
+    for template in (NASTY, "\n\n  " + NASTY + "\n\n"):
+        tokenizer.chat_template = template
+        render = lambda messages, prompt: tokenizer.apply_chat_template(  # noqa: E731
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+        before = render(chat, False), render(chat[:-1], True), render(chat[:-1], False)
+        written = before[0].rpartition("<|im_end|>")
+        tokenizer.chat_template = ending_with(template, "<|im_end|>" + written[2], "<|im_end|>")
+        assert (render(chat[:-1], True), render(chat[:-1], False)) == before[1:]
+        assert written[2].isspace() and render(chat, False) == written[0] + "<|im_end|>"
+    tokenizer.chat_template = ending_with("{% for m in messages %}{{ m.content }}{% endfor %}", "", "<|im_end|>")
+    assert tokenizer.apply_chat_template(CHATS[2], tokenize=False) == "Say hello.Hello!<|im_end|>"

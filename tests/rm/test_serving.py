@@ -149,6 +149,32 @@ def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message)
     assert status == 400 and message in found["error"]
 
 
+def test_a_server_with_a_token_answers_nobody_else(model, monkeypatch):
+    monkeypatch.delenv("GRM_SERVE_TOKEN", raising=False)
+    with serving(Ensemble(["a"], [model]), token="secret") as address:
+        for query in ("", "?token=wrong", "?token=%ff"):
+            status, found = post(f"{address}/score{query}", {"conversations": CHATS})
+            assert status == 401 and "no token" in found["error"]
+        assert post(f"{address}/get_reward?token=secret", {"query": ["Hello"]})[0] == 200
+        with pytest.raises(RemoteError, match=r"HTTP 401.*set GRM_SERVE_TOKEN.*attempts: 1"):
+            RemoteRewardModel(address)
+        torch.testing.assert_close(RemoteRewardModel(address, token="secret").score(CHATS), model.score(CHATS), **CLOSE)
+        monkeypatch.setenv("GRM_SERVE_TOKEN", "secret")
+        assert RemoteRewardModel(address).about["status"] == "ok"
+
+
+def test_a_body_above_the_limit_is_not_read(model):
+    with serving(Ensemble(["a"], [model]), max_body=2000) as address:
+        assert post(f"{address}/score", {"conversations": CHATS})[0] == 200
+        status, found = post(f"{address}/score", {"conversations": CHATS * 20})
+        assert status == 413 and "more than 2000 bytes" in found["error"]
+        with pytest.raises(DataError, match="more than 2000 bytes"):
+            RemoteRewardModel(address).score(CHATS * 20)
+        chunked = urllib.request.Request(f"{address}/score", iter([b"x" * 1500] * 2), {"Transfer-Encoding": "chunked"})
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(chunked, timeout=60)
+
+
 def test_a_fault_of_the_server_is_no_reward(tokenizer_path):
     broken = tiny_reward_model(tokenizer_path, "mlp")
     torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))
