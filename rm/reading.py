@@ -153,5 +153,5 @@ def describe(counts: TextReading) -> str:
     """One sentence for the log."""
     return (
         f"of the text of {counts['responses']} responses, {counts['special_tokens']} lack special tokens that were "
-        f"sampled, {counts['retokenised']} have other tokens, {counts['cut_off']} were cut off and are read with an end"
+        f"sampled, {counts['retokenised']} have other tokens, {counts['cut_off']} do not show that they were cut off"
     )
