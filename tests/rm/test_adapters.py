@@ -235,7 +235,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
 
 
 def test_the_authors_lora_is_not_taken_for_ours(tokenizer_path, members, tmp_path):
-    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tokenizer_path, tmp_path)
+    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):
         RewardModel.from_pretrained(members[0][1], base=tmp_path / "base")
