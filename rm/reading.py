@@ -152,6 +152,6 @@ def text_reading(tokenizer: ChatTokenizer, rows: Sequence[ResponseRow]) -> TextR
 def describe(counts: TextReading) -> str:
     """One sentence for the log."""
     return (
-        f"of the text of {counts['responses']} responses, {counts['special_tokens']} lack special tokens that were "
+        f"of {counts['responses']} responses, {counts['special_tokens']} lack special tokens that were "
         f"sampled, {counts['retokenised']} have other tokens, {counts['cut_off']} do not show that they were cut off"
     )
