@@ -5,30 +5,32 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from bon.estimators import best_of_n, oracle
 from bon.gains import correlation, gains, scale
 from bon.scores import read_pools, score_proxies, write_scores
 from core.config import BestOfN, Config
 from core.data.chat import ChatTokenizer
-from core.data.rows import SampleRow
+from core.data.rows import ResponseRow, SampleRow
 from core.data.splits import read_split
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
-from rm.gold import load_gold, score_samples
+from rm.gold import load_gold, score_samples, with_reading
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
-    samples = _sample(cfg, inputs["prompts"], out)
+    tokenizer = ChatTokenizer(cfg.policy)
+    samples = _sample(cfg, tokenizer, inputs["prompts"], out)
     gc.collect()  # the engine's memory, before reward models are loaded
     names = score_proxies(inputs["rm"], samples, out)
+    gold, rows = load_gold(cfg.gold), cast(list[ResponseRow], samples)
     if not (out / "scores" / "gold.parquet").exists():
-        write_scores(out / "scores" / "gold.parquet", samples, score_samples(load_gold(cfg.gold), samples).tolist())
-    return summary(cfg.bon, out, samples, names)
+        write_scores(out / "scores" / "gold.parquet", samples, score_samples(gold, rows).tolist())
+    return with_reading(summary(cfg.bon, out, samples, names), gold, tokenizer, rows)
 
 
-def _sample(cfg: Config, prompts: Path, out: Path) -> list[SampleRow]:
-    tokenizer = ChatTokenizer(cfg.policy)
+def _sample(cfg: Config, tokenizer: ChatTokenizer, prompts: Path, out: Path) -> list[SampleRow]:
     rows = read_split(prompts, "eval", cfg.bon.prompts)
     return sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, rows, cfg.bon.samples,

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 
 from bon.pools import Pools, from_tables
-from core.data.chat import Message, conversation
-from core.data.rows import SampleRow, ScoreRow
+from core.data.rows import ResponseRow, SampleRow, ScoreRow
 from core.files import digest, read_json, read_table, write_table
 from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.model import RewardModel
-from rm.score import tokens_of
 
 CACHED_STATES = 4 << 30
 """Most bytes of host memory for the states of frozen layers that reward models share."""
@@ -28,18 +27,18 @@ def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str
     names = reward_models(folder)
     load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
-    conversations = [conversation(s["prompt"], s["response"]) for s in samples]
+    rows = cast(list[ResponseRow], samples)
     # Size by size: models of two sizes share only the frozen layers of the smaller one.
     depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
         shared, models = None, {}
         if len(alike) > 1:
             models = {name: load(name) for name in alike[:2]}
-            shared = SharedLayers.of(models[alike[0]], models[alike[1]], conversations)
+            shared = SharedLayers.of(models[alike[0]], models[alike[1]], rows)
         for name in alike:
             model = models.pop(name, None) or load(name)
             cache = shared.cache if shared and shared.fits(model) else None
-            rewards = model.score(conversations, frozen=cache, progress=f"bon: {name}")
+            rewards = model.score_rows(rows, frozen=cache, progress=f"bon: {name}")
             write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
     return names
 
@@ -51,14 +50,13 @@ class SharedLayers:
         self.model, self.cache = model, FrozenStateCache(FrozenLayers(model.lm, depth))
 
     @classmethod
-    def of(
-        cls, first: RewardModel, second: RewardModel, conversations: Sequence[Sequence[Message]]
-    ) -> SharedLayers | None:
+    def of(cls, first: RewardModel, second: RewardModel, rows: Sequence[ResponseRow]) -> SharedLayers | None:
         """None if they share no layers, or if the states would take more than CACHED_STATES."""
         depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
         if not depth or not first.shares_prompts:
             return None
-        tokens = sum(map(len, (t for pair in {tokens_of(first.tokenizer, c) for c in conversations} for t in pair)))
+        reader = first.reader
+        tokens = sum(len(prompt) + len(response) for prompt, response in {reader.row(row) for row in rows})
         size = tokens * first.lm.config.hidden_size * next(first.parameters()).element_size()
         return cls(first, depth) if size <= CACHED_STATES else None
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Mapping
 
 
-def ask_json(url: str, body: dict | None, timeout: float) -> object:
+def ask_json(url: str, body: dict | None, timeout: float, headers: Mapping[str, str] | None = None) -> object:
     """POST `body`, or GET if it is None. Returns the JSON of the answer, or None for an empty answer.
+
+    Args:
+        headers: besides the content type.
 
     Raises:
         urllib.error.HTTPError, TimeoutError, OSError, http.client.HTTPException: from urllib.
         ValueError: the answer is not JSON.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = answer.read()
     return json.loads(text) if text else None

@@ -73,7 +73,8 @@ def main() -> None:
 
 
 def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
-    from rm.score import score
+    from rm.reading import Reader
+    from rm.score import score_tokens
     from rm.train import fit
     from rm.variants import frozen_state_cache
 
@@ -81,7 +82,8 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     tokenizer = ChatTokenizer(cfg.rm.base)
     pairs, sets = data(cfg, files, tokenizer)
     rows = [row for found in sets.values() for row in found]
-    chats = [conversation(r["prompt"], r[k]) for k in ("chosen", "rejected") for r in rows]
+    reader = Reader(tokenizer)
+    tokens = [reader.conversation(conversation(r["prompt"], r[k])) for k in ("chosen", "rejected") for r in rows]
     # Methods innermost: a grid that is cut short compares all methods on what it has.
     grid = list(product(SEEDS, NOISES, SIZES, cfg.rm.variants))[part::parts]
     cache = frozen_state_cache(cfg.rm, cfg.engine)
@@ -97,10 +99,10 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
             cfg.rm, cfg.engine, variant, labelled, file.with_suffix(""), name=file.stem, seed=cfg.run.seed, cache=cache
         )
         trained = time.time() - started
-        rewards = score(
+        rewards = score_tokens(
             engine,
             tokenizer,
-            chats,
+            tokens,
             share=model.shares_prompts,
             frozen=cache,
             device=distributed.device(),

@@ -20,7 +20,7 @@ from bon.gains import scale
 from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
 from core.config import Config
-from core.data.chat import ChatTokenizer, conversation
+from core.data.chat import ChatTokenizer
 from core.data.rows import EvaluationRow, ResponseRow
 from core.data.splits import read_split
 from core.data.streams import stream_seed
@@ -32,7 +32,7 @@ from core.training.distributed import device
 from core.training.weights import named_weights
 from pipelines.policy_kl import measure_kl
 from rm.combine import proxy_reward
-from rm.gold import load_gold, score_samples
+from rm.gold import load_gold, score_samples, with_reading
 from rm.model import RewardModel
 
 
@@ -41,24 +41,27 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     sample_checkpoints(cfg, inputs["prompts"], checkpoints, out)
     gc.collect()
     rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
-    rewards = proxy_scores(cfg, inputs["rm"], [conversation(r["prompt"], r["response"]) for r in rows])
-    golds = score_samples(load_gold(cfg.gold), cast(list[ResponseRow], rows)).tolist()
-    drop = ("split", "token_ids")
+    tokenizer, responses = ChatTokenizer(cfg.policy), cast(list[ResponseRow], rows)
+    rewards = proxy_scores(cfg, inputs["rm"], responses)
+    gold = load_gold(cfg.gold)
+    golds = score_samples(gold, responses).tolist()
+    drop = ("split", "token_ids", "tokenizer")
     table = [
         {"run": cfg.run.name, **{k: v for k, v in row.items() if k not in drop}, "proxy": p, "gold": g}
         for row, p, g in zip(rows, rewards, golds, strict=True)
     ]
     write_table(out / "rl_eval.parquet", table, EvaluationRow)
     pools = read_pools(inputs["bon"], cfg.ppo.members)
-    return summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
+    metrics = summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
+    return with_reading(metrics, gold, tokenizer, responses)
 
 
-def proxy_scores(cfg: Config, reward_models: Path, conversations: list) -> list[float]:
+def proxy_scores(cfg: Config, reward_models: Path, rows: list[ResponseRow]) -> list[float]:
     """Raw rewards by what PPO optimised, one reward model or an ensemble."""
     raw, units = [], []
     for name in cfg.ppo.members:
         model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
-        raw.append(model.score(conversations, progress=f"eval: {name}").cpu())
+        raw.append(model.score_rows(rows, progress=f"eval: {name}").cpu())
         units.append((model.mean, model.std))
     return proxy_reward(torch.stack(raw), units, cfg.ppo.combine).tolist()
 
@@ -86,6 +89,7 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
                 "step": step, "prompt_id": row["prompt_id"], "sample_id": k, "split": row["split"],
                 "prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids,
                 "n_tokens": len(c.token_ids), "finished": c.finished, "logp_sampler": float(sum(c.logprobs)),
+                "tokenizer": tokenizer.fingerprint,
             }
             for row, group in zip(rows, groups, strict=True)
             for k, c in enumerate(group)

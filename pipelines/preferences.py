@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
 from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
-from core.data.rows import CalibrationRow, PairRow, SampleRow, ScoreRow
+from core.data.rows import CalibrationRow, PairRow, ResponseRow, SampleRow, ScoreRow
 from core.data.splits import pair_id, read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
@@ -24,7 +24,8 @@ from core.files import write_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
 from pipelines.import_pairs import Imported, import_pairs
-from rm.gold import load_gold, score_samples
+from rm.gold import load_gold, score_samples, with_reading
+from rm.reading import TextReading
 
 PAIR_SPLITS = ("rm_train", "rm_val")
 SAMPLES = 2
@@ -63,6 +64,8 @@ class PreferencesMetrics(TypedDict):
     """Columns of imported sources with content that nothing was read from."""
     sources: dict[str, int]
     """Pairs of each source."""
+    gold_reads_text: NotRequired[TextReading | None]
+    """What gold does not see of the samples; None where it reads their tokens."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PreferencesMetrics:
@@ -78,11 +81,13 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PreferencesMetrics:
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, prompts, SAMPLES,
         out=out, shard_prompts=preferences.shard_prompts, seed=seed, name="preferences",
     )  # fmt: skip
-    scores = score_samples(load_gold(cfg.gold), samples)
+    gold, rows = load_gold(cfg.gold), cast(list[ResponseRow], samples)
+    scores = score_samples(gold, rows)
     clean, dropped = _imported_pairs(imported, limits) if imported else _sampled_pairs(samples, scores)
     pairs, noise = noisy_pairs(clean, dropped, preferences.label_noise, seed)
     _write(out, samples, scores, pairs)
-    return _metrics(samples, scores, pairs, dropped, noise, imported)
+    metrics = _metrics(samples, scores, pairs, dropped, noise, imported)
+    return cast(PreferencesMetrics, with_reading(cast(dict, metrics), gold, tokenizer, rows))
 
 
 def _imported_pairs(
@@ -130,6 +135,9 @@ def clean_pairs(samples: Sequence[SampleRow], scores: np.ndarray, split: str) ->
                 "weight": 1.0,
                 "gold_chosen": float(gold[best]),
                 "gold_rejected": float(gold[worst]),
+                "chosen_ids": list(two[best]["token_ids"]),
+                "rejected_ids": list(two[worst]["token_ids"]),
+                "tokenizer": two[0].get("tokenizer"),
             }
         )
     return pairs, dict(dropped)
@@ -166,7 +174,14 @@ def noisy_pairs(
 
 def _write(out: Path, samples: Sequence[SampleRow], scores: np.ndarray, pairs: list[PairRow]) -> None:
     calibration: list[CalibrationRow] = [
-        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "prompt": s["prompt"], "response": s["response"]}
+        {
+            "prompt_id": s["prompt_id"],
+            "sample_id": s["sample_id"],
+            "prompt": s["prompt"],
+            "response": s["response"],
+            "token_ids": list(s["token_ids"]),
+            "tokenizer": s.get("tokenizer"),
+        }
         for s in samples
         if s["split"] == "calibration"
     ]

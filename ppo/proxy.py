@@ -7,18 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.data.chat import Message
+from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.training import distributed
 from core.training.engine import Engine
 from rm.combine import proxy_reward, proxy_units
 from rm.ensemble import EngineMember
 from rm.model import RewardModel
-from rm.score import score
+from rm.score import score_tokens
 from rm.serving.client import RemoteRewardModel
-
-Conversations = Sequence[Sequence[Message]]
-"""Each a prompt and, last, the assistant's response."""
 
 
 class LocalProxy:
@@ -41,22 +38,27 @@ class LocalProxy:
         self.mean, self.std = proxy_units(self._units, rule)
         proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule fails here, not after sampling
 
-    def score(self, conversations: Conversations) -> Tensor:
-        """Raw rewards [n] of this rank's conversations, float32 on the CPU; every rank must give equally many.
+    def score(self, rows: Sequence[ResponseRow]) -> Tensor:
+        """Raw rewards [n] of this rank's responses, float32 on the CPU; every rank must give equally many.
+
+        Args:
+            rows: with the tokens that were sampled, which the reward models read as they are (`rm.reading`).
 
         Raises:
             DataError: a reward that is not finite.
         """
-        everyones = distributed.gather_rows(list(conversations))
-        rewards = [
-            score(
-                member, member.module.tokenizer, everyones, share=member.module.shares_prompts, together=True,
-                device=distributed.device(),
-            )
-            for member in self._members
-        ]  # fmt: skip
+        everyones, rewards = distributed.gather_rows(list(rows)), []
+        for member in self._members:
+            model = member.module
+            reader = model.reader
+            rewards.append(
+                score_tokens(
+                    member, model.tokenizer, [reader.row(row) for row in everyones], share=model.shares_prompts,
+                    together=True, positions=model.positions, device=distributed.device(),
+                )
+            )  # fmt: skip
         combined = proxy_reward(torch.stack(rewards), self._units, self._rule)
-        return combined[distributed.rank() * len(conversations) :][: len(conversations)]
+        return combined[distributed.rank() * len(rows) :][: len(rows)]
 
 
 class RemoteProxy:
@@ -84,6 +86,6 @@ class RemoteProxy:
             )
         self.mean, self.std = trained
 
-    def score(self, conversations: Conversations) -> Tensor:
-        """Raw rewards [n] of this rank's conversations, float32 on the CPU."""
-        return self._remote.score(conversations)
+    def score(self, rows: Sequence[ResponseRow]) -> Tensor:
+        """As `LocalProxy.score`; the tokens that were sampled go to the server."""
+        return self._remote.score_rows(rows)

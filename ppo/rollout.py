@@ -7,8 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from core.config import Ppo
-from core.data.chat import conversation
-from core.data.rows import PromptRow
+from core.data.rows import PromptRow, ResponseRow
 from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
@@ -60,9 +59,7 @@ class Collector:
         self._sample_ahead(step + 1)
         self._generator.sleep()
         clock.lap("generate")
-        rewards = self._engines.proxy.score(
-            [conversation(row["prompt"], c.text) for row, c in zip(sampled.rows, sampled.completions, strict=True)]
-        )
+        rewards = self._engines.proxy.score(responses(sampled, self._generator.tokenizer.fingerprint))
         clock.lap("score")
         count = len(sampled.completions) // self._ppo.micro_batch
         micros = make_micros(
@@ -110,6 +107,14 @@ class Collector:
             micro.values = self._learner.values(micro)
         cap = self._ppo.clip.importance_weight
         micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+
+
+def responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:
+    """What the proxy reads: the responses as they were sampled."""
+    return [
+        {"prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids, "tokenizer": tokenizer}
+        for row, c in zip(sampled.rows, sampled.completions, strict=True)
+    ]
 
 
 def _log_rows(step: int, sampled: Sampled, rewards: list[float]) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.data.chat import conversation
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.files import read_table
@@ -30,16 +29,15 @@ def calibrate(model: RewardModel, rows: Sequence[ResponseRow], *, batch_tokens: 
     """Mean and standard deviation (with n - 1) of the model's rewards.
 
     Args:
-        rows: `prompt` (messages) and `response` (text) of each sample.
+        rows: `prompt` (messages) and `response` (text) of each sample, and its tokens if they are known.
         batch_tokens: as in `RewardModel.score`.
 
     Raises:
         ArtefactError: fewer than two rows, or rewards that are all equal.
     """
-    chats = [conversation(row["prompt"], row["response"]) for row in rows]
-    if len(chats) < 2:
-        raise ArtefactError(f"{len(chats)} samples have no standard deviation: calibrate on more of them")
-    rewards = model.score(chats, batch_tokens=batch_tokens, progress="calibration").double()
+    if len(rows) < 2:
+        raise ArtefactError(f"{len(rows)} samples have no standard deviation: calibrate on more of them")
+    rewards = model.score_rows(rows, batch_tokens=batch_tokens, progress="calibration").double()
     if not (std := float(rewards.std())) > 0:
-        raise ArtefactError(f"all {len(chats)} rewards are {float(rewards[0])}, so there is no scale to calibrate")
+        raise ArtefactError(f"all {len(rows)} rewards are {float(rewards[0])}, so there is no scale to calibrate")
     return float(rewards.mean()), std

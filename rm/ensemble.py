@@ -17,7 +17,7 @@ from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import read_head, read_tokenizer
 from rm.model import RewardModel
-from rm.score import Tokens
+from rm.reading import Tokens
 
 CACHED_STATES = 1 << 30
 """Bytes of frozen states that the members may share, for the rows of one `AdapterEnsemble.frozen_state_cache`."""
@@ -99,7 +99,9 @@ class AdapterEnsemble(nn.Module):
             else:
                 lm.load_adapter(adapter.folder, str(i), autocast_adapter_dtype=False)
             about, tokenizer = adapter.about, read_tokenizer(adapter.folder, adapter.about)
-            member = AdapterMember(lm, str(i), about["head"], tokenizer, mean=about["mean"], std=about["std"])
+            member = AdapterMember(
+                lm, str(i), about["head"], tokenizer, mean=about["mean"], std=about["std"], reads=about["reads"]
+            )
             member.head.load_state_dict(read_head(adapter.folder, about["head"], lm.config.hidden_size))
             members.append(member.eval())
         lm.to(distributed.device())

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from core.batching import by_length
 from core.config import Gold
-from core.data.chat import Message, conversation, response_of
+from core.data.chat import ChatTokenizer, Message, conversation, response_of
 from core.data.rows import ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import digest
 from rm.model import RewardModel
+from rm.reading import TextReading, describe, text_reading
 
 Conversation = Sequence[Message]
 
@@ -59,6 +60,20 @@ class GoldModel(Protocol):
         """float64 [n], finite."""
         ...
 
+    def score_rows(self, rows: Sequence[ResponseRow]) -> np.ndarray:
+        """As `score`, of sampled responses: by their tokens if gold has the policy's tokenizer, else by their text."""
+        ...
+
+
+class _OfTexts:
+    """Gold that reads texts."""
+
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        raise NotImplementedError
+
+    def score_rows(self, rows: Sequence[ResponseRow]) -> np.ndarray:
+        return self.score([conversation(row["prompt"], row["response"]) for row in rows])
+
 
 def load_gold(cfg: Gold) -> GoldModel:
     """The gold reward model of a configuration; DataError for `linear`, which is built in code."""
@@ -74,10 +89,28 @@ def score_samples(gold: GoldModel, samples: Sequence[ResponseRow]) -> np.ndarray
     parts = []
     with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
         for start in range(0, len(samples), CHUNK):
-            chunk = [conversation(sample["prompt"], sample["response"]) for sample in samples[start : start + CHUNK]]
-            parts.append(gold.score(chunk))
+            chunk = samples[start : start + CHUNK]
+            parts.append(gold.score_rows(chunk))
             bar.update(len(chunk))
     return np.concatenate(parts)
+
+
+def reading(gold: GoldModel, policy: ChatTokenizer, rows: Sequence[ResponseRow]) -> TextReading | None:
+    """What gold does not see of sampled responses because it reads their text; None where it reads their tokens.
+
+    Args:
+        policy: the tokenizer of the policy that sampled them.
+    """
+    if isinstance(gold, TrainedGold) and gold.model.tokenizer.fingerprint == policy.fingerprint:
+        return None
+    return text_reading(policy, rows)
+
+
+def with_reading(metrics: dict, gold: GoldModel, policy: ChatTokenizer, rows: Sequence[ResponseRow]) -> dict:
+    """The metrics of a stage with `gold_reads_text`, and with a sentence on it in their `headline`."""
+    counts = reading(gold, policy, rows)
+    more = {"headline": f"{metrics['headline']}; gold reads text: {describe(counts)}"} if counts else {}
+    return metrics | more | {"gold_reads_text": counts}
 
 
 class TrainedGold:
@@ -91,9 +124,12 @@ class TrainedGold:
         scores = self.model.score(conversations, batch_tokens=self.batch_tokens)
         return _checked(scores.double().cpu().numpy(), conversations)
 
+    def score_rows(self, rows: Sequence[ResponseRow]) -> np.ndarray:
+        return self.model.score_rows(rows, batch_tokens=self.batch_tokens).double().cpu().numpy()
+
 
 @dataclass(frozen=True)
-class LinearGold:
+class LinearGold(_OfTexts):
     """gold = slope * proxy + noise * N(0, 1), where the text seeds the draw. E[gold | proxy] is known, for tests."""
 
     proxy: Callable[[Conversation], float]
@@ -110,7 +146,7 @@ class LinearGold:
         return self.slope * self.proxy(messages) + self.noise * draw
 
 
-class Judge:
+class Judge(_OfTexts):
     """The built-in scorer; see the top of this file for its terms."""
 
     def __init__(self, path: str, batch_tokens: int):

@@ -5,6 +5,7 @@ GRM's text regulariser reads the LM head too. The critic of PPO is the same modu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer, Message
+from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.layers import FrozenStates, hidden_states
@@ -24,7 +26,8 @@ from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
 from rm.heads import Float32Linear, HeadWithTerms, make_head
-from rm.score import score
+from rm.reading import Reader, Reads, Tokens
+from rm.score import score_tokens
 
 
 class RewardModel(nn.Module):
@@ -36,15 +39,19 @@ class RewardModel(nn.Module):
         head: maps hidden states [M, H] to rewards [M, 1], in float32.
         tokenizer: of the LM.
         mean, std: of this model's rewards on samples of the reference policy, for `normalise`.
+        reads: which tokens of a conversation it reads (`rm.reading`).
     """
 
     lm: CausalLM
 
-    def __init__(self, lm: CausalLM, head_kind: str, tokenizer: ChatTokenizer, *, mean: float = 0.0, std: float = 1.0):
+    def __init__(
+        self, lm: CausalLM, head_kind: str, tokenizer: ChatTokenizer, *,
+        mean: float = 0.0, std: float = 1.0, reads: Reads = "end_of_turn",
+    ):  # fmt: skip
         super().__init__()
         self.lm, self.head_kind, self.tokenizer = lm, head_kind, tokenizer
         self.head = make_head(head_kind, lm.config.hidden_size)
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.reads = mean, std, reads
 
     def forward(
         self,
@@ -118,13 +125,49 @@ class RewardModel(nn.Module):
             progress: title of a progress bar; none by default.
 
         Raises:
-            DataError: a conversation does not end with the assistant, or a reward is not finite.
+            DataError: a conversation does not end with the assistant or is longer than `positions`; a reward is not
+                finite.
         """
-        where = next(self.parameters()).device
-        return score(
-            self, self.tokenizer, conversations, batch_tokens=batch_tokens, share=self.shares_prompts, frozen=frozen,
-            device=where, progress=progress,
+        reader = self.reader
+        tokens = [reader.conversation(messages) for messages in conversations]
+        return self.score_tokens(tokens, batch_tokens=batch_tokens, frozen=frozen, progress=progress)
+
+    def score_rows(
+        self,
+        rows: Sequence[ResponseRow],
+        *,
+        batch_tokens: int = 8192,
+        frozen: Callable[[Batch], FrozenStates] | None = None,
+        progress: str = "",
+    ) -> Tensor:
+        """As `score`, of sampled responses: by the tokens that the policy made, where they are this model's."""
+        reader = self.reader
+        tokens = [reader.row(row) for row in rows]
+        return self.score_tokens(tokens, batch_tokens=batch_tokens, frozen=frozen, progress=progress)
+
+    def score_tokens(
+        self,
+        tokens: Sequence[Tokens],
+        *,
+        batch_tokens: int = 8192,
+        frozen: Callable[[Batch], FrozenStates] | None = None,
+        progress: str = "",
+    ) -> Tensor:
+        """As `score`, of token ids."""
+        return score_tokens(
+            self, self.tokenizer, tokens, batch_tokens=batch_tokens, share=self.shares_prompts,
+            positions=self.positions, frozen=frozen, device=next(self.parameters()).device, progress=progress,
         )  # fmt: skip
+
+    @property
+    def reader(self) -> Reader:
+        """Makes the tokens that this model reads."""
+        return Reader(self.tokenizer, self.reads)
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a conversation may have."""
+        return max_positions(self.lm)
 
     @property
     def shares_prompts(self) -> bool:
@@ -140,6 +183,7 @@ class RewardModel(nn.Module):
         dtype: str = NATIVE_DTYPE,
         attention: Attention = "sdpa",
         base: str | Path | None = None,
+        reads: Reads | None = None,
     ) -> RewardModel:
         """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
@@ -147,6 +191,7 @@ class RewardModel(nn.Module):
             dtype: of the weights.
             attention: implementation, as in `policy.attention`.
             base: base model of a LoRA checkpoint, in place of the one that it names.
+            reads: which tokens it reads, in place of what its folder or its layout says (`rm.reading`).
 
         Returns:
             The model in eval mode, on this rank's device.
@@ -159,7 +204,9 @@ class RewardModel(nn.Module):
             parts = _read_own(folder, dtype=dtype, attention=attention, base=base)
         else:
             parts = foreign.read(folder, dtype=dtype, attention=attention, base=base)
-        model = cls(parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std)
+        model = cls(
+            parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std, reads=reads or parts.reads
+        )
         model.head.load_state_dict(dict(parts.head))
         return model.eval().to(device())
 
@@ -175,7 +222,12 @@ def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Pat
     else:
         lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
     head = read_head(folder, about["head"], lm.config.hidden_size)
-    return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"])
+    return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"], about["reads"])
+
+
+def max_positions(lm: CausalLM) -> int:
+    """The tokens that a sequence may have; `sys.maxsize` where the architecture sets no bound."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer, Message
-from core.data.rows import PairRow
+from core.data.rows import PairRow, ResponseRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError, DataError
+from rm.reading import sampled_ids
+
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ def tokenise(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped and truncated.
 
+    Responses that the policy sampled keep their tokens, where its tokenizer is this one.
+
     Raises:
         DataError: the variant has a margin and a row has no rating gap; it regularises every turn and the chat template
             does not write earlier turns as they were generated.
@@ -62,8 +69,8 @@ def _pair(row: PairRow, prompt: list[Message], tokenizer: ChatTokenizer, variant
     spans = tokenizer.assistant_spans(prompt) if variant.regularise == "every_turn" else ()
     return Pair(
         tokenizer.prompt_ids(prompt),
-        tokenizer.response_ids(row["chosen"]),
-        tokenizer.response_ids(row["rejected"]),
+        _response_ids(row, "chosen", tokenizer),
+        _response_ids(row, "rejected", tokenizer),
         tuple(spans),
         variant.margin * _gap(row) if variant.margin else 0.0,
     )
@@ -85,6 +92,18 @@ def _shortened(
         cut = replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
         return cut if cut.chosen != cut.rejected else None  # two equal texts say nothing about which is better
     return None
+
+
+def as_response(row: PairRow, side: Side) -> ResponseRow:
+    """One side of a pair as a row to be scored."""
+    ids = row.get("chosen_ids") if side == "chosen" else row.get("rejected_ids")
+    text = row["chosen"] if side == "chosen" else row["rejected"]
+    return {"prompt": row["prompt"], "response": text, "token_ids": ids, "tokenizer": row.get("tokenizer")}
+
+
+def _response_ids(row: PairRow, side: Side, tokenizer: ChatTokenizer) -> list[int]:
+    response = as_response(row, side)
+    return sampled_ids(response, tokenizer) or tokenizer.response_ids(response["response"])
 
 
 def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, seed: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -10,32 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.batching import Batch, Group, Ids, by_length, pack, row_length
-from core.data.chat import ChatTokenizer, Message, response_of
+from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.models.layers import FrozenStates
 from core.training.distributed import global_sum, rank, world_size
+from rm.reading import Tokens
 
 ROW_TOKENS = 1024
 """Responses share a row with their prompt up to this length, because the cost of attention grows with its square."""
-
-
-Tokens = tuple[tuple[int, ...], tuple[int, ...]]
-"""A prompt, which may be empty, and the response to it; the reward is read at the last token."""
-
-
-def score(forward: Callable, tokenizer: ChatTokenizer, conversations: Sequence[Sequence[Message]], **options) -> Tensor:
-    """Float32 rewards [n] on the CPU, in the order given; `options` are those of `score_tokens`.
-
-    Raises:
-        DataError: a conversation that does not end with the assistant; rewards that are not finite.
-    """
-    return score_tokens(forward, tokenizer, [tokens_of(tokenizer, c) for c in conversations], **options)
-
-
-def tokens_of(tokenizer: ChatTokenizer, conversation: Sequence[Message]) -> Tokens:
-    """The prompt and the response of a conversation; DataError when it does not end with the assistant."""
-    response = response_of(conversation)
-    return tuple(tokenizer.prompt_ids(conversation[:-1])), tuple(tokenizer.response_ids(response))
 
 
 @torch.no_grad()
@@ -47,6 +30,7 @@ def score_tokens(
     batch_tokens: int = 8192,
     share: bool = True,
     together: bool = False,
+    positions: int = sys.maxsize,
     frozen: Callable[[Batch], FrozenStates] | None = None,
     device: torch.device | str = "cpu",
     progress: str = "",
@@ -61,8 +45,13 @@ def score_tokens(
         share: compute a prompt once for several of its responses.
         together: all ranks pass the same rows and divide the work, with the same number of calls each, as ZeRO-3
             requires. Every rank gets all rewards.
+        positions: how many the model has.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
+
+    Raises:
+        DataError: a conversation of more tokens than `positions`, by its number; rewards that are not finite.
     """
+    check_lengths([len(prompt) + len(response) for prompt, response in tokens], positions)
     rows = _rows(sorted(set(tokens)), share)
     # Longest first, so that a batch that does not fit into memory fails at once.
     groups = by_length([row_length(row) for row in rows], batch_tokens, longest_first=True)
@@ -94,6 +83,15 @@ def score_tokens(
             f"{tokenizer.decode(tokens[bad[0]][1])!r}"
         )
     return result
+
+
+def check_lengths(lengths: Sequence[int], positions: int, what: str = "conversation") -> None:
+    """DataError for sequences of more tokens than a model has positions; it names the first by its number, from 0."""
+    if long := [i for i, length in enumerate(lengths) if length > positions]:
+        raise DataError(
+            f"{what} {long[0]} has {lengths[long[0]]} tokens, but the reward model has {positions} positions "
+            f"({len(long)} of {len(lengths)} are too long): shorten them or leave them out, or use a model with more"
+        )
 
 
 def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:

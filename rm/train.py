@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from tqdm import tqdm
 from core import config
 from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
-from core.data.chat import conversation
-from core.data.rows import CalibrationRow, HeldOutRow, PairRow
+from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json, write_table
 from core.models.layers import FrozenStateCache
@@ -32,8 +32,8 @@ from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.metrics import accuracy_with_interval, pair_accuracy
 from rm.model import RewardModel
 from rm.objective import pair_logprobs, pair_losses
-from rm.pairs import Pair, batch_plan, seed_name, tokenise
-from rm.score import score
+from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
+from rm.score import check_lengths, score_tokens
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
 
@@ -129,6 +129,7 @@ def fit(
     """
     model, tokenizer = build(rm, settings, variant, seed)
     pairs, counts = tokenise(arm_rows(train, variant, seed), tokenizer, rm, variant)
+    check_lengths([pair.length for pair in pairs], model.positions, "training pair (bounded by rm.max_tokens)")
     batches = batch_plan(pairs, rm, variant, seed)
     engine = Engine(
         model, settings, micro_batch=rm.micro_batch, optim=rm.optim, total_steps=len(batches),
@@ -216,11 +217,12 @@ def measure(
         Accuracies against gold and against the labels, with intervals; mean and SD of the reward; and its correlation
         with the number of words.
     """
-    texts = [conversation(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in val]
-    texts += [conversation(r["prompt"], r["response"]) for r in calibration]
-    rewards = score(
-        engine, model.tokenizer, texts, share=model.shares_prompts, together=True, frozen=cache,
-        device=distributed.device(), progress="rm: validation",
+    reader = model.reader
+    tokens = [reader.row(as_response(r, side)) for side in SIDES for r in val]
+    tokens += [reader.row(cast(ResponseRow, r)) for r in calibration]
+    rewards = score_tokens(
+        engine, model.tokenizer, tokens, share=model.shares_prompts, together=True, positions=model.positions,
+        frozen=cache, device=distributed.device(), progress="rm: validation",
     ).tolist()  # fmt: skip
     n = len(val)
     chosen, rejected, sampled = np.array(rewards[:n]), np.array(rewards[n : 2 * n]), np.array(rewards[2 * n :])

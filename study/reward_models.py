@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from bon.scores import write_scores
 from core.artefacts import MANIFEST
 from core.config import Config
-from core.data.rows import SampleRow
+from core.data.rows import ResponseRow, SampleRow
 from core.files import read_json, read_table, write_json
 from rm.checkpoints.folder import locate, shapes
 from rm.evaluation.metrics import expected_calibration_error, negative_log_likelihood
@@ -94,7 +95,8 @@ def score_second_gold(cfg: Config) -> None:
         return
     samples = read_table(cfg.run_dir / "bon" / "samples.parquet", SampleRow)
     out.mkdir(parents=True, exist_ok=True)
-    write_scores(file, samples, score_samples(load_gold(cfg.study.second_gold), samples).tolist())
+    gold = score_samples(load_gold(cfg.study.second_gold), cast(list[ResponseRow], samples))
+    write_scores(file, samples, gold.tolist())
     write_json(mark, wanted)
 
 

@@ -66,11 +66,12 @@ class ChatTokenizer:
     """A tokenizer with its chat template, checked once.
 
     A conversation is `prompt_ids(prompt) + response_ids(response)`. These are the tokens that the policy generates, and
-    the policy, reward models and the critic all read them. BOS comes from the template only.
+    the policy, reward models and the critic all read them. BOS comes from the template only. What a template lacks for
+    that is an error when it is asked for, so that `whole_ids` works with every template.
 
     Raises:
-        DataError: no chat template; a pad token that ends turns; a template whose rendering of a conversation does not
-            begin with its rendering of the prompt.
+        DataError: no chat template. Of the methods: a pad token that ends turns; a template whose rendering of a
+            conversation does not begin with its rendering of the prompt.
     """
 
     def __init__(self, model: Model):
@@ -84,21 +85,35 @@ class ChatTokenizer:
             raise DataError(
                 f"{model.path} has no chat template: set `chat_template` in its tokenizer, or use a chat model"
             )
-        end = self._end_of_turn()
-        self.eot_id = self._single_id(end)
-        self.stop_ids = sorted({self.eot_id, *filter(None, [self.hf.eos_token_id])})
-        if self.hf.pad_token_id is None or self.hf.pad_token_id in self.stop_ids:
+
+    @cached_property
+    def eot_id(self) -> int:
+        """The token that ends a response; DataError where the template does not tell it."""
+        return self._single_id(self._end_of_turn())
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens at which sampling stops, in ascending order."""
+        eos = self.hf.eos_token_id
+        return sorted({self.eot_id} if eos is None else {self.eot_id, eos})
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token that fills rows; DataError where there is none that does not end turns."""
+        ends = self._known_ends()
+        if self.hf.pad_token_id is None or self.hf.pad_token_id in ends:
             # Padding with EOS hides real ends of turns wherever pads are masked by id.
             unused = self.hf.unk_token_id
-            if unused is None or unused in self.stop_ids:
+            if unused is None or unused in ends:
                 raise DataError(
-                    f"{model.path}: the pad token ({self.hf.pad_token!r}) ends turns; set another in its tokenizer"
+                    f"{self.name}: the pad token ({self.hf.pad_token!r}) ends turns; set another in its tokenizer"
                 )
             self.hf.pad_token = self.hf.unk_token
-        self.pad_id = self.hf.pad_token_id
+        return self.hf.pad_token_id
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a prompt, up to and including the header of the response."""
+        """Tokens of a prompt with the header of the response; DataError where answers do not extend it."""
+        _ = self.eot_id  # checks that the template renders an answer after its generation prompt
         return self._encode(self._render(messages, add_generation_prompt=True))
 
     def response_ids(self, text: str) -> list[int]:
@@ -113,6 +128,10 @@ class ChatTokenizer:
         """Tokens of a prompt and the response to it; the last token is the end of turn."""
         response = response_of(messages)
         return self.prompt_ids(messages[:-1]) + self.response_ids(response)
+
+    def whole_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the template's whole rendering, without a generation prompt; BOS comes from the template only."""
+        return self._encode(self._render(messages, add_generation_prompt=False))
 
     def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
         """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
@@ -139,7 +158,18 @@ class ChatTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of vocabulary and template: models with the same fingerprint read the same tokens."""
-        return digest([sorted(self.hf.get_vocab().items()), self.hf.chat_template, self.pad_id, self.eot_id])
+        try:
+            eot_id = self.eot_id
+        except DataError:  # the whole rendering of a conversation can be read all the same
+            eot_id = None
+        return digest([sorted(self.hf.get_vocab().items()), self.hf.chat_template, self.pad_id, eot_id])
+
+    def _known_ends(self) -> set[int]:
+        """Tokens that end turns, as far as the template tells them."""
+        try:
+            return set(self.stop_ids)
+        except DataError:
+            return {self.hf.eos_token_id} - {None}
 
     def _encode(self, text: str) -> list[int]:
         return self.hf(text, add_special_tokens=False).input_ids

@@ -19,7 +19,7 @@ def flip_labels(pairs: list[PairRow], rate: float, rng: np.random.Generator) -> 
 
 
 def _swapped(pair: PairRow) -> PairRow:
-    return {
+    swapped: PairRow = {
         **pair,
         "chosen": pair["rejected"],
         "rejected": pair["chosen"],
@@ -27,6 +27,9 @@ def _swapped(pair: PairRow) -> PairRow:
         "gold_chosen": pair["gold_rejected"],
         "gold_rejected": pair["gold_chosen"],
     }
+    if "chosen_ids" in pair and "rejected_ids" in pair:
+        swapped |= {"chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]}
+    return swapped
 
 
 def repeated(rows: list[PairRow]) -> list[PairRow]:

@@ -47,6 +47,11 @@ class PairRow(TypedDict):
     gold_chosen: float | None
     """Gold of the chosen response; None for imported pairs."""
     gold_rejected: float | None
+    chosen_ids: NotRequired[list[int] | None]
+    """The chosen response as it was sampled (`SampleRow.token_ids`); None for imported pairs."""
+    rejected_ids: NotRequired[list[int] | None]
+    tokenizer: NotRequired[str | None]
+    """Fingerprint of the tokenizer that these ids are of."""
 
 
 class SampleRow(TypedDict):
@@ -65,6 +70,8 @@ class SampleRow(TypedDict):
     """Whether the response ended by itself; False if it was cut off at `generation.max_new_tokens`."""
     logp_sampler: float
     """Log-probability of the response under the sampler, at the sampling temperature, in nats."""
+    tokenizer: NotRequired[str]
+    """Fingerprint of the tokenizer that `token_ids` are of (`ChatTokenizer.fingerprint`)."""
 
 
 class ResponseRow(TypedDict):
@@ -72,6 +79,10 @@ class ResponseRow(TypedDict):
 
     prompt: list[Message]
     response: str
+    token_ids: NotRequired[list[int] | None]
+    """As in `SampleRow`: reward models with this tokenizer read them, all others the text."""
+    tokenizer: NotRequired[str | None]
+    """As in `SampleRow`."""
 
 
 class CalibrationRow(TypedDict):
@@ -81,6 +92,10 @@ class CalibrationRow(TypedDict):
     sample_id: int
     prompt: list[Message]
     response: str
+    token_ids: NotRequired[list[int]]
+    """As in `SampleRow`."""
+    tokenizer: NotRequired[str | None]
+    """As in `SampleRow`."""
 
 
 class ScoreRow(TypedDict):

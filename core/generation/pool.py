@@ -50,7 +50,10 @@ def sample_pool(
                 generator = generator or make_generator()
                 prompts = [tokenizer.prompt_ids(row["prompt"]) for row in shard]
                 groups = generator.generate(prompts, n=n, seed=stream_seed(seed, name, index))
-                drawn = [_row(*pair, k) for pair in zip(shard, groups, strict=True) for k in range(n)]
+                drawn = [
+                    _row(prompt, group[k], k, tokenizer) for prompt, group in zip(shard, groups, strict=True)
+                    for k in range(n)
+                ]  # fmt: skip
                 write_table(path, drawn, SampleRow)
             samples += read_table(path, SampleRow)
             bar.update(len(shard))
@@ -59,8 +62,7 @@ def sample_pool(
     return samples
 
 
-def _row(prompt: PromptRow, group: list[Completion], sample_id: int) -> SampleRow:
-    completion = group[sample_id]
+def _row(prompt: PromptRow, completion: Completion, sample_id: int, tokenizer: ChatTokenizer) -> SampleRow:
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_id": sample_id,
@@ -71,4 +73,5 @@ def _row(prompt: PromptRow, group: list[Completion], sample_id: int) -> SampleRo
         "n_tokens": len(completion.token_ids),
         "finished": completion.finished,
         "logp_sampler": float(sum(completion.logprobs)),
+        "tokenizer": tokenizer.fingerprint,
     }

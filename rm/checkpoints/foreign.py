@@ -9,7 +9,10 @@ its shards):
    (`base_model.model.`), with `pretrained_model.`, or without `.default` are read too. `adapter_config.json` has
    rank, alpha, targets and the base; `config.json` is that of the base with `vhead_*` added.
 2. Full models: `model.*`, `v_head.summary.*`, and `lm_head.weight` in some (their published class has none).
-3. Sequence classifiers with one label: `model.*`, `score.weight`.
+3. Sequence classifiers with one label: `model.*`, `score.weight`; or another name of `foreign_heads.HEAD_NAMES`, with
+   or without a bias.
+4. Sequence classifiers that PEFT has trained: adapter and head as in 1 with the head's name of 3. Such a folder has no
+   `config.json`, so that of the base counts.
 
 `v_head.summary` is Linear(H, 1) with bias, or `vhead_num_layers` x [Linear(., neurons), ReLU] and Linear(neurons, 1).
 Its dropout is off here. The reward is read at the last real token of the attention mask, never by pad id.
@@ -17,7 +20,6 @@ Its dropout is off here. The reward is read at the last real token of the attent
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,13 +31,11 @@ from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
-from rm.checkpoints.folder import check_vocabulary, faults, locate, read_config, shapes, tensors, tokens_from
+from rm.checkpoints.folder import HUB_ID, check_vocabulary, locate, read_config, shapes, tensors, tokens_from
+from rm.checkpoints.foreign_heads import ForeignHead, find_head, head_weights, is_head, plain
 from rm.checkpoints.layout import Parts
 from rm.checkpoints.lora import SAME_BASE, adapted, adapter_config, check_factors, check_settings, merge
-from rm.heads import make_head
-
-V_HEAD = "v_head.summary."
-SCORE = "score."
+from rm.reading import Reads
 
 
 class AbsentLmHead(nn.Module):
@@ -66,14 +66,10 @@ def read(
     """
     folder = locate(path)
     shape_of = shapes(folder)
-    config = read_config(folder)
-    names = {_plain(key): key for key in shape_of}
-    prefix = V_HEAD if any(key.startswith("v_head.") for key in names) else SCORE
+    names = {plain(key): key for key in shape_of if ".original_module." not in key}
     lora = any(".lora_" in key for key in names)
-    if not any(key.startswith(prefix) for key in names):
-        top = ", ".join(sorted({key.split(".")[0] for key in names}))
-        more = "it is an adapter alone" if lora else "encoder classifiers are not supported"
-        raise ArtefactError(f"{folder}: {V_HEAD}* and {SCORE}weight are missing ({more}; it holds {top})")
+    config = _config(folder, base) if lora else read_config(folder)
+    found = find_head(folder, {key: shape_of[name] for key, name in names.items()}, config)
     if lora:
         lm, tokenizer = _read_lora(folder, names, shape_of, base=base, dtype=dtype, attention=attention)
     elif base is not None:
@@ -81,49 +77,41 @@ def read(
     else:
         tokenizer = ChatTokenizer(Model(path=str(folder)))
         check_vocabulary(folder, tokenizer)
-        lm = _read_lm(folder, shape_of, dtype, attention)
-    kind = _authors_head(folder, config) if prefix == V_HEAD else "linear"
+        lm = _read_lm(folder, names, found, dtype, attention)
+    head = head_weights(folder, found, names, lm.config.get_text_config().hidden_size)
     # Written by `rm.tools.export`; for other models the scale is not known.
     mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
-    heads = {key: name for key, name in names.items() if _is_head(key)}
-    wanted = make_head(kind, lm.config.hidden_size).state_dict()
-    head = _head_weights(wanted, tensors(folder, heads), prefix, f"{folder} does not fit a {kind} head")
-    return Parts(lm, kind, head, tokenizer, mean, std)
+    return Parts(lm, found.kind, head, tokenizer, mean, std, _reads(config, found))
 
 
-def _plain(key: str) -> str:
-    """The name in the causal LM or the head, without the prefixes of wrappers."""
-    while (shorter := key.removeprefix("base_model.model.").removeprefix("pretrained_model.")) != key:
-        key = shorter
-    return re.sub(r"(\.lora_[AB])\.default\.", r"\1.", key)
+def _reads(config, head: ForeignHead) -> Reads:
+    """What an export says of itself, else what the makers of models in this layout do (`rm.reading`)."""
+    if said := getattr(config, "reward_reads", None):
+        return said
+    if hasattr(config, "reward_mean"):  # an export by version 0.1
+        return "end_of_turn"
+    return "whole_as_text" if head.is_authors else "whole"
 
 
-def _is_head(key: str) -> bool:
-    return key.startswith(("v_head.", SCORE))
+def _config(folder: Path, base: str | Path | None):
+    """The configuration of a LoRA checkpoint: its own, or that of its base where PEFT alone has written the folder."""
+    if (folder / "config.json").is_file():
+        return read_config(folder)
+    return read_config(locate(*_base(folder, base)))
 
 
-def _authors_head(folder: Path, config) -> str:
-    """The kind of head as `make_head` names it; missing settings have the defaults of the authors' code."""
-    if getattr(config, "vhead_num_output", 1) != 1:
-        raise ArtefactError(f"{folder}: vhead_num_output is {config.vhead_num_output}, but a reward is one number")
-    if getattr(config, "vhead_layer_type", "mlp") == "linear":
-        return "linear_bias"
-    neurons, layers = getattr(config, "vhead_num_neurons", 1024), getattr(config, "vhead_num_layers", 1)
-    return "mlp" if (neurons, layers) == (1024, 1) else f"mlp:{neurons}x{layers}"
+def _base(folder: Path, base: str | Path | None) -> tuple[str, str | None]:
+    """Folder or hub id of the base of a LoRA checkpoint, and its revision."""
+    adapter = adapter_config(folder)
+    where = str(base or adapter.base_model_name_or_path or "")
+    if not where:
+        raise ArtefactError(f"{folder}: adapter_config.json names no base_model_name_or_path: give the base")
+    if not Path(where).is_dir() and not HUB_ID.fullmatch(where):
+        raise ArtefactError(f"{folder}: its base {where} does not exist: give its folder (base, or --base)")
+    return where, None if base else adapter.revision
 
 
-def _head_weights(
-    wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], prefix: str, what: str
-) -> dict[str, Tensor]:
-    shapes_wanted = {prefix + key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    if wrong := faults(shapes_wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
-        # The authors' training script always builds 1024 neurons, but writes the value of `--num_neurons`.
-        hint = "; `vhead_*` in config.json must be that of the trained head" if prefix == V_HEAD else ""
-        raise ArtefactError(f"{what}: {wrong}{hint}")
-    return {key.removeprefix(prefix): tensor.float() for key, tensor in weights.items()}
-
-
-def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention: Attention) -> CausalLM:
+def _read_lm(folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: str, attention: Attention) -> CausalLM:
     """The trunk with its LM head: the one in the files, the tied one, or an `AbsentLmHead`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -139,13 +127,13 @@ def _read_lm(folder: Path, shape_of: Mapping[str, tuple], dtype: str, attention:
         logging.set_verbosity(verbosity)
     lm_head = next(f"{name}.weight" for name, m in lm.named_modules() if m is lm.get_output_embeddings())
     wrong = [f"{key} is missing" for key in sorted(set(info["missing_keys"]) - {lm_head})]
-    wrong += [f"{key} is extra" for key in sorted(info["unexpected_keys"]) if not _is_head(key)]
+    wrong += [f"{key} is extra" for key in sorted(info["unexpected_keys"]) if not is_head(plain(key))]
     wrong += [f"{k} is {list(has)}, not {list(needs)}" for k, has, needs in sorted(info["mismatched_keys"])]
     if wrong:
         raise ArtefactError(f"{folder} does not fit its config.json: {', '.join(wrong[:6])}")
     # The embeddings of a classifier were never an LM head, even if its configuration still ties the two.
-    tied = lm.config.tie_word_embeddings and f"{SCORE}weight" not in shape_of
-    if lm_head not in shape_of and not tied:
+    tied = lm.config.tie_word_embeddings and head.is_authors
+    if lm_head not in names and not tied:
         lm.set_output_embeddings(AbsentLmHead())
         lm.config.tie_word_embeddings = False
     return lm
@@ -162,16 +150,16 @@ def _read_lora(
 ) -> tuple[CausalLM, ChatTokenizer]:
     """The base with the adapter merged in float32 (rounded once to `dtype`), and the checkpoint's tokenizer."""
     adapter = adapter_config(folder)
-    where = Model(path=str(base or adapter.base_model_name_or_path or ""), attention=attention)
-    if not where.path:
-        raise ArtefactError(f"{folder}: adapter_config.json names no base_model_name_or_path: give the base")
-    check_settings(folder, where.path, SAME_BASE)
+    path, revision = _base(folder, base)
+    where = Model(path=path, revision=revision, attention=attention)
+    if (folder / "config.json").is_file():
+        check_settings(folder, locate(path, revision), SAME_BASE)
     own = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     tokenizer = ChatTokenizer(Model(path=str(folder)) if own else where)
     lm = load_causal_lm(where, dtype=dtype)
     _fit_vocabulary(folder, lm, tokenizer, where.path)
     layers = adapted(lm, adapter, folder)
-    held = {key: name for key, name in names.items() if not _is_head(key)}
+    held = {key: name for key, name in names.items() if not is_head(key)}
     check_factors(folder, where.path, layers, adapter, {key: shape_of[name] for key, name in held.items()})
     merge(layers, adapter, tensors(folder, held))
     return lm, tokenizer
@@ -183,7 +171,8 @@ def _fit_vocabulary(folder: Path, lm: CausalLM, tokenizer: ChatTokenizer, base: 
     Their code resizes the base to `len(tokenizer)`, which adds a row for a new `[PAD]` or removes unused rows. Pads are
     masked, so the values of that row do not matter.
     """
-    trained, size = read_config(folder).vocab_size, lm.get_input_embeddings().weight.shape[0]
+    size = lm.get_input_embeddings().weight.shape[0]
+    trained = read_config(folder).vocab_size if (folder / "config.json").is_file() else size
     beyond = tokens_from(tokenizer, size)
     if trained not in (size, len(tokenizer.hf)) or set(beyond.values()) - {tokenizer.pad_id}:
         raise ArtefactError(

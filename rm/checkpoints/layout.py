@@ -17,6 +17,7 @@ from core.models import CausalLM
 from core.models.loading import save_lm
 from rm.checkpoints.folder import check_vocabulary
 from rm.heads import make_head
+from rm.reading import Reads
 
 HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
@@ -34,6 +35,7 @@ class Parts:
     tokenizer: ChatTokenizer
     mean: float
     std: float
+    reads: Reads = "end_of_turn"
 
 
 class Saveable(Protocol):
@@ -44,6 +46,7 @@ class Saveable(Protocol):
     tokenizer: ChatTokenizer
     mean: float
     std: float
+    reads: Reads
 
 
 def read_about(folder: Path) -> dict:
@@ -51,7 +54,7 @@ def read_about(folder: Path) -> dict:
     about = read_json(folder / ABOUT_FILE)
     if about["format"] not in (MERGED_FORMAT, ADAPTER_FORMAT):
         raise ArtefactError(f"{folder / ABOUT_FILE}: format {about['format']} is not known to this version")
-    return about
+    return {"reads": "end_of_turn", **about}  # version 0.1 wrote no other
 
 
 def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
@@ -92,4 +95,5 @@ def save_head(folder: Path, model: Saveable, head: dict, **about) -> None:
 
     save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
     facts = {"head": model.head_kind, "tokenizer": model.tokenizer.fingerprint, "mean": model.mean, "std": model.std}
+    facts["reads"] = model.reads
     write_json(folder / ABOUT_FILE, {"format": MERGED_FORMAT, **facts, **about})

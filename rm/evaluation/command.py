@@ -11,13 +11,13 @@ from typing import get_args
 
 from core.artefacts import code_version, package_versions
 from core.config import NATIVE_DTYPE, Dtype
-from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
 from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
 from rm.model import RewardModel
+from rm.reading import Reader, Reads
 
 SEED = 1
 """Of the bootstrap, the same for all models, so that models on the same comparisons get the same draws."""
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, dict] = {}
     units_of: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
     for name, path in zip(names, options.models, strict=True):
-        model = RewardModel.from_pretrained(path, dtype=options.dtype)
-        results[name] = {"path": path, "dtype": options.dtype, "sets": {}}
+        model = RewardModel.from_pretrained(path, dtype=options.dtype, reads=options.reads)
+        results[name] = {"path": path, "dtype": options.dtype, "reads": model.reads, "sets": {}}
         for evalset in sets:
             rows, long = score_set(model, evalset, batch_tokens=options.batch_tokens, max_tokens=options.max_tokens,
                                    progress=f"{name}, {evalset.name}")  # fmt: skip
@@ -96,9 +96,8 @@ def score_set(
     Too long is an item with a conversation of more than `max_tokens` tokens, or more than the model has positions for.
     It is left out as a whole, because the score of an item depends on all of its responses.
     """
-    positions = getattr(model.lm.config, "max_position_embeddings", None)
-    limit = min(n for n in (max_tokens, positions, sys.maxsize) if n)
-    kept = within(evalset.comparisons, model.tokenizer, limit)
+    limit = min(max_tokens or sys.maxsize, model.positions)
+    kept = within(evalset.comparisons, model.reader, limit)
     if not kept:
         raise DataError(f"{evalset.name}: no comparison within {limit} tokens: raise --max-tokens, or omit the set")
     chats = [chat for c in kept for chat in (c.chosen, c.rejected)]
@@ -122,13 +121,13 @@ def score_set(
     return rows, len(evalset.comparisons) - len(kept)
 
 
-def within(comparisons: Sequence[Comparison], tokenizer: ChatTokenizer, limit: int) -> list[Comparison]:
+def within(comparisons: Sequence[Comparison], reader: Reader, limit: int) -> list[Comparison]:
     """Comparisons of the items whose conversations all have at most `limit` tokens."""
     lengths: dict[int, int] = {}  # a conversation is in several comparisons of an item
     for c in comparisons:
         for chat in (c.chosen, c.rejected):
             if id(chat) not in lengths:
-                lengths[id(chat)] = len(tokenizer.conversation_ids(chat))
+                lengths[id(chat)] = sum(map(len, reader.conversation(chat)))
     long = {c.item for c in comparisons if max(lengths[id(c.chosen)], lengths[id(c.rejected)]) > limit}
     return [c for c in comparisons if c.item not in long]
 
@@ -271,4 +270,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts (%(default)s)")
     parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
+    parser.add_argument("--reads", choices=get_args(Reads), help="tokens that all models read (default: what each "
+                        "records, or what the makers of its layout do; docs/reward-models.md)")  # fmt: skip
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import time
 import urllib.error
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.data.chat import Message
+from core.data.chat import Message, conversation
+from core.data.rows import ResponseRow
 from core.errors import ArtefactError, DataError
 from core.http import ask_json
 
+TOKEN_VARIABLE = "GRM_SERVE_TOKEN"
+"""Environment variable with the token that a server asks of its clients."""
 CHUNK = 256
 """Conversations of one request; it bounds the time that one request takes."""
 
@@ -29,7 +33,9 @@ class RemoteRewardModel:
 
     Args:
         timeout: seconds that a request may take.
-        retries: further attempts if there is no connection, no answer in time, or a failure of the server (5xx).
+        retries: further attempts if there is no connection, no answer in time, or a failure of the server (5xx). What
+            the server refuses (4xx) is not sent again.
+        token: what the server was started with (`--token`); by default that of the environment, `GRM_SERVE_TOKEN`.
         tokenizer: the fingerprint (`ChatTokenizer.fingerprint`) that the served model must have, if any.
 
     Attributes:
@@ -42,8 +48,11 @@ class RemoteRewardModel:
         ArtefactError: the server has a model with another tokenizer.
     """
 
-    def __init__(self, url: str, *, timeout: float = 180.0, retries: int = 3, tokenizer: str | None = None):
+    def __init__(self, url: str, *, timeout: float = 180.0, retries: int = 3, tokenizer: str | None = None,
+                 token: str | None = None):  # fmt: skip
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        token = token or os.environ.get(TOKEN_VARIABLE)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.about = self._ask("/health")
         if self.about.get("status") != "ok" or "tokenizer" not in self.about:
             raise RemoteError(f"{self.url}/health answers without a status and a tokenizer, so it is no `grm rm-serve`")
@@ -62,12 +71,30 @@ class RemoteRewardModel:
             DataError: a conversation that the server refuses; the message names its number.
             RemoteError: no answer in time, or one that is not a finite reward for each conversation.
         """
+        return self._in_parts([list(c) for c in conversations], [], progress)
+
+    def score_rows(self, rows: Sequence[ResponseRow], *, progress: str = "") -> Tensor:
+        """As `score`, of sampled responses: by their tokens, where they are of the served model's tokenizer.
+
+        Raises:
+            RemoteError: also a server of version 0.1, which reads texts alone.
+        """
+        if "reads" not in self.about:
+            raise RemoteError(f"{self.url} is a server of an older version, which takes no tokens: start it again")
+        mine = [row.get("token_ids") if row.get("tokenizer") == self.fingerprint else None for row in rows]
+        ids = [list(tokens) if tokens else None for tokens in mine]
+        return self._in_parts([conversation(row["prompt"], row["response"]) for row in rows], ids, progress)
+
+    def _in_parts(self, conversations: list[list[Message]], ids: list[list[int] | None], progress: str) -> Tensor:
         parts = [torch.zeros(0)]
         with tqdm(total=len(conversations), desc=progress, disable=not progress, unit="resp") as bar:
             for start in range(0, len(conversations), CHUNK):
-                chunk = [list(c) for c in conversations[start : start + CHUNK]]
-                parts.append(self._rewards(chunk, start))
-                bar.update(len(chunk))
+                part = slice(start, start + CHUNK)
+                body: dict = {"conversations": conversations[part]}
+                if ids:
+                    body |= {"token_ids": ids[part], "tokenizer": self.fingerprint}
+                parts.append(self._rewards(body, start))
+                bar.update(len(body["conversations"]))
         return torch.cat(parts)
 
     def normalise(self, rewards: Tensor) -> Tensor:
@@ -76,9 +103,10 @@ class RemoteRewardModel:
             raise DataError(f"the ensemble on {self.url} has no mean and std of its own")
         return (rewards - self.mean) / self.std
 
-    def _rewards(self, chunk: list, start: int) -> Tensor:
+    def _rewards(self, body: dict, start: int) -> Tensor:
+        chunk = body["conversations"]
         try:
-            rewards = self._ask("/score", {"conversations": chunk}).get("rewards")
+            rewards = self._ask("/score", body).get("rewards")
         except DataError as error:
             raise DataError(f"{error} (of the conversations from number {start})" if start else str(error)) from None
         if not isinstance(rewards, list) or len(rewards) != len(chunk):
@@ -101,8 +129,10 @@ class RemoteRewardModel:
                 return self._once(path, body)
             except urllib.error.HTTPError as error:
                 message = _message(error)
-                if error.code == 400:
+                if error.code in (400, 413):
                     raise DataError(f"{self.url} refuses {message}") from None
+                if error.code == 401:
+                    message += f" (set {TOKEN_VARIABLE} to what the server was started with)"
                 fault = f"HTTP {error.code}: {message}"
                 if error.code < 500:
                     break
@@ -115,7 +145,7 @@ class RemoteRewardModel:
 
     def _once(self, path: str, body: dict | None) -> dict:
         try:
-            answer = ask_json(self.url + path, body, self.timeout)
+            answer = ask_json(self.url + path, body, self.timeout, self._headers)
         except ValueError:
             raise RemoteError(f"{self.url}{path} does not answer with JSON") from None
         if not isinstance(answer, dict):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rm.score import Tokens
+from rm.reading import Tokens
 
 GATHERED = 8
 """Batches that one call scores at most. More of them sort better by length, but small requests wait longer."""

@@ -20,9 +20,12 @@ from core.models import CausalLM
 from core.models.loading import save_lm
 from core.training.weights import named_weights
 from rm.checkpoints.folder import faults, locate
-from rm.checkpoints.foreign import V_HEAD, has_lm_head
+from rm.checkpoints.foreign import has_lm_head
+from rm.checkpoints.foreign_heads import V_HEAD
 from rm.checkpoints.layout import ABOUT_FILE, save_reward_model
 from rm.model import RewardModel
+from rm.reading import Reads
+from rm.tools.exported_tokenizer import exported_tokenizer, splits_answers_otherwise
 
 MODELING = Path(__file__).with_name("modeling_grm.py")
 HOW_TO_LOAD = {
@@ -34,14 +37,24 @@ HOW_TO_LOAD = {
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, base=options.base)
+    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, base=options.base, reads=options.reads)
     form = export(model, options.out, options.form, facts=_facts(options.model))
     print(f"{options.out}: {form}; load it with {HOW_TO_LOAD[form].format(str(options.out))}")
+    if (
+        model.reads == "end_of_turn"
+        and form != "merged"
+        and splits_answers_otherwise(exported_tokenizer(model.tokenizer))
+    ):
+        print("its tokenizer joins the end of the generation prompt with an answer, so programs that tokenise a whole "
+              "conversation read other tokens there, and their rewards differ a little from ours")  # fmt: skip
     return 0
 
 
 def export(model: RewardModel, out: Path, form: str = "auto", *, facts: dict | None = None) -> str:
     """Write `model` and its tokenizer to the new folder `out`; returns the form. All forms give the same rewards.
+
+    Other programs score the whole rendering of the chat template at its last token. So a model that reads up to the end
+    of turn gets a template that ends there (`rm.tools.exported_tokenizer`), except in the layout of this project.
 
     classifier: a sequence classifier of transformers with one label, its `score` in the type of the trunk; for linear
         heads without bias.
@@ -50,7 +63,7 @@ def export(model: RewardModel, out: Path, form: str = "auto", *, facts: dict | N
     auto: classifier if the head allows it, else remote_code.
 
     Raises:
-        ArtefactError: `out` is not empty; a head or an architecture that the form does not allow.
+        ArtefactError: `out` is not empty; a head, an architecture or a chat template that the form does not allow.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtefactError(f"{out} exists: give a new folder")
@@ -96,6 +109,8 @@ def _remote_code(model: RewardModel, out: Path) -> None:
     from rm.tools.modeling_grm import GrmForSequenceClassification
 
     config = _config(model)
+    code = MODELING.read_text(encoding="utf-8")
+    code = re.sub(r'^MODEL_TYPE = ".*"', f'MODEL_TYPE = "{config.model_type}"', code, count=1, flags=re.MULTILINE)
     head = model.head.state_dict()
     if model.head_kind in ("linear", "linear_bias"):
         config.vhead_layer_type = "linear"
@@ -105,13 +120,14 @@ def _remote_code(model: RewardModel, out: Path) -> None:
         config.vhead_num_neurons, config.vhead_num_layers = int(shape[1] or 1024), int(shape[2] or 1)
     else:
         raise ArtefactError(f"transformers alone cannot read a {model.head_kind} head: use --form merged")
-    config.auto_map = {"AutoModelForSequenceClassification": f"{MODELING.stem}.{GrmForSequenceClassification.__name__}"}
+    config.auto_map = {
+        "AutoConfig": f"{MODELING.stem}.GrmConfig",
+        "AutoModelForSequenceClassification": f"{MODELING.stem}.{GrmForSequenceClassification.__name__}",
+    }
     inner = model.lm.base_model_prefix + "."
     weights = {"model." + key.removeprefix(inner): tensor for key, tensor in _trunk(model.lm).items()}
     weights |= {V_HEAD + key: tensor.float() for key, tensor in head.items()}
     _save(model, out, config, GrmForSequenceClassification, weights)
-    code = MODELING.read_text(encoding="utf-8")
-    code = re.sub(r'^MODEL_TYPE = ".*"', f'MODEL_TYPE = "{config.model_type}"', code, count=1, flags=re.MULTILINE)
     (out / MODELING.name).write_text(code, encoding="utf-8")
 
 
@@ -121,8 +137,9 @@ def _save(model: RewardModel, out: Path, config, network: type[nn.Module], weigh
     if wrong := faults(wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}):
         raise ArtefactError(f"the weights do not fit {network.__name__}: {wrong}")
     config.architectures = [network.__name__]
-    save_lm(out, config, weights.items(), model.tokenizer)
-    _add_old_names(out, model.tokenizer)
+    tokenizer = exported_tokenizer(model.tokenizer) if model.reads == "end_of_turn" else model.tokenizer
+    save_lm(out, config, weights.items(), tokenizer)
+    _add_old_names(out, tokenizer)
 
 
 def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
@@ -141,13 +158,13 @@ def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
 
 
 def _config(model: RewardModel):
-    """Configuration of a classifier with one label; `reward_mean` and `reward_std` are for the reader, not applied."""
+    """Configuration of a classifier with one label; `reward_mean`, `reward_std` are for the reader, not applied."""
     config = copy.deepcopy(model.lm.config)
     for key in [key for key in vars(config) if key == "auto_map" or key.startswith("vhead_")]:
         delattr(config, key)
     config.num_labels, config.dtype = 1, model.lm.dtype
     config.pad_token_id = model.tokenizer.pad_id  # not an end of turn: the classifier reads the token before the pads
-    config.reward_mean, config.reward_std = model.mean, model.std
+    config.reward_mean, config.reward_std, config.reward_reads = model.mean, model.std, model.reads
     return config
 
 
@@ -160,7 +177,7 @@ def _trunk(lm: CausalLM) -> dict[str, Tensor]:
 def _facts(path: str) -> dict:
     """Entries of `reward_model.json` that `RewardModel` does not keep, such as the variant; empty for other layouts."""
     file = locate(path) / ABOUT_FILE
-    kept = {"format", "head", "tokenizer", "mean", "std", "base_model"}
+    kept = {"format", "head", "tokenizer", "mean", "std", "base_model", "reads"}
     return {key: value for key, value in read_json(file).items() if key not in kept} if file.is_file() else {}
 
 
@@ -182,4 +199,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="of the weights (%(default)s)")
     parser.add_argument("--base", help="base of a LoRA checkpoint, instead of the one that it names")
+    parser.add_argument("--reads", choices=get_args(Reads), help="tokens that it reads, recorded in OUT (default: "
+                        "what MODEL records, or what the makers of its layout do; docs/reward-models.md)")  # fmt: skip
     return parser

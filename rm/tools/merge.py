@@ -138,6 +138,7 @@ def _describe(folder: Path) -> dict:
         "architecture": {key: value for key, value in config.items() if key not in NO_SETTING},
         "tokenizer": about["tokenizer"],
         "head": about["head"],
+        "reads": about["reads"],
         "layout": "adapter" if adapter else "merged",
         "type": DTYPES[dtypes.pop()],
         "base": f"of digest {about['base_model']['digest']}" if adapter else _base(folder),
@@ -154,7 +155,7 @@ def _base(folder: Path) -> str | None:
 
 
 def _check_same(first: Path, a: dict, other: Path, b: dict) -> None:
-    for key in ("tokenizer", "head", "layout", "type"):
+    for key in ("tokenizer", "head", "reads", "layout", "type"):
         if a[key] != b[key]:
             raise ArtefactError(f"{other} does not go with {first}: {key} {b[key]}, not {a[key]}")
     if a["base"] and b["base"] and a["base"] != b["base"]:

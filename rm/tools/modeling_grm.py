@@ -3,17 +3,27 @@
 `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` gives a model whose `logits`
 [B, 1] are float32 rewards, read at the last real token of each row. Fields of `config.json`: `vhead_layer_type`
 (`linear`, `mlp`), `vhead_num_neurons`, `vhead_num_layers`; `reward_mean` and `reward_std`, the rewards' scale on
-samples of the reference policy, are for the reader and not applied.
+samples of the reference policy, are for the reader and not applied; neither is `reward_reads`. The chat template next
+to this file ends where the reward is read: tokenise its whole rendering of a conversation as it is.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 MODEL_TYPE = "llama"  # the backbone's; set when the model is exported
+
+
+class GrmConfig(CONFIG_MAPPING[MODEL_TYPE]):
+    """The backbone's configuration as a class of its own.
+
+    transformers registers a model class for the class of its configuration. Under the backbone's own class every other
+    classifier with that backbone, loaded later in the same process, would become a `GrmForSequenceClassification`.
+    """
 
 
 class Float32Linear(nn.Linear):
@@ -43,7 +53,7 @@ class ValueHead(nn.Module):
 
 
 class GrmForSequenceClassification(PreTrainedModel):
-    config_class = CONFIG_MAPPING[MODEL_TYPE]
+    config_class = GrmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: list[str] = []
@@ -55,7 +65,8 @@ class GrmForSequenceClassification(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = 1
-        self.model = AutoModel.from_config(config)
+        backbone = next(cls for cls in type(config).__mro__ if cls in MODEL_MAPPING)
+        self.model = MODEL_MAPPING[backbone]._from_config(config)
         self.v_head = ValueHead(config)
         self.post_init()
 

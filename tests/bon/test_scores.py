@@ -30,7 +30,7 @@ def test_shared_layers_change_no_reward(policy_path, tmp_path):
         changed.mlp.up_proj.weight.data[seed] = 0
         save_reward_model(tmp_path / "rm" / name, model, named_weights(model.lm), model.head.state_dict())
         models[name] = RewardModel.from_pretrained(tmp_path / "rm" / name)
-    shared = SharedLayers.of(models["a"], models["b"], conversations)
+    shared = SharedLayers.of(models["a"], models["b"], samples)
     assert shared.cache.layers.depth == 3 and shared.fits(models["b"]) and not shared.fits(models["other"])
     names = score_proxies(tmp_path / "rm", samples, tmp_path)
     for name, model in models.items():

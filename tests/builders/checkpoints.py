@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.config import Model
-from core.data.chat import ChatTokenizer
 from rm.model import RewardModel
 
 CHATS = [
@@ -35,10 +33,13 @@ def tiny_config(tokenizer, **settings) -> LlamaConfig:
     return LlamaConfig(**{**standard, **settings})
 
 
-def batch(tokenizer, model_path: Path) -> tuple[Tensor, Tensor]:
-    """Ids and mask [3, L] of CHATS, padded on the right."""
-    chat = ChatTokenizer(Model(path=str(model_path)))
-    rows = [torch.tensor(chat.conversation_ids(c)) for c in CHATS]
+def batch(tokenizer) -> tuple[Tensor, Tensor]:
+    """Ids and mask [3, L] of CHATS as the authors and RewardBench read them: the whole rendering, as any text.
+
+    Padded on the right.
+    """
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    rows = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)  # noqa: E731
     return pad(rows, tokenizer.unk_token_id), pad([torch.ones_like(row) for row in rows], 0)
 
@@ -68,7 +69,7 @@ class AuthorsModel(nn.Module):
         return values[torch.arange(len(values)), attention_mask.sum(-1) - 1]
 
 
-def write_lora(tokenizer, tokenizer_path: Path, tmp_path: Path) -> tuple[Path, Tensor]:
+def write_lora(tokenizer, tmp_path: Path) -> tuple[Path, Tensor]:
     """A LoRA checkpoint as their trainer saves it, beside its base; returns it and its rewards of CHATS."""
     torch.manual_seed(1)
     base = LlamaForCausalLM(tiny_config(tokenizer))
@@ -93,7 +94,7 @@ def write_lora(tokenizer, tokenizer_path: Path, tmp_path: Path) -> tuple[Path, T
     peft.peft_config["default"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with torch.no_grad():
-        return folder, wrapped.eval()(*batch(tokenizer, tokenizer_path))
+        return folder, wrapped.eval()(*batch(tokenizer))
 
 
 def write_full(folder: Path, tokenizer, layer_type="mlp", neurons=1024, layers=1, *, lm_head=False, **settings):

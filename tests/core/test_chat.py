@@ -56,8 +56,11 @@ def test_template_that_rewrites_answers_is_refused(tokenizer, tmp_path):
     tokenizer.hf.save_pretrained(tmp_path)
     template = tmp_path / "chat_template.jinja"
     template.write_text(template.read_text().replace("message['content']", "(message['content'] | upper)"))
-    with pytest.raises(DataError, match="renders a response differently"):
-        ChatTokenizer(Model(path=str(tmp_path)))
+    rewriting = ChatTokenizer(Model(path=str(tmp_path)))
+    assert rewriting.hf.decode(rewriting.whole_ids(conversation(CHAT, "fine"))).rstrip().endswith("FINE<|im_end|>")
+    for asked in (lambda: rewriting.prompt_ids(CHAT), lambda: rewriting.response_ids("Fine.")):
+        with pytest.raises(DataError, match="renders a response differently"):
+            asked()
 
 
 @pytest.mark.parametrize(

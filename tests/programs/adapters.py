@@ -64,7 +64,7 @@ def main(base: str, out: str) -> None:
     whole = [Engine(model, cfg.engine, micro_batch=2) for model in whole]
     ensemble = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in ("a", "b")], dtype="float32")
     shared = ensemble.through(Engine(ensemble, cfg.engine, micro_batch=2))
-    mine = CHATS[distributed.rank() :][:2]
+    mine = [{"prompt": chat[:-1], "response": chat[-1]["content"]} for chat in CHATS[distributed.rank() :][:2]]
     found = {
         name: distributed.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())
         for name, members in (("whole", whole), ("shared", shared), ("again", shared))

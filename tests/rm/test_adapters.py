@@ -24,7 +24,7 @@ from rm.checkpoints.adapters import save_adapter_model
 from rm.checkpoints.layout import save_reward_model
 from rm.ensemble import AdapterEnsemble, one_base
 from rm.model import RewardModel
-from rm.score import score, tokens_of
+from rm.score import score_tokens
 from rm.serving import server as serve
 from tests.builders.checkpoints import CHATS, CLOSE, edit_json, tiny_config, write_lora
 from tests.builders.command_line import grm
@@ -117,7 +117,9 @@ def test_an_ensemble_on_one_base_scores_as_its_merged_members(members, dtype, cl
         for member, rewards in zip(ensemble.members, expected, strict=True):
             torch.testing.assert_close(member.score(CHATS), rewards, **close)
     for member, rewards in zip(ensemble.through(ensemble), expected, strict=True):
-        found = score(member, member.module.tokenizer, CHATS, share=member.module.shares_prompts)
+        module = member.module
+        rows = [module.reader.conversation(chat) for chat in CHATS]
+        found = score_tokens(member, module.tokenizer, rows, share=module.shares_prompts)
         torch.testing.assert_close(found, rewards, **close)
     assert [(m.mean, m.std) for m in ensemble.members] == [(0.1, 2.0), (0.2, 3.0), (0.1 * 3, 4.0)]
     assert min(float((a - b).abs().max()) for a, b in zip(expected, expected[1:], strict=False)) > 0.02
@@ -137,7 +139,7 @@ def test_members_share_the_layers_below_their_adapters(members):
     rows = None
     for chosen, depth in ((members[:2], 1), (members, None)):
         ensemble = AdapterEnsemble.from_pretrained([adapter for adapter, _ in chosen], dtype="float32")
-        rows = rows or [tokens_of(ensemble.members[0].tokenizer, chat) for chat in CHATS]
+        rows = rows or [ensemble.members[0].reader.conversation(chat) for chat in CHATS]
         cache = ensemble.frozen_state_cache(rows)
         assert (cache and cache.layers.depth) == depth
         for member, (adapter, _) in zip(ensemble.members, chosen, strict=True):
@@ -152,7 +154,7 @@ def test_the_server_shares_a_base_where_it_can(members, base, tmp_path):
     served = serve.Ensemble(["a", "b"], models, frozen=frozen)
     apart, none = serve.load([str(w) for w in whole[:2]], dtype="float32")
     assert none is None and apart[0].lm is not apart[1].lm
-    rows = [tokens_of(served.tokenizer, chat) for chat in CHATS]
+    rows = [served.models[0].reader.conversation(chat) for chat in CHATS]
     torch.testing.assert_close(served.members(rows), serve.Ensemble(["a", "b"], apart).members(rows), **CLOSE)
     assert not one_base([adapters[0], whole[1]]) and not one_base(adapters[:1])
     half = saved(trained(base, 5, dtype="bfloat16"), tmp_path, base)[0]
@@ -233,7 +235,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(copy, base, tmp_path):
 
 
 def test_the_authors_lora_is_not_taken_for_ours(tokenizer_path, members, tmp_path):
-    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tokenizer_path, tmp_path)
+    folder, _ = write_lora(AutoTokenizer.from_pretrained(tokenizer_path), tmp_path)
     assert not one_base([folder, folder])
     with pytest.raises(ArtefactError, match="is not a LoRA checkpoint"):
         RewardModel.from_pretrained(members[0][1], base=tmp_path / "base")

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from core.config import Model
 from core.data.chat import ChatTokenizer
@@ -25,8 +31,8 @@ def tokenizer(tokenizer_path):
 
 
 @pytest.fixture
-def lora(tokenizer, tokenizer_path, tmp_path) -> tuple[Path, Tensor]:
-    return write_lora(tokenizer, tokenizer_path, tmp_path)
+def lora(tokenizer, tmp_path) -> tuple[Path, Tensor]:
+    return write_lora(tokenizer, tmp_path)
 
 
 def test_the_authors_lora_scores_as_their_code_does(lora, tmp_path):
@@ -54,7 +60,7 @@ def test_lora_names_as_peft_and_wrappers_write_them(lora, prefix):
 def test_a_lora_checkpoint_on_a_base_given(lora, tmp_path):
     folder, expected = lora
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ArtefactError, match="cannot read the configuration of .*base"):
+    with pytest.raises(ArtefactError, match="its base .*base does not exist: give its folder"):
         read(folder)
     torch.testing.assert_close(read(folder, base=tmp_path / "moved").score(CHATS), expected, **CLOSE)
 
@@ -81,7 +87,7 @@ def test_a_pad_token_that_the_authors_code_added(lora, tokenizer, tokenizer_path
     [
         (lambda w: w.pop("v_head.summary.2.bias"), r"mlp head: v_head\.summary\.2\.bias is missing"),
         (lambda w: w.update({"v_head.summary.4.bias": torch.zeros(1)}), r"v_head\.summary\.4\.bias is extra"),
-        (lambda w: [w.pop(k) for k in list(w) if "v_head" in k], r"v_head\.summary\.\* and score\.weight are missing"),
+        (lambda w: [w.pop(k) for k in list(w) if "v_head" in k], r"no reward head .*it is an adapter alone"),
         (
             lambda w: w.pop("model.layers.1.self_attn.k_proj.lora_B.default.weight"),
             r"layers\.1\.self_attn\.k_proj\.lora_B\.weight is missing",
@@ -132,11 +138,11 @@ def test_another_base_is_refused(lora, tokenizer, tmp_path, settings, message):
         (("linear", 1024, 1), {"tie_word_embeddings": True}),
     ],
 )
-def test_the_authors_full_checkpoint_scores_as_their_code_does(head, settings, tokenizer, tokenizer_path, tmp_path):
+def test_the_authors_full_checkpoint_scores_as_their_code_does(head, settings, tokenizer, tmp_path):
     theirs = write_full(tmp_path, tokenizer, *head, **settings)
     model = read(tmp_path)
     with torch.no_grad():
-        expected = theirs(*batch(tokenizer, tokenizer_path))
+        expected = theirs(*batch(tokenizer))
     torch.testing.assert_close(model.score(CHATS), expected, **CLOSE)
     assert expected.std() > 0.01
     logps = lambda: token_logprobs(model.lm.get_output_embeddings(), torch.ones(1, 32), torch.tensor([7]))  # noqa: E731
@@ -189,7 +195,7 @@ def test_a_sequence_classifier_scores_as_transformers_does(tokenizer, tokenizer_
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     tokenizer.save_pretrained(tmp_path)
-    ids, mask = batch(tokenizer, tokenizer_path)
+    ids, mask = batch(tokenizer)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     model = read(tmp_path)
@@ -201,6 +207,74 @@ def test_a_sequence_classifier_scores_as_transformers_does(tokenizer, tokenizer_
         ids[:, -1], mask[:, -1] = tokenizer.unk_token_id, 1
         hidden = theirs.model(ids, attention_mask=mask).last_hidden_state
         torch.testing.assert_close(model(ids, mask)[0][1], theirs.score(hidden)[1, -1, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["v_head", "value_head", "reward_head", "regression_head", "rm_head", "classifier"])
+def test_a_linear_head_of_another_name(name, bias, tokenizer, tmp_path):
+    torch.manual_seed(3)
+    theirs = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    offset = {f"{name}.bias": torch.tensor([0.5])} if bias else {}
+    edit(tmp_path, lambda w: w.update({f"{name}.weight": w.pop("score.weight"), **offset}))
+    ids, mask = batch(tokenizer)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1) + 0.5 * bias
+    torch.testing.assert_close(read(tmp_path).score(CHATS), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"value_head.weight": torch.ones(1, 32)}, r"holds the heads score and value_head: remove the one"),
+        (
+            {"score.0.weight": torch.ones(4, 32)},
+            r"score is not a linear layer but 0\.weight \[4, 32\], weight \[1, 32\]",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_told_are_refused(tokenizer, tmp_path, extra, message):
+    LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    edit(tmp_path, lambda w: w.update(extra))
+    with pytest.raises(ArtefactError, match=message):
+        read(tmp_path)
+
+
+@pytest.fixture
+def peft_classifier(tokenizer, tmp_path) -> tuple[Path, Tensor]:
+    """A classifier as PEFT trains and saves it: no config.json, and the head next to the adapter."""
+    torch.manual_seed(5)
+    LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(tmp_path / "base")
+    trunk = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type=TaskType.SEQ_CLS)
+    theirs = get_peft_model(trunk, settings).eval()
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name or "score.modules_to_save" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    theirs.save_pretrained(tmp_path / "peft")
+    tokenizer.save_pretrained(tmp_path / "peft")
+    ids, mask = batch(tokenizer)
+    with torch.no_grad():
+        return tmp_path / "peft", theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+
+
+def test_a_classifier_that_peft_has_trained(peft_classifier, tmp_path):
+    folder, expected = peft_classifier
+    assert not (folder / "config.json").exists() and expected.std() > 0.01
+    torch.testing.assert_close(read(folder).score(CHATS), expected, **CLOSE)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ArtefactError, match="its base .*base does not exist: give its folder"):
+        read(folder)
+    torch.testing.assert_close(read(folder, base=tmp_path / "moved").score(CHATS), expected, **CLOSE)
+
+
+def test_a_folder_without_a_configuration_says_what_it_lacks(peft_classifier):
+    folder, _ = peft_classifier
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ArtefactError, match=r"peft holds LoRA tensors, but no adapter_config\.json"):
+        read(folder)
 
 
 def test_a_classifier_with_two_labels_is_refused(tokenizer, tmp_path):
@@ -220,7 +294,7 @@ def test_pickles_are_refused_with_the_way_out(tokenizer, tmp_path):
 
 def test_what_is_no_reward_model_is_refused(tokenizer, tmp_path):
     LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(tmp_path / "lm")
-    with pytest.raises(ArtefactError, match=r"v_head\.summary\.\* and score\.weight are missing"):
+    with pytest.raises(ArtefactError, match=r"no reward head among its tensors \(it holds lm_head, model\)"):
         read(tmp_path / "lm")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtefactError, match="no safetensors"):

@@ -11,14 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from core.errors import ArtefactError
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from rm.tools.export import export
-from tests.builders.checkpoints import CHATS, CLOSE, batch, read, write_full, write_lora
+from rm.tools.exported_tokenizer import ending_with
+from tests.builders.checkpoints import CHATS, CLOSE, batch, read, tiny_config, write_full, write_lora
 from tests.builders.command_line import grm
 from tests.builders.reward_models import tiny_reward_model
 
@@ -29,16 +36,16 @@ folder, chats = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 load = lambda dtype: AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
 model = load(torch.float32).eval()
-texts = [tokenizer.apply_chat_template(chat, tokenize=False).rstrip() for chat in chats]
+texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
 found = {}
 with torch.no_grad():
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
         found[side] = model(**inputs).logits.tolist()
         found[side + " without mask"] = model(inputs["input_ids"]).logits.tolist()
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
-rows = classify(texts, batch_size=3, function_to_apply="none", padding=True, add_special_tokens=False)
+rows = classify(texts, batch_size=3, function_to_apply="none", padding=True)
 found["pipeline"] = [[row["score"]] for row in rows]
 half = load(torch.bfloat16)
 types = {str(p.dtype) for n, p in half.named_parameters() if "v_head" in n}, str(half.model.dtype)
@@ -65,8 +72,8 @@ def command(*arguments: object) -> int:
 
 
 @torch.no_grad()
-def logits(model, tokenizer, tokenizer_path, side: str) -> torch.Tensor:
-    ids, mask = batch(tokenizer, tokenizer_path)
+def logits(model, tokenizer, side: str) -> torch.Tensor:
+    ids, mask = batch(tokenizer)
     if side == "left":
         ids = torch.stack([row.roll(len(row) - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
         mask = mask.flip(1)
@@ -74,7 +81,7 @@ def logits(model, tokenizer, tokenizer_path, side: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, tokenizer_path, tmp_path):
+def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer_path, tmp_path):
     model = tiny_reward_model(tokenizer_path, "linear", tie_word_embeddings=tied)
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out") == 0
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -85,7 +92,7 @@ def test_a_linear_head_becomes_a_sequence_classifier(tied, tokenizer, tokenizer_
     assert config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
     assert config.pad_token_id not in model.tokenizer.stop_ids
     for side in ("right", "left"):
-        found = logits(theirs.eval(), tokenizer, tokenizer_path, side)
+        found = logits(theirs.eval(), AutoTokenizer.from_pretrained(tmp_path / "out"), side)
         torch.testing.assert_close(found.squeeze(-1), model.score(CHATS), **CLOSE)
     back = read(tmp_path / "out")
     assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
@@ -98,6 +105,21 @@ def test_any_head_is_exported_with_its_own_modelling_file(head, tokenizer_path, 
     assert command(saved(model, tmp_path / "rm"), tmp_path / "out", "--form", form) == 0
     back = read(tmp_path / "out")
     assert torch.equal(back.score(CHATS), model.score(CHATS)) and (back.mean, back.std) == (0.25, 2.0)
+
+
+def test_an_mlp_head_leaves_other_classifiers_as_they_are(tokenizer, tokenizer_path, tmp_path):
+    """transformers registers remote code for the class of its configuration, for the whole process."""
+    export(tiny_reward_model(tokenizer_path, "mlp"), tmp_path / "mlp")
+    stock = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1))
+    stock.save_pretrained(tmp_path / "stock")
+    load = AutoModelForSequenceClassification.from_pretrained
+    ours = load(tmp_path / "mlp", trust_remote_code=True)
+    assert type(ours).__name__ == "GrmForSequenceClassification" and type(ours.config).__name__ == "GrmConfig"
+    assert type(ours.config) is not LlamaConfig and isinstance(ours.config, LlamaConfig)
+    assert type(load(tmp_path / "stock", trust_remote_code=True)) is LlamaForSequenceClassification
+    # as transformers 4 registers it, whether or not the configuration has a class of the library
+    AutoModelForSequenceClassification.register(type(ours.config), type(ours), exist_ok=True)
+    assert type(load(tmp_path / "stock", trust_remote_code=True)) is LlamaForSequenceClassification
 
 
 @pytest.mark.slow
@@ -122,8 +144,8 @@ def test_a_process_without_this_project_loads_the_export(head, tokenizer_path, t
         )
 
 
-def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, tokenizer_path, tmp_path):
-    folder, expected = write_lora(tokenizer, tokenizer_path, tmp_path)
+def test_a_lora_checkpoint_merged_and_as_remote_code(tokenizer, tmp_path):
+    folder, expected = write_lora(tokenizer, tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     for form in ("merged", "remote_code"):
         assert command(folder, tmp_path / form, "--form", form, "--base", tmp_path / "moved") == 0
@@ -180,3 +202,30 @@ def test_what_cannot_be_exported_is_refused(tokenizer, tokenizer_path, tmp_path,
     with pytest.raises(ArtefactError, match="cannot read a of_another_kind head"):
         export(model, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+NASTY = """
+{%- macro turn(m) -%}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>{% endmacro -%}
+{% set messages = messages[0:] %}
+{%- for m in messages %}{{ turn(m) }}{{ '\\n' if not loop.last else ' \\n' }}{% endfor %}
+  {%- if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def test_only_what_follows_the_last_end_of_turn_is_cut_from_a_template(tokenizer_path):
+    """A template is captured and not rewritten: macros, other variables and line ends stay as they are."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    chat = [*CHATS[0], {"role": "user", "content": "More <|im_end|>\n"}, *CHATS[1][1:]]
+    for template in (NASTY, "\n\n  " + NASTY + "\n\n"):
+        tokenizer.chat_template = template
+        render = lambda messages, prompt: tokenizer.apply_chat_template(  # noqa: E731
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+        before = render(chat, False), render(chat[:-1], True), render(chat[:-1], False)
+        written = before[0].rpartition("<|im_end|>")
+        tokenizer.chat_template = ending_with(template, "<|im_end|>" + written[2], "<|im_end|>")
+        assert (render(chat[:-1], True), render(chat[:-1], False)) == before[1:]
+        assert written[2].isspace() and render(chat, False) == written[0] + "<|im_end|>"
+    tokenizer.chat_template = ending_with("{% for m in messages %}{{ m.content }}{% endfor %}", "", "<|im_end|>")
+    assert tokenizer.apply_chat_template(CHATS[2], tokenize=False) == "Say hello.Hello!<|im_end|>"

@@ -140,7 +140,7 @@ def test_gold_in_the_layout_of_a_sequence_classifier(tokenizer_path, tmp_path):
     network = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1)).eval()
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    ids, mask = batch(tokenizer, tokenizer_path)
+    ids, mask = batch(tokenizer)
     with torch.no_grad():
         expected = network(input_ids=ids, attention_mask=mask).logits[:, 0]
     for kind in ("checkpoint", "hub"):

@@ -1,11 +1,13 @@
-"""Pairs that are longer than a reward model reads."""
+"""Pairs as the tokens that the policy made, and pairs that are longer than a reward model reads."""
 
 import pytest
 
 from core.config import Model, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
+from core.data.labels import repeated
 from rm.pairs import tokenise
 
+PROMPT = [{"role": "user", "content": "Name a fruit."}]
 SYSTEM = {"role": "system", "content": "You are a pirate."}
 
 
@@ -62,3 +64,25 @@ def test_overlong_pairs_are_dropped_by_default(tokenizer):
     rows = [row(turns("Hi")), row(turns("Hi " * 60))]
     pairs, counts = tokenised(tokenizer, rows, RewardTraining().overlong, 60)
     assert len(pairs) == 1 and counts == {"dropped": 1, "truncated": 0}
+
+
+def pair(**ids) -> dict:
+    return {
+        "prompt_id": "p", "pair_id": "q", "split": "rm_train", "source": "policy", "prompt": PROMPT,
+        "chosen": "An apple.", "rejected": "A pe", "flipped": False, "margin": None, "weight": 1.0,
+        "gold_chosen": 1.0, "gold_rejected": 0.0, **ids,
+    }  # fmt: skip
+
+
+def test_sampled_responses_keep_their_tokens_in_training(tokenizer):
+    whole = tokenizer.response_ids("An apple.")
+    single = [i for letter in "An apple." for i in tokenizer.rendered_ids(letter)] + [tokenizer.eot_id]
+    cut_off = tokenizer.rendered_ids("A pe")
+    assert single != whole
+    ids = {"chosen_ids": single, "rejected_ids": cut_off, "tokenizer": tokenizer.fingerprint}
+    rows = [pair(**ids), pair(**{**ids, "tokenizer": "another"}), pair()]
+    sampled, other, imported = tokenise(repeated(rows), tokenizer, RewardTraining(), RewardVariant())[0]
+    assert (sampled.chosen, sampled.rejected) == (single, cut_off)
+    for made_of_text in (other, imported):
+        assert (made_of_text.chosen, made_of_text.rejected) == (whole, [*cut_off, tokenizer.eot_id])
+    assert sampled.prompt == tokenizer.prompt_ids(PROMPT)

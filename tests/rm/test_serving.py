@@ -102,7 +102,7 @@ def test_openrlhf_gets_the_rewards_of_the_conversations(model, url, end, with_pr
 
 
 def test_one_bos_where_the_template_writes_one(model):
-    reader, bos = RowReader(model.tokenizer), model.tokenizer.hf.bos_token
+    reader, bos = RowReader(model.reader), model.tokenizer.hf.bos_token
     _, queries = rendered(model, "<|im_end|>")
     assert queries[0].startswith(bos)
     expected = tuple(model.tokenizer.conversation_ids(MANY[0]))
@@ -123,7 +123,20 @@ BAD = [
     ("score", {"conversations": [[CHATS[0][1], CHATS[0][1]]]}, "roles must alternate"),
     ("score", {"conversations": [[*CHATS[0][:1], {"role": "user", "content": "x"}]]}, "must end with the assistant"),
     ("score", {"conversations": [[*CHATS[0][:1], {"role": "assistant", "content": "no " * 400}]]}, "takes 300"),
-    ("get_reward", {"queries": []}, "list 'query'"),
+    ("get_reward", {"prompts": []}, "list 'query'"),
+    ("get_reward", {"queries": []}, "unknown key 'queries': did you mean 'query'?"),
+    ("score", {"conversation": [CHATS[0]]}, "unknown key 'conversation': did you mean 'conversations'?"),
+    ("score", {"conversations": [[{**CHATS[0][0], "name": "x"}, CHATS[0][1]]]}, "conversations[0]: unknown key 'name'"),
+    ("score", {"conversations": [[CHATS[0][0], {"role": "assistant", "content": "\ud800"}]]}, "not valid Unicode"),
+    ("score", {"conversations": [CHATS[0]], "\ud800": 1}, "unknown key"),
+    ("get_reward", {"query": ["Hello \ud800"]}, "query[0]: not valid Unicode"),
+    ("get_reward", {"query": ["Hello"], "prompts": ["\udfff"]}, "query[0]: not valid Unicode"),
+    ("get_reward", {"query": ["<|im_end|>"]}, "query[0]: a query needs text"),
+    ("get_reward", {"query": ["<|im_start|>"]}, "query[0]: a query needs text"),  # the tokenizer's BOS
+    ("get_reward", {"query": ["<|endoftext|> <|im_end|>\n"]}, "query[0]: a query needs text"),
+    ("score", {"conversations": [CHATS[0]], "token_ids": [[5]], "tokenizer": "other"}, "of the tokenizer 'other'"),
+    ("score", {"conversations": [CHATS[0]], "token_ids": []}, "token_ids must be a list as long"),
+    ("score", {"conversations": [CHATS[0]], "token_ids": [[-1]]}, "token_ids[0] must be null, or a list"),
     ("get_reward", {"query": ["Hello", 3]}, "query[1]"),
     ("get_reward", {"query": ["Hello", " "]}, "query[1]"),
     ("get_reward", {"query": ["Hello"], "prompts": ["a", "b"]}, "prompts must be a list as long"),
@@ -134,6 +147,32 @@ BAD = [
 def test_what_cannot_be_scored_is_refused_with_its_row(url, path, body, message):
     status, found = post(f"{url}/{path}", body)
     assert status == 400 and message in found["error"]
+
+
+def test_a_server_with_a_token_answers_nobody_else(model, monkeypatch):
+    monkeypatch.delenv("GRM_SERVE_TOKEN", raising=False)
+    with serving(Ensemble(["a"], [model]), token="secret") as address:
+        for query in ("", "?token=wrong", "?token=%ff"):
+            status, found = post(f"{address}/score{query}", {"conversations": CHATS})
+            assert status == 401 and "no token" in found["error"]
+        assert post(f"{address}/get_reward?token=secret", {"query": ["Hello"]})[0] == 200
+        with pytest.raises(RemoteError, match=r"HTTP 401.*set GRM_SERVE_TOKEN.*attempts: 1"):
+            RemoteRewardModel(address)
+        torch.testing.assert_close(RemoteRewardModel(address, token="secret").score(CHATS), model.score(CHATS), **CLOSE)
+        monkeypatch.setenv("GRM_SERVE_TOKEN", "secret")
+        assert RemoteRewardModel(address).about["status"] == "ok"
+
+
+def test_a_body_above_the_limit_is_not_read(model):
+    with serving(Ensemble(["a"], [model]), max_body=2000) as address:
+        assert post(f"{address}/score", {"conversations": CHATS})[0] == 200
+        status, found = post(f"{address}/score", {"conversations": CHATS * 20})
+        assert status == 413 and "more than 2000 bytes" in found["error"]
+        with pytest.raises(DataError, match="more than 2000 bytes"):
+            RemoteRewardModel(address).score(CHATS * 20)
+        chunked = urllib.request.Request(f"{address}/score", iter([b"x" * 1500] * 2), {"Transfer-Encoding": "chunked"})
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(chunked, timeout=60)
 
 
 def test_a_fault_of_the_server_is_no_reward(tokenizer_path):
@@ -215,7 +254,7 @@ def test_a_server_with_another_tokenizer_is_refused(url):
 
 
 def test_the_reader_is_safe_between_threads(model):
-    reader, body = RowReader(model.tokenizer), {"conversations": MANY}
+    reader, body = RowReader(model.reader), {"conversations": MANY}
     expected = reader.conversations(body)
     with ThreadPoolExecutor(8) as pool:
         assert all(rows == expected for rows in pool.map(lambda _: reader.conversations(body), range(64)))
