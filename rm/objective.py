@@ -76,7 +76,10 @@ def batch_correlations(
     value = length_disentangling(parts[:, 0], parts[:, 1], tokens)
     (slopes,) = torch.autograd.grad(value, parts)
     of_rank = slopes[ranks == distributed.rank()].float().split([len(rows) for rows in mine])
-    return [BatchCorrelations(float(value), part.to(distributed.device()), len(part) / len(slopes)) for part in of_rank]
+    return [
+        BatchCorrelations(float(value.detach()), part.to(distributed.device()), len(part) / len(slopes))
+        for part in of_rank
+    ]
 
 
 def pair_losses(

@@ -1,10 +1,9 @@
-"""Preference pairs with a planted rule, a base that can learn it, and every method that reward models are trained with."""
+"""Preference pairs with a planted rule, a base that can learn it, and every method of training on them."""
 
 from __future__ import annotations
 
 import json
 import random
-
 from pathlib import Path
 
 import torch
@@ -53,10 +52,11 @@ def write_base(tokenizer_path: Path, folder: Path) -> Path:
 
 def settings(base, *, lora: bool = False, save: str = "merged", **variant) -> list[str]:
     """Overrides that train one variant, `it`, on `base` under ZeRO-3, with whole weights only inside their layers."""
+    adapters = "{rank: 8, alpha: 16, dropout: 0.05}" if lora else "null"
     return [
         f"rm.base.path={base}", "rm.base.attention=eager", f"rm.save={save}", "rm.global_batch=16", "rm.micro_batch=4",
-        "rm.epochs=2", f"rm.optim.lr={0.03 if lora else 0.01}", "rm.optim.warmup=0.1",
-        f"rm.lora={'{rank: 8, alpha: 16, dropout: 0.05}' if lora else 'null'}", f"rm.variants={{it: {json.dumps(variant)}}}", "ppo.proxy=it",
+        "rm.epochs=2", "rm.optim.lr=0.01", "rm.optim.warmup=0.1",
+        f"rm.lora={adapters}", f"rm.variants={{it: {json.dumps(variant)}}}", "ppo.proxy=it",
         "engine.dtype=float32", "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ]  # fmt: skip
 
