@@ -30,7 +30,8 @@ from core.training.engine import Engine
 from core.training.weights import gathered
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
-from rm.evaluation.metrics import accuracy_with_interval, pair_accuracy
+from rm.evaluation.intervals import accuracy_with_interval
+from rm.evaluation.metrics import pair_accuracy
 from rm.model import RewardModel
 from rm.objective import batch_correlations, pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise

@@ -106,6 +106,49 @@ def test_lists_of_candidates_are_crossed(tmp_path):
     assert all(texts(c) == (["P", f"c{c.chosen_index}"], ["P", f"r{c.rejected_index}"]) for c in found.comparisons)
 
 
+def styles(**about):
+    return {"id": 8, "prompt": "P", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"]} | about
+
+
+@pytest.mark.parametrize("layout", ["auto", "rm_bench"])
+def test_rm_bench_by_domain(tmp_path, layout):
+    """Its own files have no column `domain`, and their `subset` is that of where the prompts come from."""
+    subsets = {"chat": "alpacaeval", "code": "bigcode/humanevalpack", "safety-refuse": "xstest-should-refuse"}
+    for domain, subset in subsets.items():
+        (tmp_path / f"{domain}_filtered.json").write_text(json.dumps([styles(subset=subset, prompt=domain)]))
+    found = read_set("rm", tmp_path, layout)
+    assert found.layout == "rm_bench" and Counter(c.subset for c in found.comparisons) == dict.fromkeys(subsets, 9)
+    alone = read_set("rm", tmp_path / "safety-refuse_filtered.json", layout)
+    assert {c.subset for c in alone.comparisons} == {"safety-refuse"}
+
+
+def test_rm_bench_and_rewardbench2_are_not_taken_for_each_other(tmp_path):
+    focus = {"id": "1", "prompt": "P", "chosen": ["c"], "rejected": ["r0", "r1", "r2"], "subset": "Focus"}
+    assert read_set("x", write(tmp_path / "chat_filtered.jsonl", focus)).layout == "rewardbench2"
+    ties = styles(id="tied:1", subset="Ties")
+    assert read_set("x", write(tmp_path / "ties.jsonl", ties)).layout == "rewardbench2"
+    unknown = write(tmp_path / "mine.jsonl", styles(subset="alpacaeval"))
+    with pytest.raises(DataError, match="nor a `subset` of RewardBench 2 .*name the layout"):
+        read_set("x", unknown)
+    assert read_set("x", unknown, "rewardbench2").layout == "rewardbench2"
+    with pytest.raises(DataError, match="the file is named after none of the domains chat, code"):
+        read_set("x", unknown, "rm_bench")
+
+
+def test_correctness_sets_of_ppe_compare_their_conflict_pairs(tmp_path):
+    row = {
+        "question_id": "q", "prompt": "P", "scores": [False, True, False], "response_1": "a", "response_2": "b",
+        "response_3": "c", "sampled_conflict_pairs": [[0, 1], [1, 2]],
+    }  # fmt: skip
+    broken = row | {"question_id": "z", "sampled_conflict_pairs": [[0, 2]]}
+    file = write(tmp_path / "math_best_of_k.jsonl", row, broken)
+    found = read_set("ppe", file, max_malformed=0.5)
+    assert found.layout == "ppe" and {c.subset for c in found.comparisons} == {"math_best_of_k"}
+    assert [(c.chosen[-1]["content"], c.rejected[-1]["content"]) for c in found.comparisons] == [("b", "a"), ("b", "c")]
+    assert len({c.id for c in found.comparisons}) == 2 and len({c.item for c in found.comparisons}) == 1
+    assert found.malformed.counts == {"the responses 0 and 2 of a conflict pair have one score": 1}
+
+
 def test_an_item_of_two_files_is_refused(tmp_path):
     for name in ("filtered", "raw"):
         write(tmp_path / f"{name}.jsonl", {"id": 1, "prompt": "P", "chosen": "a", "rejected": "b", "subset": "hep-go"})
