@@ -268,7 +268,7 @@ def models(policy_path, tmp_path_factory):
 
 
 def evaluate(*arguments):
-    return main([*map(str, arguments), "--dtype", "float32", "--bootstrap", "200"])
+    return main([*map(str, arguments), "--bootstrap", "200"])
 
 
 @pytest.mark.slow
@@ -299,6 +299,25 @@ def test_the_command_writes_what_its_tables_hold(models, tmp_path, capsys):
     assert report["sets"]["arena"]["label_ties"] == 1 and report["options"]["ties"] == "half"
     table = capsys.readouterr().out
     assert "| arena  | m0 " in table and "= hard" in table and "m1 - m0" in table and "* without code" in table
+
+
+@pytest.mark.slow
+def test_rounding_is_said_where_there_is_any(models, tmp_path, capsys):
+    """float32 unless asked otherwise, whatever this machine computes fast; and no difference is shown as exact."""
+    rows = [PPE | {"question_id": f"q{i}", "prompt": f"Question {i}?" * (1 + i % 3)} for i in range(6)]
+    arena = write(tmp_path / "arena.jsonl", *rows)
+    for dtype in ("float32", "bfloat16"):
+        options = [] if dtype == "float32" else ["--dtype", dtype]
+        twice = models[0], models[0].parent / "m0" / ".." / "m0"
+        assert evaluate(*twice, f"--set=a={arena}", "--out", tmp_path / dtype, *options) == 0
+        report, table = read_json(tmp_path / dtype / "metrics.json"), capsys.readouterr().out
+        of_model = next(iter(report["models"].values()))
+        assert of_model["dtype"] == dtype and ("decided otherwise" in table) == (dtype == "bfloat16")
+    noise = of_model["sets"]["a"]["rounding"]
+    assert noise["pairs"] == 6 and 0 < noise["rms"] < 0.1 and 0 <= noise["changed"] <= 6
+    [same] = report["differences"]["a"].values()
+    assert (same["n"], same["differing"]) == (6, 0) and same["hi"] == -same["lo"] > 0.3
+    assert "[+0.000, +0.000]" not in table and "[-0.390, +0.390]" in table
 
 
 @pytest.mark.slow
