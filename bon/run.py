@@ -33,6 +33,7 @@ def _sample(cfg: Config, prompts: Path, out: Path) -> list[SampleRow]:
     return sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, rows, cfg.bon.samples,
         out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="bon",
+        temperature=cfg.bon.temperature, top_p=cfg.bon.top_p,
     )  # fmt: skip
 
 
