@@ -39,8 +39,8 @@ class BestOfN(Section):
     """Sampling temperature of the pools (null: generation.temperature). The GRM paper has 0.7. With another one than
     PPO's, pools and policies start from two distributions, and their curves cannot be laid over each other."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the most probable tokens of this total probability only (1: from all). The GRM paper has 0.95. Below 1
-    the same holds as for temperature."""
+    """Sample from the most probable tokens of this total probability alone (1: from all). The GRM paper has 0.95. Below
+    1 the same holds as for temperature."""
     shard_prompts: int = Field(default=64, ge=1)
     """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
 
