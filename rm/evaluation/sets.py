@@ -77,7 +77,7 @@ def read_set(
         first = next(table.rows, None)
         if first is None:
             continue
-        known = recognise(first[1], path) if layout == "auto" else layout
+        known = recognise(first[1], path, table.name) if layout == "auto" else layout
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
         layout = known  # the other files of a folder are taken to be like the first
@@ -100,8 +100,16 @@ def read_set(
     return EvalSet(name, layout, _unique(items), rows, ties, malformed)
 
 
-def recognise(row: dict, file: Path) -> str:
-    """The layout whose columns `row` has; `pairs` for any other."""
+def recognise(row: dict, path: Path, stem: str) -> str:
+    """The layout whose columns `row` has; `pairs` for any other.
+
+    Args:
+        path: of the set, for the message.
+        stem: of the file that the row is in; RM-Bench's own files are named after their domain.
+
+    Raises:
+        DataError: lists of responses that may be of RM-Bench or of RewardBench 2.
+    """
     columns = row.keys()
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
@@ -112,12 +120,12 @@ def recognise(row: dict, file: Path) -> str:
     if {"response_1", "response_2", "winner"} <= columns or {"sampled_conflict_pairs", "scores"} <= columns:
         return "ppe"
     if strings(row.get("chosen")) and strings(row.get("rejected")):
-        if "domain" in columns or row.get("subset") not in REWARDBENCH2_SUBSETS and _file_domain(file.stem):
+        if "domain" in columns or row.get("subset") not in REWARDBENCH2_SUBSETS and _file_domain(stem):
             return "rm_bench"
         if row.get("subset") in REWARDBENCH2_SUBSETS:
             return "rewardbench2"
         raise DataError(
-            f"{file}: lists of responses, but neither a column `domain` or a file named after a domain of RM-Bench "
+            f"{path}: lists of responses, but neither a column `domain` or a file named after a domain of RM-Bench "
             f"({', '.join(RM_BENCH_DOMAINS)}), nor a `subset` of RewardBench 2 ({', '.join(REWARDBENCH2_SUBSETS)}): "
             "name the layout, as in NAME:rewardbench2=PATH"
         )
