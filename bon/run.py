@@ -35,6 +35,7 @@ def _sample(cfg: Config, tokenizer: ChatTokenizer, prompts: Path, out: Path) -> 
     return sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, rows, cfg.bon.samples,
         out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="bon",
+        temperature=cfg.bon.temperature, top_p=cfg.bon.top_p,
     )  # fmt: skip
 
 

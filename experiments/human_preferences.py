@@ -36,7 +36,8 @@ from core.files import read_table, write_table
 from core.training import distributed
 from pipelines.import_pairs import as_row, import_pairs
 from rm import combine
-from rm.evaluation.metrics import Units, cluster_bootstrap, pair_accuracy, paired_difference
+from rm.evaluation.intervals import cluster_bootstrap
+from rm.evaluation.metrics import Units, pair_accuracy, paired_difference
 
 TRAIN = ("hh_harmless_base_test", "hh_helpful_base_test", "oasst_en100", "pandalm_testset_v1")
 ELSEWHERE = ("hhh_alignment", "ukp_convarg1_strict", "gsm8k_model_solutions")

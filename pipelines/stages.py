@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,9 @@ class Correction(NamedTuple):
 
     fault: str
     """The end of "an earlier version ..."."""
-    of: str = ""
-    """Config field (dotted): only results with this option set were wrong. Empty: all results."""
+    of: str | Callable[[Config], bool] = ""
+    """Config field (dotted): only results with this option set were wrong. Or a function that tells by the
+    configuration. Empty: all results."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ STAGES = {
                            Correction("kept the texts of samples, not the tokens that reward models are trained on")),
               makes="labelled pairs of samples, or imported pairs"),
         Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
-              makes="reward models"),
+              makes="reward models", corrections=(
+                  Correction("summed InfoRM's KL over its dimensions, which made it 128 times too large",
+                             of=lambda cfg: any(v.head == "inform" for v in cfg.rm.variants.values())),
+                  Correction("took ODIN's correlations with length within micro-batches that were sorted by length",
+                             of=lambda cfg: any(v.head == "odin" for v in cfg.rm.variants.values())))),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
               ("policy.path", "gold.path"), makes="pools of samples, scored by gold and by every proxy",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
@@ -136,8 +141,15 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 inputs[f"{field}={path}"] = _cached_digest(path)
             elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
-    corrections = tuple(c.fault if not c.of or _get(plain, c.of) else "" for c in stage.corrections)
+    corrections = tuple(c.fault if _concerns(c, cfg, plain) else "" for c in stage.corrections)
     return Fingerprint(sections, inputs, corrections)
+
+
+def _concerns(correction: Correction, cfg: Config, plain: dict[str, Any]) -> bool:
+    """Whether results of this configuration had the fault; `plain` is `cfg` as plain values."""
+    if callable(correction.of):
+        return correction.of(cfg)
+    return not correction.of or bool(_get(plain, correction.of))
 
 
 def run(name: str, cfg: Config, *, force: bool = False) -> str:

@@ -29,7 +29,11 @@ class HeadWithTerms(Protocol):
     """A head whose loss reads more than the reward."""
 
     def training_pass(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The rewards that the loss compares [M, 1], and the terms of the head's penalty [M, ...]."""
+        """The rewards that the loss compares [M, 1], and the terms of the head's penalty [M, ...].
+
+        Whatever the penalty needs of the weights belongs to the terms: ZeRO-3 has whole weights only while the layer
+        that holds them is called.
+        """
 
 
 class InformHead(nn.Module):
@@ -48,12 +52,26 @@ class InformHead(nn.Module):
         return rewards
 
     def training_pass(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards [M, 1] of a z sampled with torch's global generator, and KL(q(z|h) || N(0, I)) [M, 1] in nats."""
+        """Rewards [M, 1] of a z sampled with torch's global generator, and the KL of q(z|h) from N(0, I) [M, 1].
+
+        The KL is in nats per latent dimension, as in the authors' code, so that its weight does not depend on how many
+        dimensions there are. (They average means and variances over the dimensions first, which gives a lower bound of
+        this mean.)
+        """
         mean, log_std = self.encoder(hidden).chunk(2, dim=-1)
         log_std = log_std.clamp(-10.0, 4.0)  # neither exp(-10) nor exp(4) overflows
         sampled = mean + log_std.exp() * torch.randn_like(mean)
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
-        return self.decoder(sampled), kl.sum(-1, keepdim=True)
+        return self.decoder(sampled), kl.mean(-1, keepdim=True)
+
+
+class DirectedLinear(Float32Linear):
+    """A linear map that can also return the direction of its weight."""
+
+    def forward(self, x: Tensor, *, direction: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The output [..., 1]; with `direction` also the weight divided by its length [1, H]."""
+        output = super().forward(x)
+        return (output, F.normalize(self.weight.float(), dim=-1)) if direction else output
 
 
 class OdinHead(nn.Module):
@@ -61,24 +79,23 @@ class OdinHead(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.quality = Float32Linear(hidden_size, 1, bias=False)
-        self.length = Float32Linear(hidden_size, 1, bias=False)
+        self.quality = DirectedLinear(hidden_size, 1, bias=False)
+        self.length = DirectedLinear(hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rewards: Tensor = self.quality(hidden)
         return rewards
 
     def training_pass(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """quality + length [M, 1], and the two by themselves [M, 2]."""
-        parts = torch.cat([self.quality(hidden), self.length(hidden)], dim=-1)
-        return parts.sum(-1, keepdim=True), parts
+        """quality + length [M, 1]; and quality, length and the overlap of the two heads [M, 3].
 
-    def overlap(self) -> Tensor:
-        """|cos| of the angle between the two weights, a scalar: 0 when they are orthogonal.
-
-        The paper's L^O, for weights normalised to length one.
+        The overlap is |cos| of the angle between the two weights, 0 when they are orthogonal: the paper's L^O, for
+        weights normalised to length one.
         """
-        return F.cosine_similarity(self.quality.weight.float(), self.length.weight.float()).abs().squeeze()
+        quality, of_quality = self.quality(hidden, direction=True)
+        length, of_length = self.length(hidden, direction=True)
+        overlap = (of_quality * of_length).sum().abs().expand_as(quality)
+        return quality + length, torch.cat([quality, length, overlap], dim=-1)
 
 
 def make_head(kind: str, hidden_size: int) -> nn.Module:

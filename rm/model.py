@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.batching import Batch, Targets
@@ -40,9 +41,11 @@ class RewardModel(nn.Module):
         tokenizer: of the LM.
         mean, std: of this model's rewards on samples of the reference policy, for `normalise`.
         reads: which tokens of a conversation it reads (`rm.reading`).
+        head_dropout: share of the head's inputs that is set to 0 in training mode.
     """
 
     lm: CausalLM
+    head_dropout = 0.0
 
     def __init__(
         self, lm: CausalLM, head_kind: str, tokenizer: ChatTokenizer, *,
@@ -81,10 +84,11 @@ class RewardModel(nn.Module):
         if read is None:
             read = torch.arange(len(hidden), device=hidden.device) * hidden.shape[1] + last_real_token(attention_mask)
         flat = hidden.flatten(0, 1)
+        states = F.dropout(flat[read], self.head_dropout, self.training) if self.head_dropout else flat[read]
         if head_terms and isinstance(self.head, HeadWithTerms):
-            rewards, terms = self.head.training_pass(flat[read])
+            rewards, terms = self.head.training_pass(states)
         else:
-            rewards, terms = self.head(flat[read]), None
+            rewards, terms = self.head(states), None
         rewards = rewards.squeeze(-1)
         if targets is None:
             return rewards, None, terms

@@ -50,8 +50,8 @@ def tokenise(
     Responses that the policy sampled keep their tokens, where its tokenizer is this one.
 
     Raises:
-        DataError: the variant has a margin and a row has no rating gap; it regularises every turn and the chat template
-            does not write earlier turns as they were generated.
+        DataError: the variant has a margin and a row has no rating gap; it regularises earlier turns and the chat
+            template does not write them as they were generated.
     """
     pairs, counts = [], {"dropped": 0, "truncated": 0}
     for row in rows:
@@ -66,7 +66,7 @@ def tokenise(
 
 def _pair(row: PairRow, prompt: list[Message], tokenizer: ChatTokenizer, variant: RewardVariant) -> Pair:
     """The pair of a row whose prompt may have been shortened."""
-    spans = tokenizer.assistant_spans(prompt) if variant.regularise == "every_turn" else ()
+    spans = _regularised(prompt, tokenizer, variant.regularise)
     return Pair(
         tokenizer.prompt_ids(prompt),
         _response_ids(row, "chosen", tokenizer),
@@ -132,6 +132,22 @@ def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, se
 def seed_name(variant: RewardVariant) -> tuple[int, ...]:
     """What the variant's seed adds to the names of its random streams; nothing for seed 0."""
     return (variant.seed,) if variant.seed else ()
+
+
+def _regularised(prompt: list[Message], tokenizer: ChatTokenizer, which: str) -> list[tuple[int, int]]:
+    """Spans [start, stop) of the prompt's tokens that the text regulariser reads."""
+    if which == "every_turn":
+        return tokenizer.assistant_spans(prompt)
+    first = next(i for i, message in enumerate(prompt) if message["role"] == "user") + 1
+    if which == "last" or first == len(prompt):
+        return []
+    ids, start = tokenizer.prompt_ids(prompt), tokenizer.prompt_ids(prompt[:first])
+    if ids[: len(start)] != start:
+        raise DataError(
+            "rm.variants.*.regularise after_first_turn: this chat template does not write the first turn of a chat of "
+            "several turns as it writes it alone. Use last or every_turn"
+        )
+    return [(len(start), len(ids))]
 
 
 def _gap(row: PairRow) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -29,9 +30,10 @@ from core.training.engine import Engine
 from core.training.weights import gathered
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
-from rm.evaluation.metrics import accuracy_with_interval, pair_accuracy
+from rm.evaluation.intervals import accuracy_with_interval
+from rm.evaluation.metrics import pair_accuracy
 from rm.model import RewardModel
-from rm.objective import pair_logprobs, pair_losses
+from rm.objective import batch_correlations, pair_logprobs, pair_losses
 from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
 from rm.score import check_lengths, score_tokens
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
@@ -181,18 +183,17 @@ def train_step(
     """One optimiser step on a global batch; every rank gives the whole batch and trains on its part.
 
     Returns:
-        `loss`, `reward_loss`, `regulariser` and `accuracy`, means over the pairs of all ranks, and `grad_norm`.
+        What `pair_losses` returns, means over the pairs of all ranks, and `grad_norm`.
     """
     parts = balanced([pair.row for pair in batch], distributed.world_size() * engine.accumulation)
-    mine = parts[distributed.rank() :: distributed.world_size()]
-    sums = dict.fromkeys(("loss", "reward_loss", "regulariser", "accuracy"), 0.0)
-    for part in mine:
-        losses = pair_losses(engine, model, variant, [batch[i] for i in part], cache)
+    mine = [[batch[i] for i in part] for part in parts[distributed.rank() :: distributed.world_size()]]
+    sums: Counter[str] = Counter()
+    for pairs, correlations in zip(mine, batch_correlations(engine, model, mine, cache), strict=True):
+        losses = pair_losses(engine, model, variant, pairs, cache, correlations)
         # DeepSpeed averages over passes and ranks, which hold different numbers of pairs.
-        engine.backward(losses["loss"] * (len(part) * len(parts) / len(batch)))
+        engine.backward(losses["loss"] * (len(pairs) * len(parts) / len(batch)))
         engine.step()
-        for key in sums:
-            sums[key] += float(losses[key].detach()) * len(part)
+        sums.update({key: float(value.detach()) * len(pairs) for key, value in losses.items()})
     totals = distributed.global_sum(*sums.values())
     return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
 

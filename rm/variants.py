@@ -54,7 +54,9 @@ def build(
         lm = add_lora(lm, rm.lora)
     else:
         train_top_layers(lm, _trainable(rm, variant))
-    return RewardModel(lm, variant.head, tokenizer), tokenizer
+    model = RewardModel(lm, variant.head, tokenizer)
+    model.head_dropout = variant.head_dropout
+    return model, tokenizer
 
 
 def num_layers(rm: RewardTraining, variant: RewardVariant) -> int | None:

@@ -21,8 +21,10 @@ class RewardVariant(Section):
     beta: float = Field(default=0.1, gt=0)
     """Factor of the log-probs inside the regulariser's log sigmoid. A larger one saturates it sooner. sft_plain has
     none."""
-    regularise: Literal["last", "every_turn"] = "last"
-    """last: the regulariser reads the response alone. every_turn: also the assistant's turns in the prompt."""
+    regularise: Literal["last", "every_turn", "after_first_turn"] = "last"
+    """last: the regulariser reads the response alone. every_turn: also the assistant's turns in the prompt.
+    after_first_turn: everything after the first user turn, later user turns included, as the GRM authors' code does for
+    Unified-Feedback."""
     head: Literal["linear", "mlp", "inform", "odin"] = "mlp"
     """linear: one linear map. mlp: two layers, as in GRM. inform: variational bottleneck (arXiv 2402.09345). odin: a
     reward of length kept apart from quality (arXiv 2402.07319)."""
@@ -40,8 +42,10 @@ class RewardVariant(Section):
     """Weight of mean((r_chosen + r_rejected)^2), which pins the offset that Bradley-Terry leaves free (arXiv
     2312.09244)."""
     head_weight: float = Field(default=0.1, ge=0)
-    """Weight of the head's own terms: InfoRM's KL in nats, or ODIN's correlations and overlap, where 1 is usual. Other
-    heads have none."""
+    """Weight of the head's own terms: InfoRM's KL in nats per latent dimension (its authors use 0.1 to 1), or ODIN's
+    correlations and overlap, where its authors use 1. Other heads have none."""
+    head_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the head's inputs that is set to 0 while it is trained. The GRM authors' code uses 0.1."""
     num_layers: int | None = Field(default=None, ge=1)
     """Layers that this variant keeps of the base (null: as rm.num_layers). Gives reward models of several sizes."""
     trainable_layers: int | None = Field(default=None, ge=0)

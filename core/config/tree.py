@@ -35,6 +35,12 @@ class BestOfN(Section):
     """Largest n of the curves (null: N)."""
     prompts: int | None = Field(default=None, ge=2)
     """Use only the first n evaluation prompts, in hash order (null: all)."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Sampling temperature of the pools (null: generation.temperature). The GRM paper has 0.7. With another one than
+    PPO's, pools and policies start from two distributions, and their curves cannot be laid over each other."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens of this total probability alone (1: from all). The GRM paper has 0.95. Below
+    1 the same holds as for temperature."""
     shard_prompts: int = Field(default=64, ge=1)
     """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
 

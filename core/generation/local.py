@@ -85,17 +85,27 @@ class Generator:
             **options,
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        seed: int,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+    ) -> list[list[Completion]]:
         """`n` responses to each prompt of token ids, in the order of the prompts.
 
-        Sampled at the configured temperature from the whole vocabulary: with top_p < 1 or top_k > 0 the log-probs would
-        not be those of the policy.
+        Args:
+            temperature: in place of the configured one, for samples that nothing is trained on.
+            top_p: below 1 for such samples only: from a part of the vocabulary, log-probs are not the policy's.
         """
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             n=n,
-            temperature=self.cfg.temperature,
+            temperature=temperature or self.cfg.temperature,
+            top_p=top_p,
             max_tokens=self.cfg.max_new_tokens,
             stop_token_ids=self.tokenizer.stop_ids,
             logprobs=0,

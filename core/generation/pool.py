@@ -25,6 +25,8 @@ def sample_pool(
     shard_prompts: int,
     seed: int,
     name: str,
+    temperature: float | None = None,
+    top_p: float = 1.0,
 ) -> list[SampleRow]:
     """`n` responses to every prompt of `rows`: `len(rows) * n` rows, prompt by prompt.
 
@@ -36,6 +38,7 @@ def sample_pool(
         make_generator: not called if all shards exist.
         seed: `cfg.run.seed`.
         name: of the random stream; the stages use their own name.
+        temperature, top_p: as of `Generator.generate`.
     """
     folder, whole = out / "samples", out / "samples.parquet"
     if whole.exists():
@@ -49,7 +52,9 @@ def sample_pool(
             if not path.exists():
                 generator = generator or make_generator()
                 prompts = [tokenizer.prompt_ids(row["prompt"]) for row in shard]
-                groups = generator.generate(prompts, n=n, seed=stream_seed(seed, name, index))
+                groups = generator.generate(
+                    prompts, n=n, seed=stream_seed(seed, name, index), temperature=temperature, top_p=top_p
+                )
                 drawn = [
                     _row(prompt, group[k], k, tokenizer) for prompt, group in zip(shard, groups, strict=True)
                     for k in range(n)

@@ -1,4 +1,4 @@
-"""Scores that benchmarks define themselves, in addition to plain accuracy.
+"""Scores that benchmarks define themselves, in addition to plain accuracy. docs/reward-models.md names the scripts.
 
 Their authors' code compares rewards with a strict ">"; here equal rewards count as `ties` says, 1/2 by default.
 """
@@ -32,6 +32,7 @@ REWARDBENCH_SECTIONS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """Section -> subset -> weight (Lambert et al. 2024, arXiv 2403.13787)."""
 REWARDBENCH2_SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
+RM_BENCH_DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 STYLES = 3
 """Number of styles in RM-Bench: concise, detailed, detailed with markdown."""
 
@@ -110,23 +111,24 @@ def rm_bench(scored: Scored, ties: Ties = "half") -> dict:
     """Style matrices [chosen style][rejected style] and their means (Liu et al. 2024, arXiv 2410.16184).
 
     hard: above the diagonal, where the rejected response has the fancier style; normal: the diagonal; easy: below it.
-    The score of a domain is the mean of the three. The two kinds of safety are one domain. The total is over domains.
+    The score of a domain is the mean of the three. The two kinds of safety are one domain, over whose rows its matrix
+    is taken: the larger kind weighs more. The total is the plain mean over domains. As `compute_accuracy` of the
+    authors' `scripts/utils.py`.
     """
-    hits = pair_hits(scored.chosen, scored.rejected, ties)
-    matrices = {}
-    for subset in sorted(set(scored.subset)):
-        mine = np.array([s == subset for s in scored.subset])
-        matrices[subset] = _style_matrix(hits[mine], scored.chosen_index[mine], scored.rejected_index[mine])
-    of_domain = defaultdict(list)
-    for subset, matrix in matrices.items():
-        of_domain[subset.split("-")[0]].append(matrix)
-    domains: dict[str, Array] = {name: np.mean(parts, axis=0) for name, parts in of_domain.items()}
+    hits, kinds = pair_hits(scored.chosen, scored.rejected, ties), np.array(scored.subset)
+    domain_of = np.array([subset.split("-")[0] for subset in scored.subset])
+
+    def matrices_by(names: np.ndarray) -> dict[str, Array]:
+        index = scored.chosen_index, scored.rejected_index
+        return {str(n): _style_matrix(hits[names == n], *(i[names == n] for i in index)) for n in np.unique(names)}
+
+    matrices, domains = matrices_by(kinds), matrices_by(domain_of)
     total = np.mean(list(domains.values()), axis=0)
     levels = _levels(total)
     return {
         "score": _mean(levels.values()),
         "parts": levels | {name: _mean(_levels(matrix).values()) for name, matrix in domains.items()},
-        "missing": sorted({"chat", "code", "math", "safety"} - domains.keys()),
+        "missing": sorted(set(RM_BENCH_DOMAINS) - matrices.keys()),
         "matrices": {name: _plain(matrix) for name, matrix in matrices.items()},
         "matrix": _plain(total),
     }

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import get_args
 
 from core.artefacts import code_version, package_versions
-from core.config import NATIVE_DTYPE, Dtype
+from core.config import Dtype
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
 from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
+from rm.evaluation.rounding import rounding
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
 from rm.model import RewardModel
 from rm.reading import Reader, Reads
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             results[name]["sets"][evalset.name] = metrics_of(
                 rows, evalset.layout, ties=options.ties, draws=options.bootstrap
             ) | {"too_long": long}
+            if options.dtype != "float32":
+                results[name]["sets"][evalset.name]["rounding"] = rounding(model, evalset.comparisons, rows)
             units_of[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
         del model  # so that two are never in memory
     report = {
@@ -174,16 +177,25 @@ def render(report: dict) -> str:
     """The report as Markdown tables, aligned for a terminal."""
     models = report["models"]
     parts = [_table(_HEADLINES, [_headline(s, m, models[m]["sets"][s]) for s in report["sets"] for m in models])]
-    parts.append("Intervals are 95%: w Wilson, b bootstrap over prompts. ECE of sigmoid(r_chosen - r_rejected), T its "
-                 "best temperature; r(words) over all responses; ties: equal rewards.")  # fmt: skip
+    parts.append(
+        "Intervals are 95%: w Wilson, p Wilson with prompts in place of pairs, b bootstrap over prompts. ECE of "
+        "sigmoid(r_chosen - r_rejected), T its best temperature; r(words) over all responses; ties: equal rewards."
+    )
     parts.append(_table(["set", "part", "n", *models], _parts(report)))
     rows = [
-        [name, f"{model} - {next(iter(models))}", _number(d["mean"], "+.3f"), _interval(d, "+.3f"), str(d["n"])]
+        [
+            name,
+            f"{model} - {next(iter(models))}",
+            _number(d["mean"], "+.3f"),
+            _interval(d, "+.3f"),
+            str(d["n"]),
+            str(d["differing"]),
+        ]  # fmt: skip
         for name, of_set in report["differences"].items()
         for model, d in of_set.items()
     ]
     if rows:
-        parts.append(_table(["set", "models", "accuracy difference", "95%, paired", "n"], rows))
+        parts.append(_table(["set", "models", "accuracy difference", "95%, paired", "n", "differ"], rows))
     return "\n\n".join(parts + _remarks(report))
 
 
@@ -194,7 +206,7 @@ _HEADLINES = [
 
 def _headline(name: str, model: str, m: dict) -> list[str]:
     accuracy, calibration, own = m["accuracy"], m["calibration"] or {}, m["benchmark"] or {}
-    kind = {"cluster bootstrap": " b", "wilson": " w", None: ""}[accuracy["interval"]]
+    kind = {"cluster bootstrap": " b", "wilson over prompts": " p", "wilson": " w", None: ""}[accuracy["interval"]]
     bound = {"low": "<", "high": ">"}.get(str(calibration.get("bound")), "")
     return [
         name, model, _number(accuracy["mean"]), _interval(accuracy) + kind, f"{accuracy['n']} ({m['prompts']})",
@@ -224,6 +236,12 @@ def _remarks(report: dict) -> list[str]:
     lines = []
     for name, about in report["sets"].items():
         results = [model["sets"][name] for model in report["models"].values()]
+        lines += [
+            f"{name}: {model} in {result['dtype']}: {noise['changed']} of {noise['pairs']} pairs are decided otherwise "
+            f"when scored one by one, and a reward moves by {noise['rms']:.2g} (rms); --dtype float32 does not round"
+            for model, result in report["models"].items()
+            if (noise := result["sets"][name].get("rounding"))
+        ]
         lines += [f"{name}: {line}" for line in about["malformed"]]
         if about["label_ties"]:
             lines.append(f"{name}: {about['label_ties']} label ties ({report['options']['label_ties']})")
@@ -269,7 +287,11 @@ def _parser() -> argparse.ArgumentParser:
         "--max-malformed", type=float, default=MAX_MALFORMED, help="largest share of malformed rows (%(default)s)"
     )
     parser.add_argument("--bootstrap", type=int, default=2000, help="draws of the bootstrap over prompts (%(default)s)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default=NATIVE_DTYPE, help="of the weights (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="float32",
+        help="of the weights; others than %(default)s, the default, take less memory on a GPU, but rewards then depend "
+        "on what they were batched with, and the report says by how much",
+    )  # fmt: skip
     parser.add_argument("--reads", choices=get_args(Reads), help="tokens that all models read (default: what each "
                         "records, or what the makers of its layout do; docs/reward-models.md)")  # fmt: skip
     return parser

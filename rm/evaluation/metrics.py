@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from rm.evaluation.intervals import Array, clusters_of, mean_difference, mean_with_intervals
+
 Ties = Literal["half", "drop", "wrong"]
 TIE_CREDIT: dict[str, float] = {"half": 0.5, "drop": math.nan, "wrong": 0.0}
-Z95 = 1.96
 ECE_BINS = 10
 TEMPERATURE_RANGE = 1e3
 """Temperatures are searched within this factor of the root mean square of the reward differences."""
@@ -25,14 +25,6 @@ TEMPERATURE_RANGE = 1e3
 def pair_accuracy(preferred: np.ndarray, other: np.ndarray) -> np.ndarray:
     """[n]: 1 if the preferred response has the higher reward, 0 if the lower one, 1/2 for a tie."""
     return (preferred > other) + 0.5 * (preferred == other)
-
-
-def accuracy_with_interval(hits: np.ndarray, z: float = Z95) -> dict[str, float]:
-    """Mean and Wilson score interval (95% for z = 1.96; Wilson 1927) of hits [n] in {0, 1/2, 1}."""
-    n, p = len(hits), float(np.mean(hits))
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"mean": p, "lo": center - half, "hi": center + half, "n": n}
 
 
 class ComparisonRow(TypedDict):
@@ -128,7 +120,7 @@ def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = 
         ]
         hits = np.where(scored.label_tie, 0.5, pair_hits(chosen, rejected, ties))
         return Units(names, scored.subset, scored.prompt, hits)
-    rows = _groups(scored.item)
+    rows = clusters_of(scored.item)
     of_items: list[float] = []
     for at in rows.values():
         worst = chosen[at].min()
@@ -142,57 +134,15 @@ def units(scored: Scored, layout: str, ties: Ties = "half", *, by_words: bool = 
     return Units(list(rows), [scored.subset[i] for i in first], [scored.prompt[i] for i in first], np.array(of_items))
 
 
-def mean_with_intervals(hits: Array, clusters: Sequence[str], *, draws: int, seed: int) -> dict:
-    """Mean of the hits [u] that are not NaN, with its Wilson interval and a bootstrap over clusters.
-
-    `interval` names the interval that `lo` and `hi` are from: "cluster bootstrap" if a cluster has several units, which
-    are then not independent, else "wilson". All three are None if one cluster has all units.
-    """
-    kept = ~np.isnan(hits)
-    names = [c for c, keep in zip(clusters, kept, strict=True) if keep]
-    if not names:
-        return {"mean": None, "lo": None, "hi": None, "n": 0, "clusters": 0, "interval": None, "wilson": None}
-    accuracy: dict = accuracy_with_interval(hits[kept])
-    num_clusters = len(set(names))
-    accuracy |= {"clusters": num_clusters, "interval": "wilson", "wilson": [accuracy["lo"], accuracy["hi"]]}
-    if num_clusters < len(names):
-        accuracy["lo"], accuracy["hi"] = cluster_bootstrap(hits[kept], names, draws=draws, seed=seed)
-        accuracy["interval"] = None if accuracy["lo"] is None else "cluster bootstrap"
-    return accuracy
-
-
-def cluster_bootstrap(
-    values: ArrayLike, clusters: Sequence[str], *, draws: int, seed: int
-) -> tuple[float, float] | tuple[None, None]:
-    """95% percentile interval of the mean of values [u] when whole clusters are drawn with replacement.
-
-    The mean is over units (a ratio of sums), so larger clusters weigh more. The interval is too narrow for fewer than
-    about 20 clusters, and (None, None) for one.
-    """
-    groups = list(_groups(clusters).values())
-    if len(groups) < 2:
-        return None, None
-    values = np.asarray(values, dtype=np.float64)
-    sums = np.array([[values[at].sum(), len(at)] for at in groups])
-    rng, size = np.random.default_rng(seed), len(groups)
-    step = max(1, 10**7 // size)  # so that the counts of one block stay below 80 MB
-    blocks = [min(step, draws - done) for done in range(0, draws, step)]
-    totals = np.concatenate([rng.multinomial(size, np.full(size, 1 / size), size=b) @ sums for b in blocks])
-    lo, hi = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
-    return float(lo), float(hi)
-
-
 def paired_difference(model: Units, first: Units, *, draws: int, seed: int) -> dict:
-    """Accuracy of `model` minus that of `first` over the units that both have, with a bootstrap over prompts."""
+    """Accuracy of `model` minus that of `first` over the units that both have, as `mean_difference` has it."""
     other = {name: i for i, name in enumerate(first.names)}
     both = [(i, other[name]) for i, name in enumerate(model.names) if name in other]
     both = [(i, j) for i, j in both if not (math.isnan(model.hits[i]) or math.isnan(first.hits[j]))]
     if not both:
-        return {"mean": None, "lo": None, "hi": None, "n": 0, "clusters": 0}
+        return {"mean": None, "lo": None, "hi": None, "n": 0, "clusters": 0, "differing": 0, "interval": None}
     difference = np.array([model.hits[i] - first.hits[j] for i, j in both])
-    prompts = [model.prompt[i] for i, _ in both]
-    lo, hi = cluster_bootstrap(difference, prompts, draws=draws, seed=seed)
-    return {"mean": float(difference.mean()), "lo": lo, "hi": hi, "n": len(both), "clusters": len(set(prompts))}
+    return mean_difference(difference, [model.prompt[i] for i, _ in both], draws=draws, seed=seed)
 
 
 def expected_calibration_error(delta: Array, bins: int = ECE_BINS) -> float:
@@ -264,7 +214,7 @@ def measure(
     counted = units(scored, layout, ties)
     by_subset = {
         name: mean_with_intervals(counted.hits[at], [counted.prompt[i] for i in at], draws=draws, seed=seed)
-        for name, at in sorted(_groups(counted.subset).items())
+        for name, at in sorted(clusters_of(counted.subset).items())
     }
     means = [m["mean"] for m in by_subset.values() if m["mean"] is not None]
     longest = units(scored, layout, "half", by_words=True).hits
@@ -321,11 +271,3 @@ def _summary(rewards: Array) -> dict:
 
 def _sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(0.0, -x))  # never overflows
-
-
-def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> positions, in order of first appearance."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        groups.setdefault(name, []).append(i)
-    return groups

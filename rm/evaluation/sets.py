@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +20,7 @@ from core.data.tables import Malformed, Table, local_tables
 from core.errors import DataError
 from core.files import digest
 from core.row_files import SUFFIXES
-from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, STYLES
+from rm.evaluation.benchmark_scores import REWARDBENCH2_SUBSETS, REWARDBENCH_SECTIONS, RM_BENCH_DOMAINS, STYLES
 
 MAX_MALFORMED = 0.01
 LabelTies = Literal["drop", "half"]
@@ -76,7 +77,7 @@ def read_set(
         first = next(table.rows, None)
         if first is None:
             continue
-        known = recognise(first[1], path) if layout == "auto" else layout
+        known = recognise(first[1], path, table.name) if layout == "auto" else layout
         if known not in LAYOUTS:
             raise DataError(f"--set {name}:{layout}: no such layout; known are {', '.join(LAYOUTS)}")
         layout = known  # the other files of a folder are taken to be like the first
@@ -99,8 +100,16 @@ def read_set(
     return EvalSet(name, layout, _unique(items), rows, ties, malformed)
 
 
-def recognise(row: dict, file: Path) -> str:
-    """The layout whose columns `row` has; `pairs` for any other."""
+def recognise(row: dict, path: Path, stem: str) -> str:
+    """The layout whose columns `row` has; `pairs` for any other.
+
+    Args:
+        path: of the set, for the message.
+        stem: of the file that the row is in; RM-Bench's own files are named after their domain.
+
+    Raises:
+        DataError: lists of responses that may be of RM-Bench or of RewardBench 2.
+    """
     columns = row.keys()
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
@@ -108,14 +117,18 @@ def recognise(row: dict, file: Path) -> str:
     arena = str(row.get("judge")).startswith("arena")  # there `turn` is the number of turns, and all of them count
     if {"conversation_a", "conversation_b", "winner", "turn", "question_id"} <= columns and not arena:
         return "mt_bench"
-    if {"response_1", "response_2", "winner"} <= columns:
+    if {"response_1", "response_2", "winner"} <= columns or {"sampled_conflict_pairs", "scores"} <= columns:
         return "ppe"
     if strings(row.get("chosen")) and strings(row.get("rejected")):
-        if "domain" in columns:
+        if "domain" in columns or row.get("subset") not in REWARDBENCH2_SUBSETS and _file_domain(stem):
             return "rm_bench"
-        if "subset" in columns:
+        if row.get("subset") in REWARDBENCH2_SUBSETS:
             return "rewardbench2"
-        raise DataError(f"{file}: lists of responses, but neither `domain` (rm_bench) nor `subset` (rewardbench2)")
+        raise DataError(
+            f"{path}: lists of responses, but neither a column `domain` or a file named after a domain of RM-Bench "
+            f"({', '.join(RM_BENCH_DOMAINS)}), nor a `subset` of RewardBench 2 ({', '.join(REWARDBENCH2_SUBSETS)}): "
+            "name the layout, as in NAME:rewardbench2=PATH"
+        )
     if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), str):
         known = {subset for section in REWARDBENCH_SECTIONS.values() for subset in section}
         if row.get("subset") in known:
@@ -150,12 +163,29 @@ def _mt_bench(row: dict, stem: str, number: int) -> list[Comparison]:
 
 
 def _ppe(row: dict, stem: str, number: int) -> list[Comparison]:
+    """A row of human preferences; or of correctness, with many responses and pairs of a right and a wrong one."""
+    if "sampled_conflict_pairs" in row:
+        return _ppe_correctness(row, stem, number)
     responses = {"model_a": row["response_1"], "model_b": row["response_2"]}
     chosen, rejected, tie = winner(row["winner"])
     subset = str(row.get("subset") or stem)
     texts = responses[chosen], responses[rejected]
     comparison = _answered(_id(row, stem, number), subset, _prompt(row["prompt"], row), *texts)
     return [replace(comparison, label_tie=tie)]
+
+
+def _ppe_correctness(row: dict, stem: str, number: int) -> list[Comparison]:
+    prompt, identity, scores, found = _prompt(row["prompt"], row), _id(row, stem, number), list(row["scores"]), []
+    for pair in row["sampled_conflict_pairs"]:
+        right, wrong = sorted(map(int, pair), key=lambda i: scores[i], reverse=True)
+        if scores[right] == scores[wrong]:
+            raise DataError(f"the responses {right} and {wrong} of a conflict pair have one score")
+        texts = row[f"response_{right + 1}"], row[f"response_{wrong + 1}"]
+        compared = _answered(f"{identity}/{right}-{wrong}", stem, prompt, *texts)
+        found.append(replace(compared, item=identity, chosen_index=right, rejected_index=wrong))
+    if not found:
+        raise DataError("no conflict pair")
+    return found
 
 
 def _rewardbench(row: dict, stem: str, number: int) -> list[Comparison]:
@@ -170,7 +200,17 @@ def _rewardbench2(row: dict, stem: str, number: int) -> list[Comparison]:
 def _rm_bench(row: dict, stem: str, number: int) -> list[Comparison]:
     if len(row["chosen"]) != STYLES or len(row["rejected"]) != STYLES:
         raise DataError(f"not {STYLES} chosen and {STYLES} rejected responses")
-    return _crossed(row, _id(row, stem, number), row["domain"])
+    domain = row.get("domain") or _file_domain(stem)
+    if domain is None:
+        raise DataError(
+            f"no column `domain`, and the file is named after none of the domains {', '.join(RM_BENCH_DOMAINS)}"
+        )
+    return _crossed(row, _id(row, stem, number), domain)
+
+
+def _file_domain(stem: str) -> str | None:
+    """The domain of a file of RM-Bench that holds one domain, such as `safety-refuse_filtered`."""
+    return next((domain for domain in RM_BENCH_DOMAINS if re.fullmatch(rf"{domain}(_.*)?", stem)), None)
 
 
 LAYOUTS: dict[str, Callable[[dict, str, int], list[Comparison]] | None] = {

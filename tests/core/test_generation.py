@@ -17,6 +17,7 @@ def test_vllm_equals_transformers_before_and_after_sync(policy_path):
     # the comparison would notice old weights
     assert found["stale"]["worst"] > 0.1, found
     assert found["seeded"] == [True, False]
+    assert found["narrow"] == [True, True]
 
 
 @pytest.mark.slow

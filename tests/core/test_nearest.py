@@ -43,7 +43,7 @@ def test_the_nearest_key_is_the_one_that_was_meant(wrong):
 def test_the_keys_of_the_section_where_nothing_is_near():
     with pytest.raises(ConfigError, match="no such key .*; ppo.kl has coef, target, horizon, where, stop"):
         load([], ["ppo.kl.qqq=1"])
-    for far in ("ppo.max", "generation.top_p"):
+    for far in ("ppo.max", "generation.min_p"):
         with pytest.raises(ConfigError, match=f"{far}: no such key .*; {far.split('.')[0]} has "):
             load([], [f"{far}=1"])
     with pytest.raises(ConfigError, match="the configuration has run, policy, data"):

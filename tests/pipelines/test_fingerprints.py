@@ -56,3 +56,14 @@ def test_a_correction_concerns_only_the_results_that_were_wrong(tmp_path):
     ).differences({"config": {}, "inputs": {}})
     assert "an earlier version erred" not in faults()
     assert faults("preferences.sources.hh.path=data/prompts.jsonl")[0] == "an earlier version erred"
+
+
+def test_a_mended_head_makes_runs_with_that_head_out_of_date_and_no_others():
+    stage = Stage("rm", "module", (), ("rm",), corrections=STAGES["rm"].corrections)
+
+    def changed(head: str) -> list[str]:
+        found = fingerprint(stage, load([], [f"rm.variants={{grm: {{head: {head}}}}}"]))
+        return [line for line in found.differences({}) if "earlier version" in line]
+
+    assert changed("mlp") == changed("linear") == []
+    assert "InfoRM's KL" in changed("inform")[0] and "ODIN's correlations" in changed("odin")[0]

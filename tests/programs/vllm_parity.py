@@ -53,6 +53,15 @@ def main(path: str) -> None:
     one, two, other = (generator.generate(prompts, n=2, seed=s) for s in (7, 7, 8))
     ids = lambda groups: [c.token_ids for g in groups for c in g]  # noqa: E731
     found["seeded"] = [ids(one) == ids(two), ids(one) == ids(other)]
+    # From the most probable token alone, or nearly so at a low temperature, sampling is greedy.
+    best = [c.token_ids[:NEW] for c in generator.greedy(prompts, NEW)]
+    narrow = [
+        generator.generate(prompts, n=2, seed=9, **options) for options in ({"top_p": 1e-6}, {"temperature": 1e-3})
+    ]
+    found["narrow"] = [
+        all(c.token_ids[:NEW] == top[: len(c.token_ids)] for g, top in zip(groups, best, strict=True) for c in g)
+        for groups in narrow
+    ]
     print(json.dumps(found), flush=True)
     os._exit(0)
 

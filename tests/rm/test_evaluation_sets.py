@@ -106,6 +106,49 @@ def test_lists_of_candidates_are_crossed(tmp_path):
     assert all(texts(c) == (["P", f"c{c.chosen_index}"], ["P", f"r{c.rejected_index}"]) for c in found.comparisons)
 
 
+def styles(**about):
+    return {"id": 8, "prompt": "P", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"]} | about
+
+
+@pytest.mark.parametrize("layout", ["auto", "rm_bench"])
+def test_rm_bench_by_domain(tmp_path, layout):
+    """Its own files have no column `domain`, and their `subset` is that of where the prompts come from."""
+    subsets = {"chat": "alpacaeval", "code": "bigcode/humanevalpack", "safety-refuse": "xstest-should-refuse"}
+    for domain, subset in subsets.items():
+        (tmp_path / f"{domain}_filtered.json").write_text(json.dumps([styles(subset=subset, prompt=domain)]))
+    found = read_set("rm", tmp_path, layout)
+    assert found.layout == "rm_bench" and Counter(c.subset for c in found.comparisons) == dict.fromkeys(subsets, 9)
+    alone = read_set("rm", tmp_path / "safety-refuse_filtered.json", layout)
+    assert {c.subset for c in alone.comparisons} == {"safety-refuse"}
+
+
+def test_rm_bench_and_rewardbench2_are_not_taken_for_each_other(tmp_path):
+    focus = {"id": "1", "prompt": "P", "chosen": ["c"], "rejected": ["r0", "r1", "r2"], "subset": "Focus"}
+    assert read_set("x", write(tmp_path / "chat_filtered.jsonl", focus)).layout == "rewardbench2"
+    ties = styles(id="tied:1", subset="Ties")
+    assert read_set("x", write(tmp_path / "ties.jsonl", ties)).layout == "rewardbench2"
+    unknown = write(tmp_path / "mine.jsonl", styles(subset="alpacaeval"))
+    with pytest.raises(DataError, match="nor a `subset` of RewardBench 2 .*name the layout"):
+        read_set("x", unknown)
+    assert read_set("x", unknown, "rewardbench2").layout == "rewardbench2"
+    with pytest.raises(DataError, match="the file is named after none of the domains chat, code"):
+        read_set("x", unknown, "rm_bench")
+
+
+def test_correctness_sets_of_ppe_compare_their_conflict_pairs(tmp_path):
+    row = {
+        "question_id": "q", "prompt": "P", "scores": [False, True, False], "response_1": "a", "response_2": "b",
+        "response_3": "c", "sampled_conflict_pairs": [[0, 1], [1, 2]],
+    }  # fmt: skip
+    broken = row | {"question_id": "z", "sampled_conflict_pairs": [[0, 2]]}
+    file = write(tmp_path / "math_best_of_k.jsonl", row, broken)
+    found = read_set("ppe", file, max_malformed=0.5)
+    assert found.layout == "ppe" and {c.subset for c in found.comparisons} == {"math_best_of_k"}
+    assert [(c.chosen[-1]["content"], c.rejected[-1]["content"]) for c in found.comparisons] == [("b", "a"), ("b", "c")]
+    assert len({c.id for c in found.comparisons}) == 2 and len({c.item for c in found.comparisons}) == 1
+    assert found.malformed.counts == {"the responses 0 and 2 of a conflict pair have one score": 1}
+
+
 def test_an_item_of_two_files_is_refused(tmp_path):
     for name in ("filtered", "raw"):
         write(tmp_path / f"{name}.jsonl", {"id": 1, "prompt": "P", "chosen": "a", "rejected": "b", "subset": "hep-go"})
@@ -225,7 +268,7 @@ def models(policy_path, tmp_path_factory):
 
 
 def evaluate(*arguments):
-    return main([*map(str, arguments), "--dtype", "float32", "--bootstrap", "200"])
+    return main([*map(str, arguments), "--bootstrap", "200"])
 
 
 @pytest.mark.slow
@@ -256,6 +299,25 @@ def test_the_command_writes_what_its_tables_hold(models, tmp_path, capsys):
     assert report["sets"]["arena"]["label_ties"] == 1 and report["options"]["ties"] == "half"
     table = capsys.readouterr().out
     assert "| arena  | m0 " in table and "= hard" in table and "m1 - m0" in table and "* without code" in table
+
+
+@pytest.mark.slow
+def test_rounding_is_said_where_there_is_any(models, tmp_path, capsys):
+    """float32 unless asked otherwise, whatever this machine computes fast; and no difference is shown as exact."""
+    rows = [PPE | {"question_id": f"q{i}", "prompt": f"Question {i}?" * (1 + i % 3)} for i in range(6)]
+    arena = write(tmp_path / "arena.jsonl", *rows)
+    for dtype in ("float32", "bfloat16"):
+        options = [] if dtype == "float32" else ["--dtype", dtype]
+        twice = models[0], models[0].parent / "m0" / ".." / "m0"
+        assert evaluate(*twice, f"--set=a={arena}", "--out", tmp_path / dtype, *options) == 0
+        report, table = read_json(tmp_path / dtype / "metrics.json"), capsys.readouterr().out
+        of_model = next(iter(report["models"].values()))
+        assert of_model["dtype"] == dtype and ("decided otherwise" in table) == (dtype == "bfloat16")
+    noise = of_model["sets"]["a"]["rounding"]
+    assert noise["pairs"] == 6 and 0 < noise["rms"] < 0.1 and 0 <= noise["changed"] <= 6
+    [same] = report["differences"]["a"].values()
+    assert (same["n"], same["differing"]) == (6, 0) and same["hi"] == -same["lo"] > 0.3
+    assert "[+0.000, +0.000]" not in table and "[-0.390, +0.390]" in table
 
 
 @pytest.mark.slow

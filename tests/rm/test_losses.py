@@ -124,7 +124,7 @@ def test_inform_head_against_torch_distributions():
     head, hidden = InformHead(16), torch.randn(5, 16)
     mu, log_std = head.encoder(hidden).split(LATENT, dim=-1)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mu, log_std.exp()), normal(0.0, 1.0)).sum(-1, keepdim=True)
+    expected = torch.distributions.kl_divergence(normal(mu, log_std.exp()), normal(0.0, 1.0)).mean(-1, keepdim=True)
     torch.testing.assert_close(head.training_pass(hidden)[1], expected)
     assert torch.equal(head(hidden), head(hidden))
     draws = torch.stack([head.training_pass(hidden)[0] for _ in range(4000)])
@@ -139,10 +139,13 @@ def test_odin_head_is_used_without_its_length_part():
     head, hidden = OdinHead(16), torch.randn(5, 16)
     total, parts = head.training_pass(hidden)
     assert torch.equal(head(hidden), parts[:, :1])
-    torch.testing.assert_close(total, parts.sum(-1, keepdim=True))
+    torch.testing.assert_close(total, parts[:, :2].sum(-1, keepdim=True))
+    overlap = lambda: head.training_pass(hidden)[1][:, 2].tolist()  # noqa: E731
+    cosine = torch.cosine_similarity(head.quality.weight, head.length.weight)
+    assert overlap() == pytest.approx([abs(float(cosine))] * 5)
     with torch.no_grad():
-        head.length.weight.copy_(2 * head.quality.weight)
-        assert float(head.overlap()) == pytest.approx(1.0)
+        head.length.weight.copy_(-2 * head.quality.weight)
+        assert overlap() == pytest.approx([1.0] * 5)
         head.quality.weight.copy_(torch.eye(1, 16))
         head.length.weight.copy_(torch.eye(2, 16)[1:])
-        assert float(head.overlap()) == 0.0
+        assert overlap() == [0.0] * 5

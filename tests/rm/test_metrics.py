@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS, benchmark_score, rewardbench, ties_score
+from rm.evaluation.intervals import accuracy_with_interval, cluster_bootstrap, mean_with_intervals, tango_interval
 from rm.evaluation.metrics import (
     Scored,
-    accuracy_with_interval,
-    cluster_bootstrap,
     expected_calibration_error,
     fit_temperature,
-    mean_with_intervals,
     measure,
     negative_log_likelihood,
     pair_accuracy,
@@ -65,7 +63,10 @@ def test_the_interval_follows_the_repetition_of_prompts():
     hits = np.array([1.0, 0, 1, 1])
     alone = mean_with_intervals(hits, ["a", "b", "c", "d"], **SEEDED)
     assert alone["interval"] == "wilson" and [alone["lo"], alone["hi"]] == alone["wilson"]
-    assert mean_with_intervals(hits, ["a", "a", "b", "c"], **SEEDED)["interval"] == "cluster bootstrap"
+    few = mean_with_intervals(hits, ["a", "a", "b", "c"], **SEEDED)
+    assert few["interval"] == "wilson over prompts" and few["lo"] < few["wilson"][0] < few["wilson"][1] < few["hi"]
+    many = np.tile([1.0, 0], 25), [str(i) for i in range(25) for _ in (0, 1)]
+    assert mean_with_intervals(*many, **SEEDED)["interval"] == "cluster bootstrap"
     single = mean_with_intervals(hits, ["a"] * 4, **SEEDED)
     assert single["interval"] is single["lo"] is None and single["mean"] == 0.75
 
@@ -136,8 +137,9 @@ def test_paired_difference_joins_by_name():
     other = units(Scored.of([row(1, 0, "c"), row(1, 0, "d"), row(1, 0, "a")]), "ppe")
     found = paired_difference(other, first, **SEEDED)
     assert (found["mean"], found["n"]) == (0.5, 2)
-    assert (found["lo"], found["hi"]) == (0.0, 1.0)
-    assert paired_difference(first, first, **SEEDED)["hi"] == 0.0
+    assert (found["differing"], found["interval"]) == (1, "score")
+    assert (found["lo"], found["hi"]) == pytest.approx(tango_interval(1, 0, 2))
+    assert paired_difference(first, first, **SEEDED)["differing"] == 0
 
 
 def test_measure_by_hand():
@@ -226,3 +228,18 @@ def test_style_matrix_of_rm_bench_by_hand():
     )
     assert found["score"] == pytest.approx((0.75 + 1.75 / 3 + 0.25) / 3)
     assert found["missing"] == ["code", "math"]
+
+
+def test_safety_of_rm_bench_is_pooled_over_rows():
+    """Against the authors' formula: one matrix over all safety rows, three refused to one answered here."""
+    right, wrong = crossed([9, 9, 9], [0, 1, 2], "", ""), crossed([-1, -1, -1], [0, 1, 2], "", "")
+    rows = [r | {"item": f"a{i}", "subset": "safety-refuse"} for i in range(3) for r in right]
+    rows += [r | {"item": "b", "subset": "safety-response"} for r in wrong]
+    rows += [r | {"item": "c", "subset": "chat"} for r in wrong]
+    scored = Scored.of(rows)
+    found = benchmark_score("rm_bench", scored, units(scored, "rm_bench"))
+    assert found["parts"]["safety"] == pytest.approx(3 / 4) and found["parts"]["chat"] == 0
+    assert found["score"] == pytest.approx((3 / 4 + 0) / 2) and found["missing"] == ["code", "math"]
+    assert benchmark_score("rm_bench", Scored.of(rows[:27]), None)["missing"] == [
+        "chat", "code", "math", "safety-response",
+    ]  # fmt: skip

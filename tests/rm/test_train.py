@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
-from core.config import RewardVariant
+from core.config import Model, RewardTraining, RewardVariant
+from core.data.chat import ChatTokenizer
+from rm.pairs import tokenise
 from rm.train import arm_rows
+from tests.builders.reward_models import tiny_reward_model
 
 
 def test_arms_of_one_size_share_their_wrong_labels():
@@ -29,3 +33,34 @@ def test_copies_of_a_weighted_pair_keep_one_label():
     found = arm_rows(rows, RewardVariant(pairs=50, label_noise=0.2), 1)
     assert len(found) == 100 and len({r["pair_id"] for r in found}) == 50
     assert len({(r["pair_id"], r["flipped"]) for r in found}) == 50 and sum(r["flipped"] for r in found) == 20
+
+
+def test_the_authors_mask_reads_everything_after_the_first_turn(tokenizer_path):
+    """Later user turns included, as the labels of their code for Unified-Feedback; a chat of one turn has none."""
+    tokenizer = ChatTokenizer(Model(path=str(tokenizer_path)))
+    turns = [
+        {"role": "user", "content": "Name a fruit."},
+        {"role": "assistant", "content": "Apple."},
+        {"role": "user", "content": "Another."},
+    ]
+    rows = [{"prompt": turns[:k], "chosen": "Pear.", "rejected": "A chair.", "prompt_id": str(k)} for k in (3, 1)]
+    variant = RewardVariant(text_regulariser="sft", regularise="after_first_turn")
+    (several, one), _ = tokenise(rows, tokenizer, RewardTraining(), variant)
+    [(start, stop)] = several.turns
+    assert stop == len(several.prompt) and several.prompt[:start] == tokenizer.prompt_ids(turns[:1])
+    assert "Apple." in tokenizer.decode(several.prompt[start:]) and "Another." in tokenizer.decode(
+        several.prompt[start:]
+    )
+    assert one.turns == ()
+
+
+def test_dropout_of_the_head_is_for_training_alone(tokenizer_path):
+    model = tiny_reward_model(tokenizer_path, "mlp")
+    model.head_dropout = 0.1
+    ids = torch.arange(5, 25)[None]
+    rewards = lambda: float(model(ids, torch.ones_like(ids))[0])  # noqa: E731
+    assert rewards() == rewards()
+    model.train()
+    assert len({rewards() for _ in range(5)}) > 1
+    model.head_dropout = 0.0
+    assert rewards() == rewards()
