@@ -9,7 +9,7 @@ from core.errors import DataError
 from core.training import distributed
 from ppo import guard, update
 from ppo.records import Rollout
-from tests.ppo.test_learner import PPO, learner, reported, rollout
+from tests.builders.ppo_tables import PPO, learner, reported, rollout
 
 update.FIRST_RATIO[torch.float32] = math.inf  # the old policy is another one on purpose
 trained = learner(PPO)
