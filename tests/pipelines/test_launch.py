@@ -84,8 +84,8 @@ def test_ppo_under_torchrun_with_one_rank_and_with_two(run_dir, tmp_path):
     for stage in ("prompts", "preferences", "rm"):
         shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
     for ranks in (1, 2):
-        job = ("ppo", *SMOKE, f"run.dir={tmp_path}", f"engine.processes={'auto' if ranks == 1 else 2}", "ppo.steps=1")
-        done = torchrun(ranks, *job, timeout=900)
+        job = ("ppo", *SMOKE, f"run.dir={tmp_path}", "ppo.steps=1")
+        done = torchrun(ranks, *job, "--force", timeout=900)
         assert done.returncode == 0, done.stderr[-6000:]
         (row,) = read_rows(tmp_path / "smoke" / "ppo" / "metrics.jsonl")
     untimed = lambda r: {k: v for k, v in r.items() if "second" not in k}  # noqa: E731

@@ -26,6 +26,7 @@ def make_inputs(policy: config.Model, folder: Path) -> None:
     """What the stages before PPO leave: prompts, and a reward model with an untrained head."""
     prompts = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": q}], "num_tokens": 9, "split": "rl_train",
                 "order": 0.1 * i} for i, q in enumerate(QUESTIONS)]  # fmt: skip
+    (folder / "prompts").mkdir()
     write_table(folder / "prompts" / "prompts.parquet", prompts)
     torch.manual_seed(1)
     model = RewardModel(load_causal_lm(policy, dtype="float32"), "mlp", ChatTokenizer(policy), std=0.1)
