@@ -11,8 +11,13 @@ STARTED = "GRM_STAGE_STARTED"
 
 
 def is_started() -> bool:
-    """True in a process whose environment is settled: ours, or one of the user's own torchrun."""
-    return STARTED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    """True in a process that has the environment of a stage."""
+    return STARTED in os.environ
+
+
+def is_rank() -> bool:
+    """True in a process that is to run a stage itself: one that `grm` started, or a rank of the user's own torchrun."""
+    return is_started() or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def variables(ranks: int) -> dict[str, str]:

@@ -40,7 +40,7 @@ def main() -> int:
             if not (cfg.run_dir / stage).is_symlink():
                 (cfg.run_dir / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
         if not settle("ppo", cfg, None):
-            status = launch.run_stage_process(cfg, ["ppo", "--config", options.config, *extra], distributed=True)
+            status = launch.run_stage_process(cfg, ["ppo", "--config", options.config, *extra])
             if status:
                 return status
         runs.append(read_rows(cfg.run_dir / "ppo" / "metrics.jsonl"))

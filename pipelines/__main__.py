@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         options = command_line.parser(name).parse_intermixed_args(rest)  # options may stand among overrides
         if name in OVERVIEWS:
             return OVERVIEWS[name](options)
-        return _stages(name, options)
+        return _stages(name, options, arguments)
     except (ConfigError, ArtefactError, DataError) as error:
         print(f"{prefix}: {error}", file=sys.stderr)
         return 2
@@ -47,16 +47,24 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _stages(command: str, options: argparse.Namespace) -> int:
-    """Run a stage; with --from, the stages that it needs and that the other run cannot give."""
+def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
+    """Run a stage; with --from, the stages that it needs and that the other run cannot give.
+
+    Args:
+        given: the whole command line, with which a rank of the user's own torchrun starts again.
+    """
     cfg = load(options.config, options.overrides)
     arguments = [part for file in options.config for part in ("--config", file)] + options.overrides
     names = list(GOLD) if command == "gold" else [command]
-    if environment.is_started():
+    if environment.is_rank():
         if options.source:
             raise ConfigError("--from links stages before processes are started: call `grm` without torchrun for it")
         for name in names:
-            stages.say(stages.run(name, cfg, force=options.force))
+            launch.check_ranks(name, cfg, launch.world_size())
+        if not environment.is_started():
+            launch.restart(given)
+        for name in names:
+            launch.run_here(name, cfg, force=options.force)
         return 0
     source = None
     if options.source:
@@ -77,10 +85,7 @@ def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source:
     stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are reported before a process is started
     if changed := stages.staleness(name, cfg):
         stages.say(f"{name}: re-run, because " + "; ".join(changed[:5]))
-    distributed = stages.STAGES[name].distributed
-    if distributed and (faults := cfg.batch_faults(launch.num_processes(cfg))):
-        raise ConfigError("the configuration does not fit this machine:\n  " + "\n  ".join(faults))
-    return launch.run_stage_process(cfg, arguments + (["--force"] if force else []), distributed=distributed)
+    return launch.run_stage_process(cfg, arguments + (["--force"] if force else []))
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """How a stage becomes a process: threads, allocator, and one process per rank by torchrun.
 
 Both must be decided before Python starts, so `grm` starts each stage in a new process with the right environment.
-A stage that was started by a launcher already (`torchrun ... -m pipelines ppo`, on many nodes) runs in place.
+A rank of the user's own torchrun (`torchrun ... -m pipelines ppo`, on many nodes) starts again in that environment.
+From there on both are the same: `check_ranks`, then `run_here`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+from typing import NoReturn
 
 from core.config import Config
 from core.environment import variables
+from core.errors import ConfigError
 from core.stopping import EXIT_STOPPED, MARK
+from pipelines import runs, stages
 
 STOP_SECONDS = 1800
 
@@ -27,9 +31,58 @@ def num_processes(cfg: Config) -> int:
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
 
 
-def run_stage_process(cfg: Config, arguments: list[str], *, distributed: bool) -> int:
-    """Run `python -m pipelines ARGUMENTS`, on every rank when `distributed`; the exit status."""
+def check_ranks(name: str, cfg: Config, ranks: int) -> None:
+    """ConfigError where `ranks` processes cannot share the work of a stage as the configuration says."""
+    if not stages.STAGES[name].distributed:
+        if ranks > 1:
+            raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")
+    elif faults := cfg.batch_faults(ranks):
+        raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
+
+
+def world_size() -> int:
+    """Ranks that torchrun started, on all machines; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def restart(arguments: list[str]) -> NoReturn:
+    """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks."""
+    environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-u", "-m", "pipelines", *arguments], environment)
+
+
+def run_here(name: str, cfg: Config, *, force: bool) -> None:
+    """Run a stage in this process, one of its ranks, unless it is up to date."""
+    check_ranks(name, cfg, world_size())
+    if force or not _settled(name, cfg):
+        stages.say(stages.run(name, cfg, force=force))
+
+
+def _settled(name: str, cfg: Config) -> bool:
+    """`runs.settle` by the first rank, since it may move folders; its answer on all ranks."""
+    if world_size() == 1:
+        return runs.settle(name, cfg, None)
+    import torch
+
+    from core.training import distributed
+
+    distributed.init_distributed()
+    answer = [runs.settle(name, cfg, None) if distributed.rank() == 0 else None]
+    torch.distributed.broadcast_object_list(answer, device=distributed.device())
+    return bool(answer[0])
+
+
+def run_stage_process(cfg: Config, arguments: list[str]) -> int:
+    """Run `python -m pipelines ARGUMENTS`, the first of which is a stage, on every rank that it needs; the exit status.
+
+    Raises:
+        ConfigError: the configuration does not fit the number of ranks.
+    """
+    distributed = stages.STAGES[arguments[0]].distributed
     ranks = num_processes(cfg) if distributed else 1
+    check_ranks(arguments[0], cfg, ranks)
     # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # On SIGTERM the ranks end their step and save; torchrun would kill them after 30 seconds.

@@ -43,7 +43,7 @@ class RunLog:
         row = {"step": step, **stats}
         self._rows.append(row)
         with (self._out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         with (self._out / "samples.jsonl").open("a") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
         for name, value in stats.items():

@@ -6,6 +6,9 @@ False a tensor may hold anything, NaN too: it changes neither values nor gradien
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -145,10 +148,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     The mean over these positions becomes 0, or is kept where `shift_mean` is False. Every rank must call it.
     """
     x = torch.where(mask, x, 0.0)
-    count, total = _global(mask.sum(), x.sum())
-    mean = total / count
-    (square,) = _global(torch.where(mask, x - mean, 0.0).square().sum())
-    white = (x - mean) * torch.rsqrt(square / count + 1e-8)
+    mean, variance = _moments(x, mask)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
@@ -176,7 +177,8 @@ def policy_loss(
 
     Returns:
         The loss, and without gradient: `clipfrac`, the share of tokens whose gradient is clipped away; `approx_kl`,
-        the k3 estimate of KL(old || new) per token; `ratio_max_dev`, the largest |ratio - 1|.
+        the k3 estimate of KL(old || new) per token; `ratio_max_dev`, the largest |ratio - 1|. The denominator is that
+        of all but the last, so these of micro-batches add up too.
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio, adv = log_ratio.exp(), torch.where(mask, advantages, 0.0)
@@ -188,9 +190,9 @@ def policy_loss(
         gain = gain * torch.where(mask, is_weight, 0.0)
     with torch.no_grad():
         stats = {
-            "clipfrac": masked_mean((clipped < plain).float(), mask),
+            "clipfrac": masked_mean((clipped < plain).float(), mask, denominator),
             # k3 of KL(old || new), since the tokens are samples of the old policy
-            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask, denominator),
             "ratio_max_dev": (ratio - 1).abs().max(),
         }
     return -masked_mean(gain, mask, denominator), stats
@@ -209,13 +211,13 @@ def value_loss(
         denominator: as in `masked_mean`.
 
     Returns:
-        The loss, and the share of tokens that are clipped, without gradient.
+        The loss, and the share of tokens that are clipped, without gradient, with the same denominator.
     """
     values, old, target = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = old + (values - old).clamp(-clip, clip)
     plain, clipped = (values - target).square(), (near - target).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask, denominator)
-    return loss, masked_mean((clipped > plain).float(), mask).detach()
+    return loss, masked_mean((clipped > plain).float(), mask, denominator).detach()
 
 
 def importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
@@ -227,9 +229,28 @@ def importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over True positions: 1 is perfect, 0 is no better than a constant."""
-    target, error = returns[mask], (returns - values)[mask]
-    return 1 - error.var(correction=0) / target.var(correction=0).clamp(min=1e-8)
+    """1 - Var(returns - values) / Var(returns), a scalar: 1 is perfect, 0 is no better than a constant.
+
+    The variances are over the True positions of all ranks. Every rank must call it.
+    """
+    return 1 - _moments(returns - values, mask)[1] / _moments(returns, mask)[1].clamp(min=1e-8)
+
+
+def clustered_se(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Standard error of the mean of `values` [n] when those of one cluster are not independent.
+
+    Its square is the cluster-robust variance of a mean (Liang and Zeger 1986), sum_g (sum_{i in g} (x_i - mean))^2 /
+    n^2, times G / (G - 1) for G clusters. With clusters of one value it is the usual s / sqrt(n). The values of a lone
+    cluster are taken as independent, since nothing is known of others.
+    """
+    n, names = len(values), set(clusters)
+    if len(names) == 1:
+        clusters, names = range(n), set(range(n))
+    mean = math.fsum(values) / n
+    sums: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    return math.sqrt(len(names) / max(1, len(names) - 1) * math.fsum(s * s for s in sums.values())) / n
 
 
 class AdaptiveKL:
@@ -255,6 +276,14 @@ class AdaptiveKL:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x over the True positions of all ranks."""
+    count, total = _global(mask.sum(), torch.where(mask, x, 0.0).sum())
+    mean = total / count
+    (square,) = _global(torch.where(mask, x - mean, 0.0).square().sum())
+    return mean, square / count
 
 
 def _global(*values: Tensor) -> list[Tensor]:

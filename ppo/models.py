@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from core import config
-from core.config import Model, Ppo
+from core.config import Model, Ppo, exact_div
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
@@ -54,8 +54,10 @@ def make_engines(
         ArtefactError: a model cannot be loaded, or cannot be cut above its frozen layers.
     """
     micro = ppo.micro_batch
-    per_rank, updates = ppo.rollouts // distributed.world_size(), ppo.epochs * ppo.minibatches
-    trained = {"micro_batch": micro, "accumulation": per_rank // (micro * ppo.minibatches)}
+    updates = ppo.epochs * ppo.minibatches
+    rows = distributed.world_size() * micro * ppo.minibatches
+    accumulation = exact_div(ppo.rollouts, rows, "ppo.rollouts by ranks x ppo.micro_batch x ppo.minibatches")
+    trained = {"micro_batch": micro, "accumulation": accumulation}
     torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
     lm = load_causal_lm(policy, dtype=settings.dtype)
     if ppo.lora:

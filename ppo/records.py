@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.batching import balanced, pad_right
+from core.config import exact_div
 from core.data.rows import PromptRow
 from core.errors import DataError
 from core.generation.local import Completion
@@ -22,9 +24,9 @@ class Micro:
     """One micro-batch of a rollout, B responses in rows of L columns.
 
     Tensors are [B, L-1] unless a comment gives another shape: column t is about predicting token t+1. The fields that
-    the constructor does not take are filled in after sampling: log-probs and values by `ppo.rollout`, advantages and
-    returns by `ppo.update`. The same rows in the same shape serve for the old log-probs and for every update, so that
-    the first ratio is 1.
+    the constructor does not take are filled in after sampling: what models give by `ppo.rollout`, values, advantages
+    and returns by `ppo.update`. The same rows in the same shape serve for the old log-probs and for every update, so
+    that the first ratio is 1.
     """
 
     input_ids: Tensor  # [B, L]
@@ -36,7 +38,8 @@ class Micro:
     group: Tensor  # [B], equal for responses to one prompt
     logprobs: Tensor = field(init=False)  # nats, by the actor before the updates
     ref_logprobs: Tensor = field(init=False)  # nats, by the reference
-    values: Tensor = field(init=False)  # by the critic, in units of the normalised reward
+    critic_outputs: Tensor = field(init=False)  # by the critic before the updates, in units of its head
+    values: Tensor = field(init=False)  # the same in units of the normalised reward
     advantages: Tensor = field(init=False)
     returns: Tensor = field(init=False)
     is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
@@ -88,18 +91,65 @@ def make_micros(
     return micros
 
 
+def make_minibatches(
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    rewards: Tensor,
+    groups: Sequence[int],
+    pad_id: int,
+    *,
+    minibatches: int,
+    micro_batch: int,
+    seed: int,
+) -> list[list[Micro]]:
+    """Equally large minibatches of rows drawn at random, each of equally many micro-batches as `make_micros` makes.
+
+    Rows go to minibatches first, so that each of them is a random draw of the rollout: were they made of micro-batches,
+    which hold rows of similar length, each optimiser step would see responses of one length. The responses to a prompt
+    need not stay together, since their advantages are computed before.
+
+    Args:
+        prompts, completions, rewards, groups, pad_id: as in `make_micros`.
+        micro_batch: rows of a micro-batch, on average.
+        seed: of the draw; another one on each rank.
+
+    Raises:
+        DataError: a response of no token at all.
+        ValueError: the rows do not divide into minibatches and micro-batches.
+    """
+    size = exact_div(len(completions), minibatches, "responses of a rank by ppo.minibatches")
+    count = exact_div(size, micro_batch, "responses of a minibatch on a rank by ppo.micro_batch")
+    order = random.Random(seed).sample(range(len(completions)), len(completions))
+    made = []
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        made.append(
+            make_micros(
+                [prompts[i] for i in rows], [completions[i] for i in rows], rewards[rows], [groups[i] for i in rows],
+                pad_id, count,
+            )
+        )  # fmt: skip
+    return made
+
+
 @dataclass
 class Rollout:
-    """One step's responses on this rank, in micro-batches, and how long each phase of collecting them took."""
+    """One step's responses on this rank, in minibatches, and how long each phase of collecting them took."""
 
-    micros: list[Micro]
+    minibatches: list[list[Micro]]
+    """The micro-batches of each minibatch."""
     samples: list[dict]
-    """Rows of samples.jsonl."""
+    """Rows of samples.jsonl, one for each response."""
     policy: int
     """The step whose weights sampled it; 0 is the reference."""
     behind: int
     """How many steps older those weights are than the actor's: 0, or 1 with ppo.overlap."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def micros(self) -> list[Micro]:
+        """All micro-batches."""
+        return [micro for minibatch in self.minibatches for micro in minibatch]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
 from core.training import distributed
-from ppo.math import importance_weight, kl_k1, kl_k3
+from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
 from ppo.models import Engines
 from ppo.probe import SyncProbe
-from ppo.records import Clock, Micro, Rollout, Sampled, make_micros
+from ppo.records import Clock, Micro, Rollout, Sampled, make_minibatches
 from ppo.sampling import prompts_of_step
 from ppo.update import Learner
 
@@ -27,7 +27,7 @@ class Collector:
     the policy before the last update.
 
     Args:
-        learner: reads the critic's values.
+        learner: reads the critic.
         probe: is shown the responses of each step while vLLM is awake.
         prompts: rows with `prompt_id` and `prompt` (messages); the same list on every rank.
         seed: of the order of the prompts and of the samples.
@@ -61,15 +61,18 @@ class Collector:
         clock.lap("generate")
         rewards = self._engines.proxy.score(responses(sampled, self._generator.tokenizer.fingerprint))
         clock.lap("score")
-        count = len(sampled.completions) // self._ppo.micro_batch
-        micros = make_micros(
-            sampled.prompts, sampled.completions, rewards, sampled.groups, self._generator.tokenizer.pad_id, count
-        )
-        for micro in micros:
+        minibatches = make_minibatches(
+            sampled.prompts, sampled.completions, rewards, sampled.groups, self._generator.tokenizer.pad_id,
+            minibatches=self._ppo.minibatches, micro_batch=self._ppo.micro_batch,
+            seed=stream_seed(self._seed, "ppo", "minibatches", step, distributed.rank()),
+        )  # fmt: skip
+        samples = _log_rows(step, sampled, rewards.tolist())
+        rollout = Rollout(minibatches, samples, sampled.policy, step - 1 - sampled.policy)
+        for micro in rollout.micros:
             self._evaluate(micro)
         clock.lap("logprobs")
-        samples = _log_rows(step, sampled, rewards.tolist())
-        return Rollout(micros, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
+        rollout.seconds = clock.seconds
+        return rollout
 
     def wait(self) -> None:
         """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.
@@ -98,13 +101,13 @@ class Collector:
 
     @torch.no_grad()
     def _evaluate(self, micro: Micro) -> None:
-        """Fill in the frozen states, the actor's and the reference's log-probs, the values and importance weights."""
+        """Fill in the frozen states, the log-probs of actor and reference, the critic's outputs, importance weights."""
         engines, inputs = self._engines, (micro.input_ids, micro.attention_mask, micro.is_response)
         micro.frozen = engines.frozen_layers(*inputs[:2]) if engines.frozen_layers else None
         micro.logprobs = engines.actor(*inputs, frozen=micro.frozen)[0]
         micro.ref_logprobs = engines.reference(*inputs, reference=True, frozen=micro.frozen)[0]
         if engines.critic:
-            micro.values = self._learner.values(micro)
+            micro.critic_outputs = self._learner.critic_outputs(micro)
         cap = self._ppo.clip.importance_weight
         micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
 
@@ -133,8 +136,11 @@ def _log_rows(step: int, sampled: Sampled, rewards: list[float]) -> list[dict]:
 
 
 def statistics(rollout: Rollout) -> dict[str, float]:
-    """Means over the responses, or response tokens, of all ranks; KL is that of the policy that sampled."""
-    names = ("rows", "tokens", "kl", "k3", "mismatch", "cut_off", "proxy", "proxy_square", "minus_logp")
+    """Means over the responses, or response tokens, of all ranks; KL is that of the policy that sampled.
+
+    `proxy_se` takes the responses to one prompt, which have much of their reward in common, as one cluster.
+    """
+    names = ("rows", "tokens", "kl", "k3", "mismatch", "cut_off", "proxy", "minus_logp")
     sums = dict.fromkeys(names, 0.0)
     for m in rollout.micros:
         mask = m.is_response
@@ -148,17 +154,16 @@ def statistics(rollout: Rollout) -> dict[str, float]:
             float((m.logprobs - m.sampler_logprobs)[mask].abs().sum()),
             int((~m.finished).sum()),
             float(m.proxy.double().sum()),
-            float(m.proxy.double().square().sum()),
             float(-m.logprobs[mask].sum()),
         )
         for name, value in zip(names, here, strict=True):
             sums[name] += value
     total = dict(zip(names, distributed.global_sum(*sums.values()), strict=True))
-    rows, tokens, proxy = total["rows"], total["tokens"], total["proxy"]
-    variance = max(0.0, total["proxy_square"] / rows - (proxy / rows) ** 2) * rows / max(1.0, rows - 1)
+    rows, tokens = total["rows"], total["tokens"]
+    of_prompts = distributed.gather_rows([(row["prompt_id"], row["proxy"]) for row in rollout.samples])
     return {
-        "proxy_mean": proxy / rows,
-        "proxy_se": (variance / rows) ** 0.5,
+        "proxy_mean": total["proxy"] / rows,
+        "proxy_se": clustered_se([reward for _, reward in of_prompts], [prompt for prompt, _ in of_prompts]),
         "kl_nats_per_response": total["kl"] / rows,
         "kl_k3_nats_per_response": total["k3"] / rows,
         "response_tokens": tokens / rows,

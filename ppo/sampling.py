@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 from core.data.rows import PromptRow
 from core.data.streams import stream_seed
@@ -24,5 +25,6 @@ def prompts_of_step(rows: list[PromptRow], step: int, count: int, seed: int) -> 
     return [rows[i] for i in chosen[distributed.rank() * mine : (distributed.rank() + 1) * mine]]
 
 
+@lru_cache(maxsize=2)  # a step that ends an epoch begins the next one
 def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(stream_seed(seed, "ppo", "prompts", epoch)).sample(range(n), n)

@@ -20,7 +20,7 @@ from core.config import Config, Generation, Model, Ppo
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
 from core.data.streams import stream_seed
-from core.errors import ArtefactError, DataError
+from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
@@ -28,6 +28,7 @@ from core.models.loading import save_lm
 from core.stopping import MARK, Stopped, StopSignal
 from core.training import distributed
 from core.training.weights import save_adapter
+from ppo import guard
 from ppo.card import write_card
 from ppo.ema import WeightAverage
 from ppo.extend import LAST
@@ -40,12 +41,6 @@ from ppo.records import Clock, Rollout
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector, statistics
 from ppo.update import Learner
-
-MAX_MISMATCH = 0.2
-"""Mean |difference of log-probs| between vLLM and the actor, in nats, above which a run stops.
-
-Rounding to bfloat16 gives 0.03 to 0.05, a mixture of old and new weights 0.3.
-"""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
@@ -115,18 +110,22 @@ class Trainer:
         """One iteration of PPO: a rollout, updates on it, the new weights to vLLM.
 
         Raises:
-            DataError: vLLM does not run the actor's weights, before the updates or after the sync.
+            DataError: vLLM does not run the actor's weights, before the updates or after the sync; or a number is
+                NaN or infinite. Nothing of the step is saved then.
         """
         clock = Clock()
         rollout = self.collector.collect(step)
+        guard.check_rollout(step, rollout)
         stats = statistics(rollout)
-        self._check_mismatch(step, rollout, stats)
+        if not rollout.behind:  # with ppo.overlap, vLLM and the actor differ by an update too
+            guard.check_mismatch(step, stats["mismatch_mean_abs"])
         self.probe.before()
         clock.lap("collect")
 
-        self.scale.update([m.proxy for m in rollout.micros])
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
-        stats |= self.learner.update(rollout.micros, step, self.kl.coef)
+        guard.check_advantages(step, rollout.micros)
+        stats |= self.learner.update(rollout.minibatches, step, self.kl.coef)
+        guard.check_weights(step, self.actor, self.critic)
         clock.lap("train")
 
         if self.average:
@@ -138,6 +137,7 @@ class Trainer:
         stats |= self.probe.after(step)
         self.generator.sleep()
         clock.lap("probe")
+        guard.check_metrics(step, stats)
 
         self._record(step, rollout, stats | {"kl_coef": self.kl.coef}, clock)
         self.kl.update(stats["kl_nats_per_response"], self.cfg.ppo.rollouts)
@@ -169,18 +169,6 @@ class Trainer:
         assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
         self.generator.load_adapter(folder)
         torch.distributed.barrier()  # until then the files must not be overwritten
-
-    def _check_mismatch(self, step: int, rollout: Rollout, stats: dict[str, float]) -> None:
-        """Compare vLLM's log-probs of all samples with the actor's.
-
-        `probe` compares how both changed in an update, on some of the samples.
-        """
-        # With ppo.overlap, vLLM and the actor differ by an update too.
-        if not rollout.behind and stats["mismatch_mean_abs"] > MAX_MISMATCH:
-            raise DataError(
-                f"ppo step {step}: log-probs of vLLM and the actor differ by {stats['mismatch_mean_abs']:.3f} nats"
-                f" (limit {MAX_MISMATCH}): vLLM does not run the actor's weights"
-            )
 
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps

@@ -11,7 +11,9 @@ from core.config import Ppo
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.training import distributed
+from core.training.distributed import check_finite
 from core.training.engine import Engine
+from ppo.guard import ADVICE
 from ppo.math import (
     explained_variance,
     gae,
@@ -31,6 +33,8 @@ from ppo.rewards import RewardScale, final_rewards
 
 FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far from 1 the ratio of an unchanged policy may be: the same weights on the same rows in the same shape."""
+OF_TOKENS = ("approx_kl", "clipfrac", "value_clipfrac")
+"""Metrics that are means over tokens."""
 
 
 class Learner:
@@ -47,27 +51,34 @@ class Learner:
     def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
 
-    def values(self, micro: Micro) -> torch.Tensor:
-        """Critic values [B, L-1] in units of the normalised reward: at column t the value before token t+1.
+    def critic_outputs(self, micro: Micro) -> torch.Tensor:
+        """The critic's outputs [B, L-1] in units of its head: at column t the one before token t+1.
 
         0 outside responses.
         """
         assert self.critic is not None, "estimators without a critic have no values"
-        values = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
-        if self.ppo.critic_head == "reward":  # in the proxy's units, so brought to those of the rewards
-            values = self.scale.normalise(values)
-        return scatter(values, micro.is_response)
+        outputs = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
+        return scatter(outputs, micro.is_response)
+
+    def _values(self, micro: Micro, outputs: torch.Tensor) -> torch.Tensor:
+        """Values [B, L-1] in units of the normalised reward, by the scale as it is now."""
+        if self.ppo.critic_head == "reward":  # in the proxy's units
+            return torch.where(micro.is_response, self.scale.normalise(outputs), 0.0)
+        return outputs
 
     def advantages(self, micros: list[Micro], kl_coef: float) -> dict[str, float]:
-        """Fill in advantages, and with a critic returns, of this rank's micro-batches.
+        """Fill in advantages, and with a critic values and returns, of this rank's micro-batches.
+
+        The scale of the rewards is updated first, so that rewards and values of a step have one scale.
 
         Args:
             kl_coef: of the penalty in the reward; not used where `ppo.kl.where` is loss.
 
         Returns:
-            `reward_mean`, over the responses of all ranks, and with a critic `explained_variance`, on this rank.
+            `reward_mean`, over the responses of all ranks, and with a critic `explained_variance`, over all tokens.
         """
         ppo, stats = self.ppo, {}
+        self.scale.update([m.proxy for m in micros])
         coef = kl_coef if ppo.kl.where == "reward" else 0.0
         finals, rewards = [], []
         for m in micros:
@@ -83,6 +94,7 @@ class Learner:
         else:
             for m, reward in zip(micros, rewards, strict=True):
                 if self.critic:
+                    m.values = self._values(m, m.critic_outputs)
                     m.advantages, m.returns = gae(reward, m.values, m.is_response, ppo.gamma, ppo.lam)
                 else:
                     m.advantages = reward_to_go(reward, m.is_response, ppo.gamma)
@@ -93,58 +105,70 @@ class Learner:
         rows, total = distributed.global_sum(sum(map(len, finals)), sum(float(f.double().sum()) for f in finals))
         return stats | {"reward_mean": total / rows}
 
-    def update(self, micros: list[Micro], step: int, kl_coef: float) -> dict[str, float]:
-        """Train actor and critic: `ppo.epochs` epochs of `ppo.minibatches` minibatches over the rollout.
+    def update(self, minibatches: list[list[Micro]], step: int, kl_coef: float) -> dict[str, float]:
+        """Train actor and critic: `ppo.epochs` epochs over the minibatches of a rollout.
+
+        Every epoch has the same minibatches and micro-batches, in another order of the minibatches: in the shapes of
+        the rollout the ratio of an unchanged policy is 1, in others rounding alone would move it.
 
         Args:
+            minibatches: the micro-batches of each minibatch, equally many on all ranks.
             step: of PPO, from 1; the actor rests for the first `ppo.critic_warmup_steps`.
             kl_coef: of the penalty in the loss; not used where `ppo.kl.where` is reward.
 
         Returns:
-            Metrics, as means over all updates and ranks.
+            Metrics over all updates and ranks: see `_of_updates`.
 
         Raises:
-            DataError: on the first minibatch, before anything is trained, the ratio is not 1.
+            DataError: on the first minibatch, before anything is trained, the ratio is not 1; or a loss or gradient
+                is not finite.
         """
-        ppo, meter = self.ppo, _Meter()
+        ppo = self.ppo
+        found: list[tuple[float, dict[str, float]]] = []
         train_policy = step > ppo.critic_warmup_steps
         for epoch in range(ppo.epochs):
-            for number, minibatch in enumerate(self._minibatches(micros, step, epoch)):
-                part = self._minibatch_passes(minibatch, kl_coef, train_policy)
-                if train_policy and epoch == number == 0:
-                    self._check_first(part, step)
-                meter.merge(part, len(minibatch))
-                if train_policy:
-                    meter.norms("actor_grad_norm", self.actor.grad_norm)
-                if self.critic:
-                    meter.norms("critic_grad_norm", self.critic.grad_norm)
-                if train_policy and ppo.kl.stop:
-                    passes = len(minibatch) * distributed.world_size()
-                    if distributed.global_sum(part.sums["approx_kl"])[0] / passes > ppo.kl.stop:
-                        train_policy = False
-            if not train_policy and not self.critic:
-                break
-        return meter.means()
+            rng = random.Random(stream_seed(self.seed, "ppo", "minibatches", step, epoch))  # the same on all ranks
+            for minibatch in rng.sample(minibatches, len(minibatches)):
+                if not train_policy and not self.critic:
+                    return _of_updates(found)
+                tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
+                stats = self._train_on(minibatch, tokens, step, kl_coef, train_policy)
+                if train_policy and not found:
+                    self._check_first(stats["ratio_max_dev"], step)
+                found.append((tokens, stats))
+                if train_policy and ppo.kl.stop and stats["approx_kl"] > ppo.kl.stop:
+                    train_policy = False
+        return _of_updates(found)
 
-    def _minibatches(self, micros: list[Micro], step: int, epoch: int) -> list[list[Micro]]:
-        """Equally many micro-batches each, in the same order on all ranks.
+    def _train_on(
+        self, minibatch: list[Micro], tokens: float, step: int, kl_coef: float, train_policy: bool
+    ) -> dict[str, float]:
+        """Passes over one minibatch of `tokens` response tokens on all ranks; then the engines step their optimisers.
 
-        Micro-batches stay whole, so that their shapes, and so the ratios, are those of the rollout.
+        Returns:
+            Losses, KL and shares of clipped tokens, as means over these tokens; `ratio_max_dev`; gradient norms.
         """
-        rng = random.Random(stream_seed(self.seed, "ppo", "minibatches", step, epoch))
-        order, size = rng.sample(micros, len(micros)), len(micros) // self.ppo.minibatches
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-    def _minibatch_passes(self, minibatch: list[Micro], kl_coef: float, train_policy: bool) -> _Meter:
-        """Forward and backward passes on one minibatch, at the end of which the engines step their optimisers."""
-        tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
-        meter = _Meter()
+        passes: list[dict[str, float]] = []
         for m in minibatch:
-            if train_policy:
-                meter.add(**self._policy_pass(m, tokens, kl_coef))
-            if self.critic:
-                meter.add(**self._critic_pass(m, tokens))
-        return meter
+            stats = self._policy_pass(m, tokens, kl_coef) if train_policy else {}
+            stats |= self._critic_pass(m, tokens) if self.critic else {}
+            passes.append({name: float(value.detach()) for name, value in stats.items()})
+        engines = {"actor": self.actor if train_policy else None, "critic": self.critic}
+        norms = {f"{name}_grad_norm": engine.grad_norm for name, engine in engines.items() if engine}
+        # DeepSpeed does not report all norms.
+        reported = {name: norm for name, norm in norms.items() if norm is not None}
+        columns = {name: [stats[name] for stats in passes] for name in passes[0]}
+        check_finite(
+            f"ppo step {step}, on a minibatch",
+            {f"values of {name}": column for name, column in columns.items()}
+            | {f"values of {name}": [norm] for name, norm in reported.items()},
+            ADVICE,
+        )
+        largest = columns.pop("ratio_max_dev", None)
+        # Each number of a micro-batch is its part of a mean over all tokens: parts add up over passes and ranks.
+        totals = distributed.global_sum(*map(sum, columns.values()))
+        found = dict(zip(columns, totals, strict=True)) | reported
+        return found | ({"ratio_max_dev": distributed.global_max(max(largest))} if largest else {})
 
     def _policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
         """One pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
@@ -169,8 +193,9 @@ class Learner:
         """One pass of the critic."""
         assert self.critic is not None
         loss, clipfrac = value_loss(
-            self.values(m), m.values, m.returns, m.is_response, self.ppo.clip.value or math.inf, denominator=tokens
-        )
+            self._values(m, self.critic_outputs(m)), m.values, m.returns, m.is_response,
+            self.ppo.clip.value or math.inf, denominator=tokens,
+        )  # fmt: skip
         self.critic.backward(loss * self._scale(self.critic))
         self.critic.step()
         return {"value_loss": loss, "value_clipfrac": clipfrac}
@@ -180,49 +205,29 @@ class Learner:
         # DeepSpeed averages over ranks and accumulated passes; these losses add up to the mean over all tokens.
         return distributed.world_size() * engine.accumulation
 
-    def _check_first(self, meter: _Meter, step: int) -> None:
+    def _check_first(self, deviation: float, step: int) -> None:
         limit = FIRST_RATIO[next(self.actor.module.parameters()).dtype]
-        if meter.largest["ratio_max_dev"] > limit:
+        if deviation > limit:
             raise DataError(
                 f"ppo step {step}: before any update the ratio to the rollout's policy differs from 1 by "
-                f"{meter.largest['ratio_max_dev']:.2g} (limit {limit:g}). Is there dropout, or a kernel that computes "
+                f"{deviation:.2g} (limit {limit:g}). Is there dropout, or a kernel that computes "
                 "differently in training mode? Set policy.attention=eager"
             )
 
 
-class _Meter:
-    """Sums over micro-batches, which become means over updates and ranks at the end."""
+def _of_updates(found: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """Metrics of a step from those of its minibatches, given with their numbers of response tokens.
 
-    def __init__(self):
-        self.sums: dict[str, float] = {}
-        self.largest: dict[str, float] = {}
-        self._passes: dict[str, int] = {}
-        self._norms: dict[str, list[float]] = {}
-
-    def add(self, **values: torch.Tensor) -> None:
-        """Count one pass."""
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value.detach())
-            self.largest[key] = max(self.largest.get(key, -float("inf")), float(value.detach()))
-
-    def merge(self, minibatch: _Meter, size: int) -> None:
-        """Count the passes of a minibatch of `size` micro-batches."""
-        for key, value in minibatch.sums.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-            self.largest[key] = max(self.largest.get(key, -float("inf")), minibatch.largest[key])
-            self._passes[key] = self._passes.get(key, 0) + (1 if key.endswith("loss") else size)
-
-    def norms(self, key: str, value: float) -> None:
-        """Count the gradient norm of one update; NaN is left out."""
-        if not math.isnan(value):
-            self._norms.setdefault(key, []).append(value)
-
-    def means(self) -> dict[str, float]:
-        # A loss of a micro-batch is its share of the mean over all tokens: shares add up over micro-batches and ranks.
-        totals = dict(zip(self.sums, distributed.global_sum(*self.sums.values()), strict=True)) if self.sums else {}
-        ranks = {k: 1 if k.endswith("loss") else distributed.world_size() for k in totals}
-        means = {k: t / (self._passes[k] * ranks[k]) for k, t in totals.items()}
-        return means | {k: sum(v) / len(v) for k, v in self._norms.items()}
+    `approx_kl`, `clipfrac` and `value_clipfrac` are means over tokens, losses and gradient norms means over updates,
+    and `ratio_max_dev` is the largest.
+    """
+    result = {}
+    for name in dict.fromkeys(name for _, stats in found for name in stats):
+        values = [stats[name] for _, stats in found if name in stats]
+        weights = [tokens if name in OF_TOKENS else 1.0 for tokens, stats in found if name in stats]
+        mean = sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+        result[name] = max(values) if name == "ratio_max_dev" else mean
+    return result
 
 
 def _explained(micros: list[Micro]) -> float:

@@ -38,6 +38,12 @@ from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
 from rm.score import check_lengths, score_tokens
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
+NOT_FINITE = (
+    "Nothing of this reward model is saved. Lower rm.optim.lr, or set engine.dtype=float32; at step 1, look for broken "
+    "weights in rm.base.path"
+)
+"""What to do about numbers that are not finite."""
+
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     """Run the stage on this rank, or resume it with the first unfinished variant.
@@ -147,6 +153,8 @@ def fit(
         # For InfoRM's latents and dropout in adapters; named by step, like every draw.
         torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
         row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
+        numbers = {f"values of {key}": [value] for key, value in row.items() if value is not None}
+        distributed.check_finite(f"rm {name}, step {step}", numbers, NOT_FINITE)
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()

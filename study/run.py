@@ -102,11 +102,7 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
             if stage == "preferences":
                 refuse_leaks(settings)
             continue
-        distributed = stages.STAGES[stage].distributed
-        if distributed and (faults := settings.batch_faults(launch.num_processes(settings))):
-            raise ConfigError("the configuration does not fit this machine:\n  " + "\n  ".join(faults))
-        arguments = [stage, "--config", str(file), *extra]
-        if status := launch.run_stage_process(settings, arguments, distributed=distributed):
+        if status := launch.run_stage_process(settings, [stage, "--config", str(file), *extra]):
             return status
         if stage == "preferences":
             refuse_leaks(settings)

@@ -101,7 +101,7 @@ class Ppo(Section):
     epochs: int = Field(default=1, ge=1)
     """Passes over each rollout. More passes learn more from it, from samples of a policy that is further away."""
     minibatches: int = Field(default=2, ge=1)
-    """Optimiser steps per epoch, each on its share of the rollout."""
+    """Optimiser steps per epoch, each on a random share of the rollout."""
     micro_batch: int = Field(default=8, ge=1)
     """Sequences per forward pass on one rank, on average: passes hold equally many tokens, not sequences. Lower it when
     memory runs out."""

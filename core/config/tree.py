@@ -182,20 +182,14 @@ class Config(Section):
 
     def batch_faults(self, world: int) -> list[str]:
         """What does not divide on `world` ranks, one line each; empty when all is well."""
+        ranks = f"{world} ranks (engine.processes, or torchrun's)"
+        rm, ppo = self.rm, self.ppo
+        rows = f"{ranks} x ppo.micro_batch {ppo.micro_batch} x ppo.minibatches {ppo.minibatches}"
+        samples = f"{ranks} x ppo.samples_per_prompt {ppo.samples_per_prompt}"
         rules = [
-            ("rm.global_batch", self.rm.global_batch, "engine.processes x rm.micro_batch", world * self.rm.micro_batch),
-            (
-                "ppo.rollouts",
-                self.ppo.rollouts,
-                "engine.processes x ppo.micro_batch x ppo.minibatches",
-                world * self.ppo.micro_batch * self.ppo.minibatches,
-            ),
-            (
-                "ppo.rollouts",
-                self.ppo.rollouts,
-                "engine.processes x ppo.samples_per_prompt",
-                world * self.ppo.samples_per_prompt,
-            ),
+            ("rm.global_batch", rm.global_batch, f"{ranks} x rm.micro_batch {rm.micro_batch}", world * rm.micro_batch),
+            ("ppo.rollouts", ppo.rollouts, rows, world * ppo.micro_batch * ppo.minibatches),
+            ("ppo.rollouts", ppo.rollouts, samples, world * ppo.samples_per_prompt),
         ]
         return [
             f"{name} {value} is not divisible by {parts} = {divisor}"

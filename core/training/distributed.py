@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
+
+from core.errors import DataError
 
 
 def init_distributed() -> None:
@@ -56,6 +59,38 @@ def global_sum(*values: float) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def global_max(value: float) -> float:
+    """The largest of all ranks' values, in float64. Every rank must call it; the values must be finite."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device())
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def check_finite(where: str, values: Mapping[str, Iterable[torch.Tensor | float]], advice: str) -> None:
+    """Stop all ranks if any number of any rank is NaN or infinite. Every rank must call it, with the same names.
+
+    Comparisons with NaN are false and a maximum may pass over it, so no other check can be trusted to notice it.
+
+    Args:
+        where: stage and step, the beginning of the message.
+        values: name in the plural -> tensors of any shapes, or numbers; in the order in which they were computed.
+        advice: what the user can do, the end of the message.
+
+    Raises:
+        DataError: on every rank; names the first of `values` that is not finite.
+    """
+    bad, sizes = [], []
+    for tensors in values.values():
+        parts = [torch.as_tensor(tensor) for tensor in tensors]
+        bad.append(float(sum((~part.isfinite()).sum() for part in parts)))
+        sizes.append(sum(part.numel() for part in parts))
+    totals = global_sum(*bad, *sizes)
+    for name, count, size in zip(values, totals, totals[len(bad) :], strict=False):
+        if count:
+            raise DataError(f"{where}: {count:.0f} of {size:.0f} {name} are NaN or infinite. {advice}")
 
 
 def gather_rows(rows: list) -> list:

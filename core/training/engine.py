@@ -7,6 +7,8 @@ checkpoints are each model's own. Call an engine like its module. All ranks must
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,13 +84,22 @@ class Engine:
         self._deepspeed.step()
 
     @property
-    def grad_norm(self) -> float:
+    def grad_norm(self) -> float | None:
         """Norm of the last update's gradient over all ranks, before clipping.
 
-        NaN at stage 0 in float32, where DeepSpeed clips but does not report the norm.
+        None at stage 0 in float32, where DeepSpeed clips but does not report the norm. Infinite where a gradient was
+        not finite: DeepSpeed then skips the update, or says -1.
         """
         norm = self._deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        if norm is None:
+            return None
+        return float(norm) if norm >= 0 else math.inf
+
+    def trained_values(self) -> Iterator[Tensor]:
+        """What this rank holds of the trained weights: whole tensors, or with ZeRO-3 its shards."""
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                yield getattr(parameter, "ds_tensor", parameter).detach()
 
     @property
     def lr(self) -> float:

@@ -1,15 +1,19 @@
-"""Five PPO updates of 8 responses each, and the models they start from: the same for DeepSpeed and plain PyTorch."""
+"""Three PPO steps of 16 responses in two minibatches, and the models that they start from."""
+
+import random
 
 import torch
 
 from core import config
+from core.data.streams import stream_seed
 from ppo.policy import PolicyModule
 from rm.model import RewardModel
 from tests.builders.tiny_lm import OPTIM, tiny_lm
 
-STEPS, ROWS = 5, 8
+STEPS, ROWS = 3, 16
+SEED = 1
 PPO = config.Ppo(
-    rollouts=ROWS, micro_batch=1, minibatches=1, epochs=2, lam=0.95, kl=config.Kl(coef=0.1),
+    rollouts=ROWS, micro_batch=1, minibatches=2, epochs=2, lam=0.95, kl=config.Kl(coef=0.1),
     clip=config.Clip(importance_weight=2.0), actor=OPTIM, critic=OPTIM, critic_head="reward", entropy_coef=0.01,
 )  # fmt: skip
 
@@ -27,6 +31,17 @@ def rollouts(step: int) -> list[dict]:
             "proxy": float(torch.randn(1, generator=g)), "finished": draw(0, 2) == 1,
         })  # fmt: skip
     return rows
+
+
+def minibatch_of(row: int) -> int:
+    """Which minibatch a row of `rollouts` belongs to: on one rank and on two, each has half of a rank's rows."""
+    return row % PPO.minibatches
+
+
+def order(step: int, epoch: int) -> list[int]:
+    """The minibatches in the order in which `ppo.update.Learner` with SEED takes them."""
+    rng = random.Random(stream_seed(SEED, "ppo", "minibatches", step, epoch))
+    return rng.sample(range(PPO.minibatches), PPO.minibatches)
 
 
 def models() -> tuple[PolicyModule, RewardModel]:

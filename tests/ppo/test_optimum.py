@@ -1,6 +1,7 @@
-"""PPO as a whole on a problem so small that its optimum pi_0 exp(r / beta) / Z is known."""
+"""PPO as a whole on a problem so small that its optimum pi_0 exp(r / beta) / Z is known.
 
-import itertools
+A response is one token that ends it, or two tokens: lengths are ragged, and a minibatch of one length would not do.
+"""
 
 import pytest
 import torch
@@ -13,23 +14,30 @@ from tests.builders.plain_engine import PlainEngine, TableCritic, TablePolicy
 
 pytestmark = pytest.mark.slow
 
-PROMPTS, V, T = 2, 3, 2
-STEPS, BOUND = 200, 0.04
-RESPONSES = torch.tensor(list(itertools.product(range(V), repeat=T)))  # [9, 2]
+PROMPTS, V = 2, 3
+END = 0
+RESPONSES = [[END], *([a, b] for a in range(1, V) for b in range(V))]
+STEPS, BOUND, ROWS = 200, 0.04, 512
 
 
 def state_of(ids: torch.Tensor) -> torch.Tensor:
-    """[B, 1 + T] columns (prompt, first, second token) -> the state in which the next token is chosen."""
+    """[B, 3] columns (prompt, first, second token) -> the state in which the next token is chosen."""
     prompt, first = ids[:, 0], ids[:, 1]
     start = prompt * (1 + V)
     return torch.stack([start, start + 1 + first, torch.zeros_like(start)], dim=1)
 
 
+def conversations() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [prompts * responses, 3] of every prompt with every response, and which of [.., 2] are response tokens."""
+    rows = [[prompt, *response] + [0] * (2 - len(response)) for prompt in range(PROMPTS) for response in RESPONSES]
+    mask = [[True, len(response) == 2] for _ in range(PROMPTS) for response in RESPONSES]
+    return torch.tensor(rows), torch.tensor(mask)
+
+
 def sequence_probabilities(policy: TablePolicy) -> torch.Tensor:
     """[prompts, responses]"""
-    rows = torch.stack([torch.cat([torch.tensor([p]), r]) for p in range(PROMPTS) for r in RESPONSES])
-    mask = torch.ones(len(rows), T, dtype=torch.bool)
-    return policy(rows, None, mask)[0].sum(-1).exp().view(PROMPTS, -1)
+    ids, mask = conversations()
+    return policy(ids, None, mask)[0].sum(-1).exp().view(PROMPTS, -1)
 
 
 def problem(seed: int = 0) -> tuple[torch.Generator, torch.Tensor, TablePolicy]:
@@ -48,16 +56,17 @@ def optimum(rewards: torch.Tensor, reference: TablePolicy, beta: float, where: s
     With KL in the loss, the KL of a token does not count for the tokens before it. The first token is then chosen by
     the mean reward of what follows, not by its soft maximum.
     """
-    prior = sequence_probabilities(reference).view(PROMPTS, V, V)
-    r = rewards.view(PROMPTS, V, V)
+    prior = sequence_probabilities(reference)
     if where == "reward":
-        best = (prior * (r / beta).exp()).view(PROMPTS, -1)
+        best = prior * (rewards / beta).exp()
         return best / best.sum(-1, keepdim=True)
-    first = prior.sum(-1)
-    second = (prior / first[..., None]) * (r / beta).exp()
+    longer, r = prior[:, 1:].view(PROMPTS, V - 1, V), rewards[:, 1:].view(PROMPTS, V - 1, V)
+    second = longer / longer.sum(-1, keepdim=True) * (r / beta).exp()
     second /= second.sum(-1, keepdim=True)
-    first = first * ((second * r).sum(-1) / beta).exp()
-    return (first[..., None] / first.sum(-1)[:, None, None] * second).view(PROMPTS, -1)
+    end = prior[:, :1] * (rewards[:, :1] / beta).exp()
+    first = longer.sum(-1) * ((second * r).sum(-1) / beta).exp()
+    best = torch.cat([end, (first[..., None] * second).flatten(1)], dim=1)
+    return best / best.sum(-1, keepdim=True)
 
 
 def train(beta: float, estimator: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,36 +76,46 @@ def train(beta: float, estimator: str, where: str) -> tuple[torch.Tensor, torch.
     policy.load_state_dict(reference.state_dict())
     k = 1 if estimator in ("gae", "reinforce++") else 4
     ppo = Ppo(
-        estimator=estimator, samples_per_prompt=k, rollouts=512, micro_batch=512, minibatches=1, epochs=2,
+        estimator=estimator, samples_per_prompt=k, rollouts=ROWS, micro_batch=ROWS // 4, minibatches=2,
         kl=Kl(coef=beta, where=where), whiten_advantages=False, lam=1.0, clip=Clip(value=None, importance_weight=None),
         reward=Reward(normalise="none", clip=None),
     )  # fmt: skip
-    actor = PlainEngine(policy, torch.optim.Adam(policy.parameters(), lr=0.05))
+    actor = PlainEngine(policy, torch.optim.Adam(policy.parameters(), lr=0.05), accumulation=2)
     critic = None
     if estimator == "gae":
         values = TableCritic(PROMPTS * (1 + V), state_of)
-        critic = PlainEngine(values, torch.optim.Adam(values.parameters(), lr=0.1))
+        critic = PlainEngine(values, torch.optim.Adam(values.parameters(), lr=0.1), accumulation=2)
     learner = Learner(ppo, actor, critic, RewardScale(ppo.reward, 0.0, 1.0), seed=0)
     for step in range(1, STEPS + 1):
         actor.optimizer.param_groups[0]["lr"] = 0.05 * (1 - (step - 1) / STEPS)
-        learner_step(learner, policy, reference, rewards, k, step, beta, generator)
+        minibatches = rollout(ppo, policy, reference, rewards, step, generator)
+        micros = [m for minibatch in minibatches for m in minibatch]
+        for m in micros if learner.critic else ():
+            m.critic_outputs = learner.critic_outputs(m).detach()
+        learner.advantages(micros, beta)
+        learner.update(minibatches, step, beta)
     with torch.no_grad():
         return sequence_probabilities(policy), optimum(rewards, reference, beta, where)
 
 
-def learner_step(learner, policy, reference, rewards, k, step, beta, generator) -> None:
-    groups = torch.arange(512 // k).repeat_interleave(k)
+@torch.no_grad()
+def rollout(ppo: Ppo, policy, reference, rewards, step: int, generator) -> list[list[Micro]]:
+    """Two minibatches of random rows, each in a micro-batch of its shorter and one of its longer half."""
+    groups = torch.arange(ROWS // ppo.samples_per_prompt).repeat_interleave(ppo.samples_per_prompt)
     prompts = groups % PROMPTS
-    mask = torch.ones(512, T, dtype=torch.bool)
-    with torch.no_grad():
-        which = torch.multinomial(sequence_probabilities(policy)[prompts], 1, generator=generator).squeeze(-1)
-        ids = torch.cat([prompts[:, None], RESPONSES[which]], dim=1)
-        m = Micro(ids, torch.ones_like(ids), mask, None, rewards[prompts, which], torch.ones(512, dtype=bool), groups)
-        m.logprobs, m.ref_logprobs = (lm(ids, None, mask)[0] for lm in (policy, reference))
-        if learner.critic:
-            m.values = learner.values(m)
-    learner.advantages([m], beta)
-    learner.update([m], step, beta)
+    which = torch.multinomial(sequence_probabilities(policy)[prompts], 1, generator=generator).squeeze(-1)
+    ids, mask = (x.view(PROMPTS, len(RESPONSES), -1)[prompts, which] for x in conversations())
+    made = []
+    for rows in torch.randperm(ROWS, generator=generator).chunk(ppo.minibatches):
+        by_length = rows[mask[rows].sum(-1).argsort()]
+        minibatch = []
+        for part in by_length.chunk(2):
+            finished, proxy = torch.ones(len(part), dtype=torch.bool), rewards[prompts[part], which[part]]
+            m = Micro(ids[part], torch.ones_like(ids[part]), mask[part], None, proxy, finished, groups[part])
+            m.logprobs, m.ref_logprobs = (lm(m.input_ids, None, m.is_response)[0] for lm in (policy, reference))
+            minibatch.append(m)
+        made.append(minibatch)
+    return made
 
 
 def variation(p: torch.Tensor, q: torch.Tensor) -> float:

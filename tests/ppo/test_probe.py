@@ -12,9 +12,9 @@ from core.generation.local import Completion
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training.weights import named_weights
+from ppo.guard import MAX_MISMATCH
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
-from ppo.train import MAX_MISMATCH
 from tests.builders.processes import run_program
 
 pytestmark = pytest.mark.slow

@@ -1,11 +1,11 @@
-"""Five PPO updates: plain PyTorch on the whole batch, one rank, two ranks, ZeRO 0 to 3, one micro-batch or many."""
+"""Three PPO steps of two minibatches: plain PyTorch, one rank, two ranks, ZeRO 0 to 3, one micro-batch or many."""
 
 import json
 
 import pytest
 import torch
 
-from tests.builders.ppo_problem import PPO, STEPS, models, rollouts
+from tests.builders.ppo_problem import PPO, STEPS, minibatch_of, models, order, rollouts
 from tests.builders.processes import run_program
 from tests.builders.tiny_lm import OPTIM
 
@@ -50,7 +50,7 @@ def advantages_of(row, old, values) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain():
-    """Row by row, the losses of the papers, one backward pass for the batch."""
+    """Row by row, the losses of the papers, one backward pass for a minibatch."""
     policy, critic = models()
     options = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps, "weight_decay": OPTIM.weight_decay}
     optimizers = [torch.optim.AdamW(m.parameters(), **options) for m in (policy, critic)]
@@ -61,9 +61,10 @@ def plain():
         advantages = [advantages_of(r, b[0], b[2]) for r, b in zip(rows, before, strict=True)]
         flat = torch.cat(advantages)
         white = [(a - flat.mean()) / (flat.var(correction=0) + 1e-8).sqrt() for a in advantages]
-        for _ in range(PPO.epochs):
+        every = list(zip(rows, before, advantages, white, strict=True))
+        for number in (n for epoch in range(PPO.epochs) for n in order(step, epoch)):
             policy_terms, value_terms = [], []
-            for row, (old, _, old_v), adv, w in zip(rows, before, advantages, white, strict=True):
+            for row, (old, _, old_v), adv, w in (of for i, of in enumerate(every) if minibatch_of(i) == number):
                 logp, entropy, values = row_outputs(policy, critic, row)
                 ratio = (logp - old).exp()
                 gain = torch.minimum(ratio * w, ratio.clamp(0.8, 1.2) * w) * row["weight"]
@@ -80,7 +81,7 @@ def plain():
 
 
 @pytest.mark.parametrize(("ranks", "layout"), CASES)
-def test_weights_after_five_updates_are_those_of_plain_pytorch(runs, plain, ranks, layout):
+def test_weights_after_three_steps_are_those_of_plain_pytorch(runs, plain, ranks, layout):
     found = runs[ranks, layout]["weights"]
     assert found.keys() == plain.keys()
     for name, weight in plain.items():

@@ -1,4 +1,4 @@
-"""Five PPO updates under DeepSpeed on the ranks of torchrun, in several layouts of the same 8 responses a step.
+"""Three PPO steps under DeepSpeed on the ranks of torchrun, in several layouts of the same 16 responses a step.
 
 A layout is STAGExMICRO_BATCH, and options of `config.Engine` behind a plus.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from core import config
-from core.batching import pad_right
+from core.batching import balanced, pad_right
 from core.training import distributed
 from core.training.engine import Engine
 from ppo.records import Micro
 from ppo.rewards import RewardScale
 from ppo.update import Learner
-from tests.builders.ppo_problem import PPO, ROWS, STEPS, models, rollouts
+from tests.builders.ppo_problem import PPO, ROWS, SEED, STEPS, minibatch_of, models, rollouts
 from tests.builders.tiny_lm import OPTIM
 
 
@@ -39,21 +39,26 @@ def train(stage: int, micro: int, **options: bool) -> dict:
     cfg = config.Engine(dtype="float32", zero_stage=stage, overrides=overrides, **options)
     world, rank = distributed.world_size(), distributed.rank()
     per_rank = ROWS // world
-    batches = {"micro_batch": micro, "accumulation": per_rank // micro, "optim": OPTIM, "total_steps": 2 * STEPS}
+    passes = per_rank // (micro * PPO.minibatches)
+    batches = {"micro_batch": micro, "accumulation": passes, "optim": OPTIM, "total_steps": 4 * STEPS}
     actor, critic = (Engine(module, cfg, **batches) for module in models())
     scale = RewardScale(PPO.reward, critic.module.mean, critic.module.std)
-    learner = Learner(PPO, actor, critic, scale, seed=1)
+    learner = Learner(PPO, actor, critic, scale, seed=SEED)
     metrics = []
     for step in range(1, STEPS + 1):
-        mine = rollouts(step)[rank * per_rank :][:per_rank]
-        mine.sort(key=lambda r: len(r["ids"]))
-        micros = [micro_of(mine[i : i + micro]) for i in range(0, per_rank, micro)]
+        mine = list(enumerate(rollouts(step)))[rank * per_rank :][:per_rank]
+        minibatches = []
+        for number in range(PPO.minibatches):
+            rows = [row for i, row in mine if minibatch_of(i) == number]
+            parts = balanced([len(row["ids"]) for row in rows], passes)
+            minibatches.append([micro_of([rows[i] for i in part]) for part in parts])
+        micros = [m for minibatch in minibatches for m in minibatch]
         with torch.no_grad():
             for m in micros:
                 m.logprobs = actor(m.input_ids, m.attention_mask, m.is_response)[0]
                 m.ref_logprobs = m.logprobs + m.ref_logprobs
-                m.values = learner.values(m)
-        metrics.append(learner.advantages(micros, 0.1) | learner.update(micros, step, 0.1))
+                m.critic_outputs = learner.critic_outputs(m)
+        metrics.append(learner.advantages(micros, 0.1) | learner.update(minibatches, step, 0.1))
     weights = {f"{n}.{k}": w for n, e in (("actor", actor), ("critic", critic)) for k, w in e.named_weights(e.module)}
     return {"metrics": metrics, "weights": {k: w.tolist() for k, w in weights.items()}}
 

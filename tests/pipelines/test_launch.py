@@ -1,0 +1,94 @@
+"""Both ways of starting a stage, `grm` and the user's own torchrun, check and settle the same things."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from core.environment import variables
+from core.files import read_rows
+from pipelines import launch
+from pipelines.__main__ import main
+from tests.builders.processes import GRM, ROOT
+
+SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def torchrun(ranks: int, *arguments: object, timeout: int = 120) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node RANKS -m pipelines ARGUMENTS`, as a user types it: without our environment."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = {key: value for key, value in os.environ.items() if key not in variables(1)} | {"PATH": os.environ["PATH"]}
+    return subprocess.run(
+        [*launcher, "-m", "pipelines", *map(str, arguments)], cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_of_torchrun_starts_again_in_the_environment_of_a_stage(monkeypatch, ranks):
+    called = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("GRM_STAGE_STARTED", raising=False)
+    monkeypatch.setattr(os, "execve", lambda *given: called.append(given))
+    monkeypatch.setattr(launch, "run_here", lambda *_, **__: None)
+    assert main(["ppo", *SMOKE]) == 0
+    ((program, command, env),) = called
+    assert (program, command[-4:]) == (sys.executable, ["pipelines", "ppo", *SMOKE])
+    assert env.items() >= variables(ranks).items() and env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+@pytest.mark.parametrize("started", [[], ["GRM_STAGE_STARTED"]])
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [("ppo", "ppo.rollouts 32 is not divisible by 3 ranks (engine.processes, or torchrun's) x ppo.micro_batch 4 x "
+             "ppo.minibatches 2 = 24"), ("bon", "runs in one process, and torchrun started 3: use `grm bon`")],
+)  # fmt: skip
+def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, stage, said, started):
+    """Whoever started the ranks, and whatever engine.processes says of another launch."""
+    for name in ("TORCHELASTIC_RUN_ID", "GRM_STAGE_STARTED"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("TORCHELASTIC_RUN_ID", *started):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([stage, *SMOKE, "ppo.rollouts=32", "engine.processes=2"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_with_ranks_that_do_not_fit(tmp_path):
+    done = torchrun(3, "ppo", *SMOKE, "ppo.rollouts=32", f"run.dir={tmp_path}")
+    assert done.returncode != 0 and "ppo.rollouts 32 is not divisible by 3 ranks" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchrun_runs_a_stage_once_as_grm_does(tmp_path):
+    """Up to date is up to date, whoever asks: else a second start would replace a finished result."""
+    run = (*SMOKE, f"run.dir={tmp_path}")
+    first, second = torchrun(1, "prompts", *run), torchrun(1, "prompts", *run)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "prompts: up to date" not in first.stderr and "prompts: up to date" in second.stderr
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    third = subprocess.run([*GRM, "prompts", *run], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert third.returncode == 0 and "prompts: up to date" in third.stderr
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+def test_ppo_under_torchrun_with_one_rank_and_with_two(run_dir, tmp_path):
+    """The step that `grm ppo` makes with as many ranks, and nothing again where it is finished."""
+    for stage in ("prompts", "preferences", "rm"):
+        shutil.copytree(run_dir / stage, tmp_path / "smoke" / stage)
+    for ranks in (1, 2):
+        job = ("ppo", *SMOKE, f"run.dir={tmp_path}", "ppo.steps=1")
+        done = torchrun(ranks, *job, "--force", timeout=900)
+        assert done.returncode == 0, done.stderr[-6000:]
+        (row,) = read_rows(tmp_path / "smoke" / "ppo" / "metrics.jsonl")
+    untimed = lambda r: {k: v for k, v in r.items() if "second" not in k}  # noqa: E731
+    assert untimed(row) == untimed(read_rows(run_dir / "ppo" / "metrics.jsonl")[0])
+    again = torchrun(2, *job)
+    assert again.returncode == 0 and "ppo: up to date" in again.stderr

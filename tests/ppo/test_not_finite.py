@@ -1,0 +1,27 @@
+"""A run whose weights become NaN: real vLLM, two ZeRO-3 ranks."""
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from core.files import read_rows
+from tests.builders.processes import run_program
+
+
+@pytest.mark.slow
+def test_an_adapter_that_becomes_nan_stops_the_run_and_spoils_nothing(small_policy, tmp_path):
+    """NaN compares false with every limit, so it was logged, saved and resumed from."""
+    run_program("tests/programs/ppo_not_finite.py", small_policy, tmp_path, ranks=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "ppo step 2:" in found["said"] and "log-probs by the actor are NaN or infinite" in found["said"]
+    assert "ppo.actor.lr" in found["said"]
+    assert found["stopped"] == {"state": 1, "policies": ["step-0001"], "steps": [1]}
+    # What was saved before is good: the run continues from it.
+    assert found["resumed"] == {"state": 2, "policies": ["step-0001", "step-0002"], "steps": [1, 2]}
+    for step in (1, 2):
+        adapter = load_file(tmp_path / "ppo" / "checkpoints" / f"step-{step:04d}" / "adapter_model.safetensors")
+        assert all(weight.isfinite().all() for weight in adapter.values())
+    rows = read_rows(tmp_path / "ppo" / "metrics.jsonl")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
