@@ -30,6 +30,8 @@ class PromptsMetrics(TypedDict):
     """Rows of the file that are not used, by reason."""
     changed: dict[str, int]
     """Rows that were used after a change, by what was done."""
+    system_moved: int
+    """Prompts whose system turn is put before the first user turn, because the chat template has none."""
 
 
 class Rejected(TypedDict):
@@ -54,7 +56,9 @@ class Prompts(NamedTuple):
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PromptsMetrics:
     """Writes `prompts.parquet` and `rejected.jsonl`."""
-    prompts, rejected, malformed, changed = read_prompts(cfg.data, ChatTokenizer(cfg.policy), seed=cfg.run.seed)
+    tokenizer = ChatTokenizer(cfg.policy)
+    tokenizer.check()
+    prompts, rejected, malformed, changed = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed)
     write_jsonl(out / "rejected.jsonl", rejected)  # before the share is checked: whoever reads of it wants to see them
     if not prompts:
         fault = rejected[0] if rejected else "the file holds no rows"
@@ -73,6 +77,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PromptsMetrics:
         "prompts": dict(counts),
         "rejected": dict(reasons),
         "changed": dict(changed),
+        "system_moved": sum(tokenizer.moves_system(row["prompt"]) for row in prompts),
     }
 
 

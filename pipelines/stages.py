@@ -32,6 +32,7 @@ from core.artefacts import (
     read_manifest,
 )
 from core.config import Config
+from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
 
@@ -71,35 +72,36 @@ class Stage:
 
 PUBLISHED_ONLY = ("policy", "policy-ema")
 """Folders that a stage writes at its end only: not copied where it is continued."""
+_POLICY_FILES = ("policy.path", "policy.chat_template")
 _SAMPLING = ("policy", "generation", "run.seed")
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"), ("data.prompts", "policy.path"),
+        Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"), ("data.prompts", *_POLICY_FILES),
               makes="prompts, split by hash"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
-              ("policy.path", "gold.path", "preferences.sources", "preferences.decontaminate"),
+              (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"),
               corrections=(Correction("read imported pairs without their system turns and histories",
                                       of="preferences.sources"),
                            Correction("kept the texts of samples, not the tokens that reward models are trained on")),
               makes="labelled pairs of samples, or imported pairs"),
-        Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"), ("rm.base.path",), distributed=True,
-              makes="reward models", corrections=(
+        Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"),
+              ("rm.base.path", "rm.base.chat_template"), distributed=True, makes="reward models", corrections=(
                   Correction("summed InfoRM's KL over its dimensions, which made it 128 times too large",
                              of=lambda cfg: any(v.head == "inform" for v in cfg.rm.variants.values())),
                   Correction("took ODIN's correlations with length within micro-batches that were sorted by length",
                              of=lambda cfg: any(v.head == "odin" for v in cfg.rm.variants.values())))),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
-              ("policy.path", "gold.path"), makes="pools of samples, scored by gold and by every proxy",
+              (*_POLICY_FILES, "gold.path"), makes="pools of samples, scored by gold and by every proxy",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
-        Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), ("policy.path",), distributed=True,
+        Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), _POLICY_FILES, distributed=True,
               makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend"),
               corrections=(Correction("sorted PPO's minibatches by length"),
                            Correction("scored the texts of responses, and not the tokens that were sampled"))),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
-              ("policy.path", "gold.path"), makes="proxy, gold and KL of every checkpoint",
+              (*_POLICY_FILES, "gold.path"), makes="proxy, gold and KL of every checkpoint",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
               ("run", "eval.bootstrap"),
@@ -139,6 +141,8 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
         for path in _paths(_get(plain, field)):
             if path.exists():
                 inputs[f"{field}={path}"] = _cached_digest(path)
+            elif field.endswith("chat_template"):
+                named_template(str(path))  # one of TRL's
             elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
     corrections = tuple(c.fault if _concerns(c, cfg, plain) else "" for c in stage.corrections)
@@ -270,8 +274,10 @@ def _get(tree: Any, field: str) -> Any:
     return tree
 
 
-def _paths(value: str | list | dict) -> list[Path]:
-    """The paths of a field: one, a list, or one a source."""
+def _paths(value: str | list | dict | None) -> list[Path]:
+    """The paths of a field: one or none, a list, or one a source."""
+    if value is None:
+        return []
     if isinstance(value, dict):
         return [Path(source["path"]) for source in value.values()]
     return [Path(path) for path in (value if isinstance(value, list) else [value])]

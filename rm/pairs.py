@@ -45,7 +45,8 @@ class Pair:
 def tokenise(
     rows: list[PairRow], tokenizer: ChatTokenizer, rm: RewardTraining, variant: RewardVariant
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped and truncated.
+    """Pairs within `rm.max_tokens`, in the order of `rows`, and how many were dropped, truncated, and had the text of
+    their system turn put before the first user turn, because the chat template has no system turn.
 
     Responses that the policy sampled keep their tokens, where its tokenizer is this one.
 
@@ -53,8 +54,9 @@ def tokenise(
         DataError: the variant has a margin and a row has no rating gap; it regularises earlier turns and the chat
             template does not write them as they were generated.
     """
-    pairs, counts = [], {"dropped": 0, "truncated": 0}
+    pairs, counts = [], {"dropped": 0, "truncated": 0, "system_moved": 0}
     for row in rows:
+        counts["system_moved"] += tokenizer.moves_system(row["prompt"])
         pair: Pair | None = _pair(row, row["prompt"], tokenizer, variant)
         if pair is not None and pair.length > rm.max_tokens:
             pair = _shortened(pair, row, tokenizer, rm, variant)

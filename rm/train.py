@@ -133,7 +133,7 @@ def fit(
         cache: of the layers that the variant keeps frozen.
 
     Returns:
-        The engine, the model in it (in eval mode), and the numbers of pairs (used, dropped, truncated) and steps.
+        The engine, the model in it (in eval mode), and the counts of `rm.pairs.tokenise` and of steps.
     """
     model, tokenizer = build(rm, settings, variant, seed)
     pairs, counts = tokenise(arm_rows(train, variant, seed), tokenizer, rm, variant)

@@ -48,6 +48,7 @@ def build(
         seed: `run.seed`.
     """
     tokenizer = ChatTokenizer(rm.base)
+    tokenizer.check()
     lm = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant))
     torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
     if rm.lora and variant.trainable_layers is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,6 +64,23 @@ class Model(Section):
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     attention: Attention = "sdpa"
     """Attention kernel of the trainer. On CPU `eager` trains some 10% faster at a few hundred tokens."""
+    chat_template: str | None = None
+    """Chat template in place of the model's own: a Jinja file, or the name of one of TRL's templates, such as
+    `qwen3_training` (null: the model's own). Saved models keep it."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as `enable_thinking: false`. Saved models keep them in their template."""
+    chat_date: date | None = None
+    """Today's date, for chat templates that write it, as 2024-07-26: with the true date the same chat would have other
+    tokens each day (null: the date that the model was saved with, else 2024-07-26)."""
+    generation_prompt: Literal["auto", "template", "answer"] = "auto"
+    """What responses begin after. template: the generation prompt of the chat template, where some models think first.
+    answer: what the template writes before an answer, such as an empty thought. auto: both must agree, unless the
+    template has no generation prompt at all."""
+    system_turn: Literal["auto", "first_user", "refuse"] = "auto"
+    """What becomes of a system turn. auto: the chat template renders it, or where it cannot, the text is put before
+    the first user turn. first_user: always put there. refuse: an error where the template cannot render it."""
+    pad_token: str | None = None
+    """Special token that fills rows; it must not end turns (null: the tokenizer's own, or one that is made for it)."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model, which some architectures need. Only for publishers you trust."""
 

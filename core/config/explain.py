@@ -11,6 +11,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel
@@ -114,6 +115,7 @@ def _type(annotation: Any) -> str:
         float: "number",
         str: "text",
         bool: "true or false",
+        date: "date",
         type(None): "null",
         dict: "mapping",
     }

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from core.config import Model
+from core.data.literal import TextEncoder
+from core.data.rendering import QUESTION, ChatTemplate, Message, value_or_none
+from core.data.special_tokens import added_tokens, control_tokens, end_ids, read_generation_settings, spare_token
 from core.errors import DataError
 from core.files import digest
-
-Message = dict[str, str]
-"""`{"role": ..., "content": ...}`"""
 
 
 def check_prompt(messages: object) -> list[Message]:
@@ -63,15 +63,16 @@ def response_of(messages: Sequence[Message]) -> str:
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template, checked once.
+    """A tokenizer with its chat template.
 
     A conversation is `prompt_ids(prompt) + response_ids(response)`. These are the tokens that the policy generates, and
-    the policy, reward models and the critic all read them. BOS comes from the template only. What a template lacks for
-    that is an error when it is asked for, so that `whole_ids` works with every template.
+    the policy, reward models and the critic all read them. BOS comes from the template only. Control tokens in
+    contents and responses are encoded as ordinary text. What a template lacks is an error when it is asked for, so that
+    `whole_ids` works with every template.
 
     Raises:
-        DataError: no chat template. Of the methods: a pad token that ends turns; a template whose rendering of a
-            conversation does not begin with its rendering of the prompt.
+        DataError: no chat template; options that do not fit the tokenizer. Of the methods: no end of turn, no token for
+            padding, answers that do not extend the generation prompt, conversations that the template refuses.
     """
 
     def __init__(self, model: Model):
@@ -81,48 +82,68 @@ class ChatTokenizer:
         self.hf = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        if not self.hf.chat_template:
-            raise DataError(
-                f"{model.path} has no chat template: set `chat_template` in its tokenizer, or use a chat model"
-            )
+        self._template = ChatTemplate(self.hf, model)
+        self.generation_settings = read_generation_settings(model)
+        """Of the model's generation_config.json; empty where it has none."""
+        self._encoder = TextEncoder(self.hf, self._control_tokens)
+        if model.pad_token is not None:
+            self._set_pad_token(model.pad_token)
 
     @cached_property
     def eot_id(self) -> int:
         """The token that ends a response; DataError where the template does not tell it."""
-        return self._single_id(self._end_of_turn())
+        return self._single_id(self._template.layout.end)
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Tokens at which sampling stops, in ascending order."""
-        eos = self.hf.eos_token_id
-        return sorted({self.eot_id} if eos is None else {self.eot_id, eos})
+        """Tokens at which sampling stops, in ascending order: the end of turn, EOS, those of generation_config.json."""
+        return sorted(self._ends | set(end_ids(self.generation_settings)))
 
     @cached_property
     def pad_id(self) -> int:
         """The token that fills rows; DataError where there is none that does not end turns."""
-        ends = self._known_ends()
-        if self.hf.pad_token_id is None or self.hf.pad_token_id in ends:
-            # Padding with EOS hides real ends of turns wherever pads are masked by id.
-            unused = self.hf.unk_token_id
-            if unused is None or unused in ends:
-                raise DataError(
-                    f"{self.name}: the pad token ({self.hf.pad_token!r}) ends turns; set another in its tokenizer"
+        # Padding with EOS hides real ends of turns wherever pads are masked by id.
+        if self.hf.pad_token_id is None or self.hf.pad_token_id in self._ends:
+            question = value_or_none(lambda: self.prompt_ids(QUESTION)) or []
+            token = spare_token(self.hf, {*self._ends, *end_ids(self.generation_settings), *question})
+            if token is None:
+                fault = (
+                    "no pad token"
+                    if self.hf.pad_token is None
+                    else f"a pad token that ends turns ({self.hf.pad_token})"
                 )
-            self.hf.pad_token = self.hf.unk_token
+                raise DataError(
+                    f"{self.name} has {fault}, and none that can take its place: name one of its special tokens in "
+                    "policy.pad_token (or rm.base.pad_token)"
+                )
+            self.hf.pad_token = token
         return self.hf.pad_token_id
 
+    def check(self) -> None:
+        """DataError where a conversation is not `prompt_ids + response_ids`, or rows cannot be filled."""
+        self._template.layout.check(self.name)
+        _ = self.stop_ids, self.eot_id, self.pad_id
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a prompt with the header of the response; DataError where answers do not extend it."""
-        _ = self.eot_id  # checks that the template renders an answer after its generation prompt
-        return self._encode(self._render(messages, add_generation_prompt=True))
+        """Tokens of a prompt with the header of the response."""
+        self._template.layout.check(self.name)
+        return self._rendered_ids(messages, add_generation_prompt=True)
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a response and its end of turn."""
-        return [*self._encode(text), self.eot_id]
+        self._template.layout.check(self.name)
+        lead, hidden = self._template.layout.lead, self._encoder.hide(text)
+        if not lead or text.startswith(lead):
+            return [*self._encoder.encode(hidden), self.eot_id]
+        # Behind its header, since some tokenizers join a space to what follows it only there.
+        header = self._template.layout.generation_prompt
+        before, whole = self._encoder.encode(header), self._encoder.encode(header + lead + hidden)
+        fits = whole[: len(before)] == before
+        return [*(whole[len(before) :] if fits else self._encoder.encode(lead + hidden)), self.eot_id]
 
     def rendered_ids(self, text: str) -> list[int]:
         """Tokens of a text that already contains the special tokens of the template; none is added."""
-        return self._encode(text)
+        return self._encoder.encode(text)
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt and the response to it; the last token is the end of turn."""
@@ -131,7 +152,11 @@ class ChatTokenizer:
 
     def whole_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the template's whole rendering, without a generation prompt; BOS comes from the template only."""
-        return self._encode(self._render(messages, add_generation_prompt=False))
+        return self._rendered_ids(messages, add_generation_prompt=False)
+
+    def moves_system(self, messages: Sequence[Message]) -> bool:
+        """Whether the text of the system turn is put before the first user turn of these messages."""
+        return self._template.moves_system(messages)
 
     def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
         """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
@@ -153,44 +178,46 @@ class ChatTokenizer:
         return spans
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.hf.decode(ids, skip_special_tokens=True)
+        """The text of a response, without special tokens and without the token that sampling stopped at."""
+        ends = ids and ids[-1] in self._ends.union(end_ids(self.generation_settings))
+        return self.hf.decode(ids[:-1] if ends else ids, skip_special_tokens=True)
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of vocabulary and template: models with the same fingerprint read the same tokens."""
-        try:
-            eot_id = self.eot_id
-        except DataError:  # the whole rendering of a conversation can be read all the same
-            eot_id = None
-        return digest([sorted(self.hf.get_vocab().items()), self.hf.chat_template, self.pad_id, eot_id])
+        eot_id, pad_id = (value_or_none(lambda: self.eot_id), value_or_none(lambda: self.pad_id))
+        parts = [sorted(self.hf.get_vocab().items()), self.hf.chat_template, pad_id, eot_id]
+        return digest([*parts, settings] if (settings := self._template.settings) else parts)
 
-    def _known_ends(self) -> set[int]:
-        """Tokens that end turns, as far as the template tells them."""
-        try:
-            return set(self.stop_ids)
-        except DataError:
-            return {self.hf.eos_token_id} - {None}
+    def _set_pad_token(self, token: str) -> None:
+        known = {t.content: i for i, t in added_tokens(self.hf).items()}
+        if token not in known or known[token] in self.stop_ids:
+            fault = "ends turns" if token in known else "is none of its special tokens"
+            raise DataError(f"{self.name}: pad_token {token!r} {fault}; it has {', '.join(list(known)[:20])}")
+        self.hf.pad_token = token
 
-    def _encode(self, text: str) -> list[int]:
-        return self.hf(text, add_special_tokens=False).input_ids
+    @cached_property
+    def _ends(self) -> set[int]:
+        """End of turn and EOS, as far as there are any."""
+        return {value_or_none(lambda: self.eot_id), self.hf.eos_token_id} - {None}
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _control_tokens(self) -> set[str]:
+        rendered = value_or_none(lambda: self._template.render(QUESTION, add_generation_prompt=False)) or ""
+        return control_tokens(self.hf, {*self._ends, *end_ids(self.generation_settings)}, rendered)
 
-    def _end_of_turn(self) -> str:
-        """What the template writes after a response, from a probe conversation."""
-        question, response = [{"role": "user", "content": "Question"}], "A probe response"
-        prompt = self._render(question, add_generation_prompt=True)
-        full = self._render(conversation(question, response), add_generation_prompt=False)
-        if not full.startswith(prompt + response):
+    def _rendered_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        messages = self._template.system_in_place(messages)
+        hidden = [{**m, "content": self._encoder.hide(m["content"])} for m in messages]
+        return self._encoder.encode(self._template.render(hidden, add_generation_prompt=add_generation_prompt))
+
+    def _single_id(self, end: str | None) -> int:
+        """The token that a response is ended with: the first one of what the template writes after it."""
+        if end is None:
+            raise DataError(f"{self.name} has no end of turn: its template writes none, and its tokenizer has no EOS")
+        ids = self._encoder.encode(end)
+        if len(ids) > 1 and ids[0] not in added_tokens(self.hf):
             raise DataError(
-                f"{self.name}: its chat template renders a response differently from its generation prompt, so a "
-                "response cannot be scored as it was generated; use a template in which one begins with the other"
+                f"{self.name}: the end of turn {end!r} does not begin with a token of its own but is {ids}: give a "
+                "template that ends turns with a special token (chat_template)"
             )
-        return full[len(prompt + response) :].strip() or self.hf.eos_token
-
-    def _single_id(self, token: str) -> int:
-        ids = self._encode(token)
-        if len(ids) != 1:
-            raise DataError(f"{self.name}: the end of turn {token!r} is not one token but {ids}")
         return ids[0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.config import Model
 from core.data.chat import ChatTokenizer
+from core.data.tokenizer_files import save_tokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
 
@@ -72,4 +73,4 @@ def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], t
     weights = {k: v.contiguous().cpu() for k, v in named_weights if not (tied and k == "lm_head.weight")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    tokenizer.hf.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Attention, Model
+from core.data.tokenizer_files import save_tokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
@@ -56,7 +57,7 @@ def save_adapter_model(folder: Path, model: Saveable, head: dict[str, Tensor], *
     save_adapter(folder, lm)
     if distributed.rank() == 0:
         lm.config.save_pretrained(folder)
-        model.tokenizer.hf.save_pretrained(folder)
+        save_tokenizer(folder, model.tokenizer)
         of_base = describe_base(base) | {"dtype": str(next(lm.parameters()).dtype).removeprefix("torch.")}
         save_head(folder, model, head, format=ADAPTER_FORMAT, base=base.path, base_model=of_base, **about)
 

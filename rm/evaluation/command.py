@@ -11,6 +11,7 @@ from typing import get_args
 
 from core.artefacts import code_version, package_versions
 from core.config import Dtype
+from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
 from rm.evaluation.benchmark_scores import benchmark_score
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_rows(options.out / name / f"{evalset.name}.parquet", rows)
             results[name]["sets"][evalset.name] = metrics_of(
                 rows, evalset.layout, ties=options.ties, draws=options.bootstrap
-            ) | {"too_long": long}
+            ) | {"too_long": long, "system_moved": system_moved(model.tokenizer, evalset.comparisons)}
             if options.dtype != "float32":
                 results[name]["sets"][evalset.name]["rounding"] = rounding(model, evalset.comparisons, rows)
             units_of[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
@@ -133,6 +134,11 @@ def within(comparisons: Sequence[Comparison], reader: Reader, limit: int) -> lis
                 lengths[id(chat)] = sum(map(len, reader.conversation(chat)))
     long = {c.item for c in comparisons if max(lengths[id(c.chosen)], lengths[id(c.rejected)]) > limit}
     return [c for c in comparisons if c.item not in long]
+
+
+def system_moved(tokenizer: ChatTokenizer, comparisons: Sequence[Comparison]) -> int:
+    """Comparisons whose system turn is put before the first user turn, because the chat template has none."""
+    return sum(tokenizer.moves_system(c.chosen) for c in comparisons)
 
 
 def metrics_of(rows: list[ComparisonRow], layout: str, *, ties: Ties = "half", draws: int) -> dict:
@@ -247,6 +253,8 @@ def _remarks(report: dict) -> list[str]:
             lines.append(f"{name}: {about['label_ties']} label ties ({report['options']['label_ties']})")
         if long := max(m["too_long"] for m in results):
             lines.append(f"{name}: up to {long} comparisons left out as too long")
+        if moved := max(m["system_moved"] for m in results):
+            lines.append(f"{name}: system turns of up to {moved} comparisons put before the first user turn")
         if missing := (results[0]["benchmark"] or {}).get("missing"):
             lines.append(f"{name}: * without {', '.join(missing)}")
     return ["\n".join(lines)] if lines else []

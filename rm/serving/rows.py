@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from jinja2 import TemplateError
-
 from core.config.nearest import edit_distance
 from core.data.chat import check_prompt, check_unicode, conversation, response_of
 from core.data.rows import ResponseRow
@@ -90,7 +88,7 @@ class RowReader:
         try:
             with self._lock:
                 row = read()
-        except (DataError, TemplateError) as error:
+        except DataError as error:
             raise BadRequest(f"{name}: {error}") from None
         if (length := len(row[0]) + len(row[1])) > self.max_tokens:
             raise BadRequest(f"{name}: {length} tokens, but the model takes {self.max_tokens}")

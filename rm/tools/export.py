@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Dtype
-from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.models import CausalLM
@@ -139,10 +138,10 @@ def _save(model: RewardModel, out: Path, config, network: type[nn.Module], weigh
     config.architectures = [network.__name__]
     tokenizer = exported_tokenizer(model.tokenizer) if model.reads == "end_of_turn" else model.tokenizer
     save_lm(out, config, weights.items(), tokenizer)
-    _add_old_names(out, tokenizer)
+    _add_old_names(out)
 
 
-def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
+def _add_old_names(out: Path) -> None:
     """Add the names of transformers 4 to the settings; without them it would silently use a rotary base of 10,000."""
     config = read_json(out / "config.json")
     rope = config.get("rope_parameters") or {}
@@ -151,10 +150,6 @@ def _add_old_names(out: Path, tokenizer: ChatTokenizer) -> None:
         config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
     write_json(out / "config.json", config | {"torch_dtype": config["dtype"]})
-    settings = read_json(out / "tokenizer_config.json") | {"model_input_names": tokenizer.hf.model_input_names}
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(out / "tokenizer_config.json", settings)
 
 
 def _config(model: RewardModel):

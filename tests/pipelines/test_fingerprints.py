@@ -7,7 +7,8 @@ import pytest
 from core.artefacts import Fingerprint
 from core.config import Config, Gold
 from core.config.load import load
-from core.errors import ArtefactError
+from core.errors import ArtefactError, DataError
+from core.files import path_digest
 from pipelines.stages import STAGES, Correction, Stage, fingerprint
 from tests.builders.processes import ROOT
 
@@ -67,3 +68,21 @@ def test_a_mended_head_makes_runs_with_that_head_out_of_date_and_no_others():
 
     assert changed("mlp") == changed("linear") == []
     assert "InfoRM's KL" in changed("inform")[0] and "ODIN's correlations" in changed("odin")[0]
+
+
+def test_a_template_of_ones_own_is_an_input(policy_path, tmp_path):
+    """Another content of the file makes the stages run again; one of TRL's templates is no file."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    own = tmp_path / "own.jinja"
+
+    def inputs(template: str) -> dict[str, str]:
+        sections = {"policy": {"path": str(policy_path), "chat_template": template}}
+        cfg = Config.model_validate(sections | {"data": {"prompts": tmp_path / "prompts.jsonl"}})
+        return fingerprint(STAGES["prompts"], cfg).inputs
+
+    own.write_text("{{ messages[0].content }}")
+    first = inputs(str(own))
+    assert first[f"policy.chat_template={own}"] == path_digest(own)
+    assert len(inputs("qwen3_training")) == len(first) - 1
+    with pytest.raises(DataError, match="is neither a file nor one of TRL's templates"):
+        inputs(str(tmp_path / "missing.jinja"))

@@ -48,7 +48,10 @@ def test_the_result_loads_as_it_is(run_dir):
 
     lm, info = AutoModelForCausalLM.from_pretrained(run_dir / "ppo" / "policy", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert AutoTokenizer.from_pretrained(run_dir / "ppo" / "policy").chat_template
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "ppo" / "policy")
+    assert tokenizer.chat_template
+    assert lm.generation_config.eos_token_id == tokenizer.eos_token_id == 2  # or it would not stop
+    assert lm.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
 @pytest.mark.e2e

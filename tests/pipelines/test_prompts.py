@@ -5,10 +5,11 @@ import json
 import pytest
 
 from core.config import Config
-from core.errors import ArtefactError
+from core.errors import ArtefactError, DataError
 from core.files import read_table
 from pipelines.prompts import run
 from tests.builders.pair_files import chat
+from tests.builders.tokenizers import of_family
 
 
 @pytest.fixture
@@ -77,3 +78,29 @@ def test_prompts_in_the_forms_of_other_tools(stage, row, expected):
 def test_prompts_with_tools_are_refused_by_name(stage):
     metrics, _, _ = stage(*questions(3), {"prompt": "Weather?", "tools": [{"name": "w"}]}, max_rejected_share=0.5)
     assert metrics["rejected"] == {"tools": 1}
+
+
+def test_system_turns_that_the_template_has_none_for_are_counted(tokenizer_path, tmp_path):
+    """Gemma's template refuses them; `data.system` gives one to every prompt."""
+    marks = ["<pad>", "<start_of_turn>", "<end_of_turn>"]
+    policy = of_family(tokenizer_path, tmp_path / "policy", "gemma", marks, bos_token="<filename>", pad_token="<pad>")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"What is {i} plus {i}?"}) for i in range(20)))
+    sections = {"policy": {"path": str(policy)}, "data": {"prompts": file, "system": "You are a pirate."}}
+    metrics = run(Config.model_validate(sections), {}, tmp_path)
+    assert metrics["system_moved"] == 20 and not metrics["rejected"]
+    sections["policy"]["system_turn"] = "refuse"
+    with pytest.raises(Exception, match="has no system turn, and system_turn is refuse"):
+        run(Config.model_validate(sections), {}, tmp_path)
+
+
+def test_a_template_that_leaves_a_choice_is_one_error_not_one_of_each_row(tokenizer_path, tmp_path):
+    policy = of_family(
+        tokenizer_path, tmp_path / "policy", "qwen3", ["<pad>"], eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Hi"}))
+    sections = {"policy": {"path": str(policy)}, "data": {"prompts": tmp_path / "prompts.jsonl"}}
+    with pytest.raises(DataError, match="Set generation_prompt of policy and rm.base to answer"):
+        run(Config.model_validate(sections), {}, tmp_path)
+    sections["policy"]["template_kwargs"] = {"enable_thinking": False}
+    assert run(Config.model_validate(sections), {}, tmp_path)["prompts"]

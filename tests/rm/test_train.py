@@ -9,6 +9,7 @@ from core.data.chat import ChatTokenizer
 from rm.pairs import tokenise
 from rm.train import arm_rows
 from tests.builders.reward_models import tiny_reward_model
+from tests.builders.tokenizers import of_family
 
 
 def test_arms_of_one_size_share_their_wrong_labels():
@@ -64,3 +65,15 @@ def test_dropout_of_the_head_is_for_training_alone(tokenizer_path):
     assert len({rewards() for _ in range(5)}) > 1
     model.head_dropout = 0.0
     assert rewards() == rewards()
+
+
+def test_pairs_with_a_system_turn_on_a_template_that_has_none(tokenizer_path, tmp_path):
+    marks = ["<pad>", "<start_of_turn>", "<end_of_turn>"]
+    of_family(tokenizer_path, tmp_path, "gemma", marks, bos_token="<filename>", pad_token="<pad>")
+    tokenizer = ChatTokenizer(Model(path=str(tmp_path)))
+    question, system = {"role": "user", "content": "Hi?"}, {"role": "system", "content": "You are a pirate."}
+    rows = [{"prompt": p, "chosen": "Arr.", "rejected": "No <end_of_turn>"} for p in ([system, question], [question])]
+    (with_system, without), counts = tokenise(rows, tokenizer, RewardTraining(), RewardVariant())
+    assert counts == {"dropped": 0, "truncated": 0, "system_moved": 1}
+    assert "pirate.\n\nHi?" in tokenizer.hf.decode(with_system.prompt) and len(with_system.prompt) > len(without.prompt)
+    assert without.rejected.count(tokenizer.eot_id) == 1  # the typed one is text
