@@ -26,7 +26,21 @@ SIZES: dict[str, Any] = {
 """Settings by the names that families give them; each family takes those that it has."""
 LARGEST = 20_000_000
 """Parameters: a larger model is one whose settings have names that are not known here."""
-OWN: dict[str, dict[str, Any]] = {}
+MIXED = ["linear_attention", "full_attention"]
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 8},
+    "falcon_h1": {"lm_head_multiplier": 0.25},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "qwen3_5_text": {"layer_types": MIXED},
+    "qwen3_5_moe_text": {"layer_types": MIXED},
+    "qwen3_next": {"layer_types": MIXED},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """Settings of families whose own sizes do not fit together otherwise."""
 
 
