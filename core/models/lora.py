@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from core.config import Lora
+from core.config import Lora, Model
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, linear_layers, stack_of, trunk_of
@@ -70,6 +71,17 @@ def lora_targets(lm: CausalLM, lora: Lora) -> list[str]:
             f"map of that name; they have {', '.join(sorted(names))}"
         )
     return list(lora.targets)
+
+
+def named_targets(model: Model, lora: Lora) -> Lora:
+    """`lora` with the names that its targets stand for in this architecture; no weights are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(model.path, **where)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return lora.model_copy(update={"targets": tuple(lora_targets(lm, lora))})
 
 
 def is_conv1d(module: nn.Module) -> bool:

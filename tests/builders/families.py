@@ -38,7 +38,6 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": MIXED},
     "qwen3_5_moe_text": {"layer_types": MIXED},
     "qwen3_next": {"layer_types": MIXED},
-    "reformer": {"is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Settings of families whose own sizes do not fit together otherwise."""
