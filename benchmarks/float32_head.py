@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def main() -> None:
             use_float32_head(lm)
         with torch.no_grad():
             error = (token_logprobs(LmHead.of(lm), hidden, tokens)[0] - expected).abs()
-        frozen, trained = (seconds(lambda t=t: passes(lm, hidden, tokens, t)) for t in (False, True))
+        frozen, trained = (seconds(partial(passes, lm, hidden, tokens, t)) for t in (False, True))
         print(
             f"{name}: log-probs off by {error.mean():.5f} on average, {error.max():.5f} at most; forward and backward "
             f"{frozen:.2f} s with frozen weights, {trained:.2f} s with trained ones"

@@ -95,7 +95,10 @@ class Adapter:
 
     def load_base(self, attention: Attention) -> CausalLM:
         """The base in the type that it had in training, with as many layers."""
-        where, depth = Model(path=str(self.base), attention=attention), text_config(read_config(self.folder)).num_hidden_layers
+        where, depth = (
+            Model(path=str(self.base), attention=attention),
+            text_config(read_config(self.folder)).num_hidden_layers,
+        )
         return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
 
     def check(self, lm: CausalLM) -> tuple[object, dict[str, nn.Module]]:
