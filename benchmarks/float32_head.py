@@ -32,7 +32,7 @@ def main() -> None:
     lm = load_causal_lm(where, dtype="bfloat16")
     hidden, tokens = responses(lm, ChatTokenizer(where), count)
     head = LmHead.of(lm)
-    exact = after_head(torch.nn.functional.linear(hidden.double(), head.linear.weight.double()), head.scale, head.cap)
+    exact = after_head(hidden.double() @ head.linear.weight.double().T, head.scale, head.cap)
     expected = exact.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     print(f"{path}, {len(tokens)} sampled tokens, vocabulary {head.linear.out_features}")
     for name in ("bfloat16 head", "float32 head"):
