@@ -17,8 +17,8 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds test-fast test test-all check lint types \
-	docs-config bench help
+.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds test-fast test test-all test-models \
+	check lint types docs-config bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -58,13 +58,16 @@ ready: # what every target that runs something needs; costs a look at a few file
 	@bash scripts/ready.sh
 
 test-fast: | ready   ## unit tests: about 80 seconds
-	@$(PYTEST) -m "not slow and not e2e and not long"
+	@$(PYTEST) -m "not slow and not e2e and not long and not models"
 
 test: | ready browser  ## also vLLM, ZeRO-3 on two ranks and one small run of all stages: 20 minutes without bfloat16 instructions
-	@$(PYTEST) -m "not long"
+	@$(PYTEST) -m "not long and not models"
 
 test-all: | ready browser  ## also the long tests of resuming, servers and the study
-	@$(PYTEST)
+	@$(PYTEST) -m "not models"
+
+test-models: | ready ## a tiny model of each family through rm, bon, ppo and eval; writes docs/models.md
+	@RLHF_MODELS_TABLE=docs/models.md $(PYTEST) -m models
 
 browser: # some tests of the study's page drive one
 	@bash scripts/browser.sh

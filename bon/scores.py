@@ -12,8 +12,10 @@ import torch
 
 from bon.pools import Pools, from_tables
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
-from core.files import digest, read_json, read_table, write_table
-from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth
+from core.files import digest, read_table, write_table
+from core.models.architecture import hidden_size, text_config
+from core.models.layers import FrozenLayers, FrozenStateCache, frozen_layers_of, shared_depth
+from rm.checkpoints.folder import read_config
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.model import RewardModel
@@ -29,7 +31,7 @@ def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str
     waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
     rows = cast(list[ResponseRow], samples)
     # Size by size: models of two sizes share only the frozen layers of the smaller one.
-    depth = lambda name: read_json(folder / name / "config.json").get("num_hidden_layers", 0)  # noqa: E731
+    depth = lambda name: text_config(read_config(folder / name)).num_hidden_layers  # noqa: E731
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
         shared, models = None, {}
         if len(alike) > 1:
@@ -46,19 +48,21 @@ def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str
 class SharedLayers:
     """The lowest layers that reward models of one base share, which are run once for all of them."""
 
-    def __init__(self, model: RewardModel, depth: int):
-        self.model, self.cache = model, FrozenStateCache(FrozenLayers(model.lm, depth))
+    def __init__(self, model: RewardModel, layers: FrozenLayers):
+        self.model, self.cache = model, FrozenStateCache(layers)
 
     @classmethod
     def of(cls, first: RewardModel, second: RewardModel, rows: Sequence[ResponseRow]) -> SharedLayers | None:
-        """None if they share no layers, or if the states would take more than CACHED_STATES."""
+        """None if they share no layers, if these cannot be run apart, or if the states would take more than
+        CACHED_STATES."""
         depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
         if not depth or not first.shares_prompts:
             return None
         reader = first.reader
         tokens = sum(len(prompt) + len(response) for prompt, response in {reader.row(row) for row in rows})
-        size = tokens * first.lm.config.hidden_size * next(first.parameters()).element_size()
-        return cls(first, depth) if size <= CACHED_STATES else None
+        size = tokens * hidden_size(first.lm) * next(first.parameters()).element_size()
+        layers = frozen_layers_of(first.lm, depth, first.lm) if size <= CACHED_STATES else None
+        return None if layers is None else cls(first, layers)
 
     def fits(self, model: RewardModel) -> bool:
         same = model.tokenizer.fingerprint == self.model.tokenizer.fingerprint

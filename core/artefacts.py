@@ -56,7 +56,10 @@ class Fingerprint:
         lines = [
             f"{key}: {_value(old, key)} -> {_value(new, key)}"
             for key in sorted(new.keys() | old.keys())
-            if new.get(key, ABSENT) != old.get(key, ABSENT) and _decides(key) and not _is_younger(key, new, old)
+            if new.get(key, ABSENT) != old.get(key, ABSENT)
+            and _decides(key)
+            and not _is_younger(key, new, old)
+            and not _is_renamed_default(key, new, old)
         ]
         seen, corrected = other.get("inputs", {}), self.corrections[other.get("corrections", 0) :]
         lines = [f"an earlier version {fault}" for fault in corrected if fault] + lines
@@ -94,6 +97,14 @@ def _is_younger(key: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> boo
         return False
     entries = [".".join(parts[: k + 1]) for k, part in enumerate(pattern) if part == "*"]
     return all(any(k.startswith(entry + ".") for k in old) for entry in entries)  # else a new entry, not a new field
+
+
+def _is_renamed_default(key: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether `key` has its default, and the manifest `old` the value that was the default before."""
+    field = field_of(key)
+    if field is None or field.formerly is None or key not in new:
+        return False
+    return new[key] == field.default and old.get(key, ABSENT) == field.formerly
 
 
 def read_manifest(folder: Path) -> dict | None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bon.gains import scale
 from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
-from core.config import Config
+from core.config import Config, Model
 from core.data.chat import ChatTokenizer
 from core.data.rows import EvaluationRow, ResponseRow
 from core.data.splits import read_split
@@ -27,6 +27,7 @@ from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.files import read_table, write_table
 from core.generation.local import Generator
+from core.models import CausalLM
 from core.models.loading import load_causal_lm
 from core.training.distributed import device
 from core.training.weights import named_weights
@@ -76,7 +77,7 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
         return
     (out / "steps").mkdir(exist_ok=True)
     generator = Generator(cfg.policy, cfg.generation, tokenizer)
-    reference = load_causal_lm(cfg.policy, dtype=cfg.generation.vllm.dtype).eval().to(device())
+    reference = _load(cfg, cfg.policy).eval().to(device())
     for step in tqdm(waiting, desc="eval: checkpoints", unit="policy"):
         folder = checkpoints[step]
         policy = load_policy(cfg, folder) if folder else reference
@@ -100,23 +101,23 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
 
 def load_policy(cfg: Config, folder: Path) -> nn.Module:
     """A checkpoint of stage `ppo`: an adapter on the policy, or a whole model."""
-    dtype = cfg.generation.vllm.dtype
     if not (folder / "adapter_config.json").is_file():
-        return (
-            load_causal_lm(cfg.policy.model_copy(update={"path": str(folder), "revision": None}), dtype=dtype)
-            .eval()
-            .to(device())
-        )
+        whole = cfg.policy.model_copy(update={"path": str(folder), "revision": None})
+        return _load(cfg, whole).eval().to(device())
     from peft import PeftModel
     from safetensors import safe_open
 
-    lm = PeftModel.from_pretrained(load_causal_lm(cfg.policy, dtype=dtype), folder, autocast_adapter_dtype=False)
+    lm = PeftModel.from_pretrained(_load(cfg, cfg.policy), folder, autocast_adapter_dtype=False)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         saved = set(file.keys())
     wanted = {n.replace(".default.", ".") for n, _ in lm.named_parameters() if "lora_" in n}
     if saved != wanted:
         raise ArtefactError(f"{folder}: its adapter does not fit the policy, for example {sorted(saved ^ wanted)[:2]}")
     return lm.eval().to(device())
+
+
+def _load(cfg: Config, model: Model) -> CausalLM:
+    return load_causal_lm(model, dtype=cfg.generation.vllm.dtype, float32_head=cfg.engine.float32_head)
 
 
 def summary(rows: list[dict], pools: Pools, proxy: np.ndarray) -> dict:

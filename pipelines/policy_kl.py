@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from core.batching import pad_right
 from core.data.chat import ChatTokenizer
-from core.models.layers import FrozenLayers, hidden_states, shared_depth
+from core.models.layers import frozen_layers_of, hidden_states, shared_depth
+from core.models.logits import LmHead
 from ppo.math import exact_kl, kl_k1, kl_k3
 
 LOGIT_ROWS = 512
@@ -32,7 +33,7 @@ def measure_kl(
     sequences = [(tokenizer.prompt_ids(s["prompt"]), list(s["token_ids"])) for s in samples]
     # Below the adapters both are the same model: those layers are run once.
     depth = shared_depth(policy.requires_grad_(False), reference.requires_grad_(False))
-    frozen_layers = FrozenLayers(reference, depth) if depth else None
+    frozen_layers = frozen_layers_of(reference, depth, policy, reference) if depth else None
     order = sorted(range(len(samples)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     found: list[dict[str, float]] = [{}] * len(samples)
     for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False):
@@ -51,11 +52,12 @@ def measure_kl(
 
 def response_kl(policy, reference, hidden, ref_hidden, tokens: list[int], temperature: float) -> dict[str, float]:
     """Sums over one response from hidden states [T, H] of both models, logits LOGIT_ROWS rows at a time."""
+    heads = LmHead.of(policy), LmHead.of(reference)
     sums = {"logp": 0.0, "kl_k1": 0.0, "kl_k3": 0.0, "kl_rb": 0.0}
     for start in range(0, len(tokens), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        logits = policy.get_output_embeddings()(hidden[rows]).float() / temperature
-        ref_logits = reference.get_output_embeddings()(ref_hidden[rows]).float() / temperature
+        logits = heads[0].logits(hidden[rows]) / temperature
+        ref_logits = heads[1].logits(ref_hidden[rows]) / temperature
         ids = torch.tensor(tokens[rows], device=hidden.device)[:, None]
         logp, ref = (x.log_softmax(-1).gather(-1, ids).squeeze(-1) for x in (logits, ref_logits))
         sums["logp"] += float(logp.sum())

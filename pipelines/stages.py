@@ -100,7 +100,7 @@ STAGES = {
               corrections=(Correction("sorted PPO's minibatches by length"),
                            Correction("scored the texts of responses, and not the tokens that were sampled"))),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
-              (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble"),
+              (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble", "engine.float32_head"),
               (*_POLICY_FILES, "gold.path"), makes="proxy, gold and KL of every checkpoint",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),

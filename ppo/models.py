@@ -12,7 +12,7 @@ from core.config import Model, Ppo, exact_div
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.models.layers import FrozenLayers, shared_depth, train_top_layers
+from core.models.layers import frozen_layers_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training import distributed
@@ -51,7 +51,7 @@ def make_engines(
 
     Raises:
         DataError: a reward model has another tokenizer than the policy.
-        ArtefactError: a model cannot be loaded, or cannot be cut above its frozen layers.
+        ArtefactError: a model cannot be loaded.
     """
     micro = ppo.micro_batch
     updates = ppo.epochs * ppo.minibatches
@@ -59,7 +59,7 @@ def make_engines(
     accumulation = exact_div(ppo.rollouts, rows, "ppo.rollouts by ranks x ppo.micro_batch x ppo.minibatches")
     trained = {"micro_batch": micro, "accumulation": accumulation}
     torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
-    lm = load_causal_lm(policy, dtype=settings.dtype)
+    lm = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
     if ppo.lora:
         lm = add_lora(lm, ppo.lora)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
@@ -73,7 +73,7 @@ def make_engines(
         critic = Engine(value_model, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
     reference = actor
     if not ppo.lora:
-        base = load_causal_lm(policy, dtype=settings.dtype)
+        base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
         reference = Engine(PolicyModule(base, temperature), settings, micro_batch=micro)
     return Engines(actor, critic, reference, _proxy(ppo, loader), frozen_layers)
 
@@ -133,12 +133,12 @@ def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _Re
 
 
 def _frozen_layers(ppo: Ppo, policy: Model, settings: config.Engine, *lms: torch.nn.Module) -> Engine | None:
-    """The layers that all of `lms` keep frozen and equal; None where there are none, or `ppo` does not reuse them."""
+    """The layers that all of `lms` keep frozen and equal; None where there are none, where they cannot be run apart, or
+    where `ppo` does not reuse them."""
     depth = shared_depth(*lms) if ppo.reuse_frozen_layers else 0
     if not depth:
         return None
     base = load_causal_lm(policy, dtype=settings.dtype)
-    layers = FrozenLayers(base.to(distributed.device()), depth)
-    for lm in lms:
-        layers.check(lm.to(distributed.device()))
-    return Engine(layers, settings, micro_batch=ppo.micro_batch)
+    where = distributed.device()
+    layers = frozen_layers_of(base.to(where), depth, *(lm.to(where) for lm in lms))
+    return None if layers is None else Engine(layers, settings, micro_batch=ppo.micro_batch)

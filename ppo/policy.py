@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from core.models import CausalLM
 from core.models.layers import FrozenStates, hidden_states
+from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
 
 
@@ -55,7 +56,7 @@ class PolicyModule(nn.Module):
         with self.lm.disable_adapter() if reference and hasattr(self.lm, "peft_config") else nullcontext():
             hidden = hidden_states(self.lm, input_ids, attention_mask, frozen=frozen)
             logps, entropy = token_logprobs(
-                self.lm.get_output_embeddings(),
+                LmHead.of(self.lm),
                 hidden[:, :-1][is_response],
                 input_ids[:, 1:][is_response],
                 temperature or self.temperature,

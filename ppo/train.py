@@ -25,6 +25,7 @@ from core.files import read_json, write_json
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
 from core.models.loading import save_lm
+from core.models.lora import named_targets
 from core.stopping import MARK, Stopped, StopSignal
 from core.training import distributed
 from core.training.weights import save_adapter
@@ -259,7 +260,8 @@ def _make_generator(
     """vLLM in this process, or the servers; `sync_folder` is where servers read new weights from a file."""
     tokenizer = ChatTokenizer(policy)  # its own: with `ppo.overlap` another thread uses it
     if not ppo.vllm_servers:
-        return Generator(policy, generation, tokenizer, adapter=ppo.lora if ppo.sync == "adapter" else None)
+        adapter = named_targets(policy, ppo.lora) if ppo.sync == "adapter" and ppo.lora else None
+        return Generator(policy, generation, tokenizer, adapter=adapter)
     return ServerGenerator(
         ppo.vllm_servers, policy, generation, tokenizer,
         folder=sync_folder if ppo.weight_transfer == "file" else None, timeout=ppo.server_timeout,

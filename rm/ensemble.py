@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from core.config import NATIVE_DTYPE, Attention
 from core.errors import ArtefactError
 from core.models import CausalLM
-from core.models.layers import FrozenLayers, FrozenStateCache
+from core.models.architecture import hidden_size, layers_of
+from core.models.layers import FrozenLayers, FrozenStateCache, frozen_layers_of
 from core.training import distributed
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate
-from rm.checkpoints.layout import read_head, read_tokenizer
+from rm.checkpoints.layout import kept_kernel, read_head, read_tokenizer
 from rm.model import RewardModel
 from rm.reading import Tokens
 
@@ -72,7 +73,7 @@ class AdapterEnsemble(nn.Module):
         paths: Sequence[str | Path],
         *,
         dtype: str = NATIVE_DTYPE,
-        attention: Attention = "sdpa",
+        attention: Attention = "auto",
         base: str | Path | None = None,
     ) -> AdapterEnsemble:
         """The reward models of these adapter folders, in their order.
@@ -89,7 +90,7 @@ class AdapterEnsemble(nn.Module):
         adapters = [Adapter.open(path, base) for path in paths]
         if other := [a.folder for a in adapters if backbone(a.folder) != backbone(adapters[0].folder)]:
             raise ArtefactError(f"{other[0]} has another base, type or number of layers than {adapters[0].folder}")
-        lm = adapters[0].load_base(attention)
+        lm = adapters[0].load_base(kept_kernel(adapters[0].about) if attention == "auto" else attention)
         for adapter in adapters:
             adapter.check(lm)
         lm, members = cast(lm, dtype), []
@@ -102,7 +103,7 @@ class AdapterEnsemble(nn.Module):
             member = AdapterMember(
                 lm, str(i), about["head"], tokenizer, mean=about["mean"], std=about["std"], reads=about["reads"]
             )
-            member.head.load_state_dict(read_head(adapter.folder, about["head"], lm.config.hidden_size))
+            member.head.load_state_dict(read_head(adapter.folder, about["head"], hidden_size(lm)))
             members.append(member.eval())
         lm.to(distributed.device())
         return cls(members).requires_grad_(False).eval().to(distributed.device())
@@ -123,23 +124,18 @@ class AdapterEnsemble(nn.Module):
         if self._frozen_layers is None:
             return None
         tokens = sum(len(prompt) + len(response) for prompt, response in set(rows))
-        size = tokens * self.lm.config.hidden_size * next(self.parameters()).element_size()
+        size = tokens * hidden_size(self.lm) * next(self.parameters()).element_size()
         return FrozenStateCache(self._frozen_layers) if size <= CACHED_STATES else None
 
     @cached_property  # it stores the layers where torch does not look, since their parameters are those of `lm`
     def _frozen_layers(self) -> FrozenLayers | None:
         """The layers below the lowest adapter of any member; None where there are none, or `lm` cannot be cut there."""
-        layers = self.lm.get_base_model().base_model.layers
+        layers = layers_of(self.lm)
         adapted = (any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers)
         depth = next((i for i, has_adapter in enumerate(adapted) if has_adapter), len(layers))
         if not depth or not self.members[0].shares_prompts:
             return None
-        frozen_layers = FrozenLayers(self.lm, depth)
-        try:
-            frozen_layers.check(self.lm)
-        except ArtefactError:
-            return None
-        return frozen_layers
+        return frozen_layers_of(self.lm, depth, self.lm)
 
 
 class EngineMember:

@@ -19,13 +19,16 @@ from core.data.chat import ChatTokenizer, Message
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.models import CausalLM
+from core.models.agreement import can_share_prompts
+from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenStates, hidden_states
 from core.models.loading import load_causal_lm
+from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
 from core.training.distributed import device
 from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
-from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, read_about, read_head, read_tokenizer
+from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, kept_kernel, read_about, read_head, read_tokenizer
 from rm.heads import Float32Linear, HeadWithTerms, make_head
 from rm.reading import Reader, Reads, Tokens
 from rm.score import score_tokens
@@ -40,6 +43,7 @@ class RewardModel(nn.Module):
         head: maps hidden states [M, H] to rewards [M, 1], in float32.
         tokenizer: of the LM.
         mean, std: of this model's rewards on samples of the reference policy, for `normalise`.
+        shares_prompts: whether responses may share a row with their prompt, as in `can_share_prompts`.
         reads: which tokens of a conversation it reads (`rm.reading`).
         head_dropout: share of the head's inputs that is set to 0 in training mode.
     """
@@ -53,8 +57,9 @@ class RewardModel(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.lm, self.head_kind, self.tokenizer = lm, head_kind, tokenizer
-        self.head = make_head(head_kind, lm.config.hidden_size)
+        self.head = make_head(head_kind, hidden_size(lm))
         self.mean, self.std, self.reads = mean, std, reads
+        self.shares_prompts = can_share_prompts(lm)  # here, because an engine may shard the weights later
 
     def forward(
         self,
@@ -92,7 +97,7 @@ class RewardModel(nn.Module):
         rewards = rewards.squeeze(-1)
         if targets is None:
             return rewards, None, terms
-        logps, _ = token_logprobs(_lm_head(self.lm), flat[targets.source], targets.token)
+        logps, _ = token_logprobs(LmHead.of(self.lm), flat[targets.source], targets.token)
         return rewards, logps.new_zeros(len(read)).index_add(0, targets.response, logps), terms
 
     def zero_head(self) -> None:
@@ -103,7 +108,7 @@ class RewardModel(nn.Module):
         if not isinstance(self.head, nn.Sequential | Float32Linear):
             like = next(self.head.parameters())
             self.head_kind = "linear"
-            self.head = make_head("linear", self.lm.config.hidden_size).to(dtype=like.dtype, device=like.device)
+            self.head = make_head("linear", hidden_size(self.lm)).to(dtype=like.dtype, device=like.device)
         last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
         for weight in last.parameters():
             nn.init.zeros_(weight)
@@ -173,19 +178,13 @@ class RewardModel(nn.Module):
         """How many tokens a conversation may have."""
         return max_positions(self.lm)
 
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether responses may share a row with their prompt: not where a kernel or a layer has its own mask."""
-        config = self.lm.config
-        return not config._attn_implementation.startswith("flash") and not getattr(config, "sliding_window", None)
-
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
         dtype: str = NATIVE_DTYPE,
-        attention: Attention = "sdpa",
+        attention: Attention = "auto",
         base: str | Path | None = None,
         reads: Reads | None = None,
     ) -> RewardModel:
@@ -193,7 +192,8 @@ class RewardModel(nn.Module):
 
         Args:
             dtype: of the weights.
-            attention: implementation, as in `policy.attention`.
+            attention: kernel, as in `policy.attention`; auto is the one that the model was trained with, where its
+                files say so.
             base: base model of a LoRA checkpoint, in place of the one that it names.
             reads: which tokens it reads, in place of what its folder or its layout says (`rm.reading`).
 
@@ -218,6 +218,7 @@ class RewardModel(nn.Module):
 def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Path | None) -> Parts:
     """The parts of a reward model that this project wrote."""
     about = read_about(folder)
+    attention = kept_kernel(about) if attention == "auto" else attention
     tokenizer = read_tokenizer(folder, about)
     if about["format"] == ADAPTER_FORMAT:
         lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)
@@ -225,20 +226,16 @@ def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Pat
         raise ArtefactError(f"{folder} is not a LoRA checkpoint, so it cannot be put on the base {base}")
     else:
         lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
-    head = read_head(folder, about["head"], lm.config.hidden_size)
+    head = read_head(folder, about["head"], hidden_size(lm))
     return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"], about["reads"])
 
 
 def max_positions(lm: CausalLM) -> int:
     """The tokens that a sequence may have; `sys.maxsize` where the architecture sets no bound."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(text_config(lm.config), "max_position_embeddings", None) or sys.maxsize
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:
     """Column [B] of the last 1 in each row of [B, L], for left and right padding."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (attention_mask * columns).argmax(-1)
-
-
-def _lm_head(lm: CausalLM) -> nn.Linear:
-    return lm.get_output_embeddings()

@@ -12,6 +12,7 @@ from core.data.labels import flip_labels, repeated
 from core.data.rows import PairRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
+from core.models.architecture import layers_of
 from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
@@ -49,7 +50,9 @@ def build(
     """
     tokenizer = ChatTokenizer(rm.base)
     tokenizer.check()
-    lm = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant))
+    lm = load_causal_lm(
+        rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant), float32_head=settings.float32_head
+    )
     torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
     if rm.lora and variant.trainable_layers is None:
         lm = add_lora(lm, rm.lora)
@@ -88,12 +91,13 @@ def frozen_state_cache(
     if not rm.cache_frozen_layers or rm.trainable_layers is None:
         return None
     base = load_causal_lm(rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant or RewardVariant()))
-    if base.config.num_hidden_layers <= rm.trainable_layers:
+    depth = len(layers_of(base)) - rm.trainable_layers
+    if depth <= 0:
         return None
     base.to(distributed.device())
     if base.config._attn_implementation.startswith("flash"):
         raise ArtefactError("rm.cache_frozen_layers needs rm.base.attention eager or sdpa: set one of them")
-    layers = FrozenLayers(base, base.config.num_hidden_layers - rm.trainable_layers)
+    layers = FrozenLayers(base, depth)
     layers.check(base)
     return FrozenStateCache(layers)
 

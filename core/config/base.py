@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
-"""Attention kernels of transformers."""
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+"""Attention kernels of transformers; auto is sdpa wherever that computes what the architecture says, else eager."""
 
 
 def native_dtype() -> Literal["bfloat16", "float32"]:
@@ -51,7 +51,8 @@ class Lora(Section):
     """Dropout of the adapters' inputs while reward models are trained. PPO refuses it: the probability ratio of an
     unchanged policy would differ from 1."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter. The default stands for all linear layers: where an architecture
+    names them otherwise (GPT-2, Pythia, OPT, Phi-3), all that it has are taken."""
     top_layers: int | None = Field(default=None, ge=1)
     """Put adapters on the last n layers only (null: on all of them). The backward pass ends there, so this saves
     time."""
@@ -62,8 +63,9 @@ class Model(Section):
     """A local folder or a hub id of a causal LM with a chat template."""
     revision: str | None = None
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
-    attention: Attention = "sdpa"
-    """Attention kernel of the trainer. On CPU `eager` trains some 10% faster at a few hundred tokens."""
+    attention: Attention = Field(default="auto", json_schema_extra={"formerly": "sdpa"})
+    """Attention kernel of the trainer. auto: sdpa, or eager for architectures that cap attention scores (Gemma-2),
+    which sdpa leaves out. On CPU `eager` trains some 10% faster at a few hundred tokens."""
     chat_template: str | None = None
     """Chat template in place of the model's own: a Jinja file, or the name of one of TRL's templates, such as
     `qwen3_training` (null: the model's own). Saved models keep it."""

@@ -18,6 +18,9 @@ REQUIRED = object()
 PASSIVE = "decides_result"
 """Key of a field's `json_schema_extra`: False where the field cannot change what a stage computes."""
 
+FORMERLY = "formerly"
+"""Key of a field's `json_schema_extra`: an earlier default, which gives the same results as the default."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigField:
@@ -31,6 +34,8 @@ class ConfigField:
     """The sections that the field may hold; empty for a plain value."""
     decides_result: bool
     """False where the field cannot change what a stage computes, so that a change makes nothing stale."""
+    formerly: Any = None
+    """An earlier default, in whose place the default came without a change of any result; None for none."""
 
 
 @cache
@@ -73,6 +78,7 @@ def _walk(section: type[BaseModel], prefix: str, defaults: dict[str, Any] | None
             info.description or "",
             tuple(kinds),
             extra.get(PASSIVE) is not False,
+            extra.get(FORMERLY),
         )
         mapping = typing.get_origin(info.annotation) is dict
         for kind in kinds:

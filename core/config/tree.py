@@ -62,6 +62,9 @@ class Engine(Section):
     dtype: Literal["bfloat16", "float32"] = NATIVE_DTYPE
     """Number type of training. The default is bfloat16 where the machine computes it fast, else float32. With bfloat16
     the optimiser keeps float32 master weights."""
+    float32_head: bool = True
+    """With dtype bfloat16: compute the logits that log-probs come from in float32, for the regulariser of reward
+    models, in PPO and in eval's KL."""
     offload: bool = False
     """Keep optimiser states (at stage 3 also parameters) in host memory. Slower, for models that do not fit the GPU."""
     gradient_checkpointing: bool = False

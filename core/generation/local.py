@@ -66,6 +66,8 @@ class Generator:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot}
             # Without this vLLM wraps the LM head too, and then cannot give log-probs of prompts.
             options |= {"lora_target_modules": list(adapter.targets)}
+        if reads_images(model):  # only text is sampled here, so that the rest of such a model need not be in memory
+            options |= {"language_model_only": True}
         if cuda:
             options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
         self._llm = LLM(
@@ -195,6 +197,17 @@ class Generator:
         ids = list(sample.token_ids)
         logprobs = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
         return Completion(ids, logprobs, self.tokenizer.decode(ids), sample.finish_reason == "stop")
+
+
+def reads_images(model: Model) -> bool:
+    """Whether the language model is a part of a larger one."""
+    from transformers import AutoConfig
+
+    from core.models.architecture import text_config
+
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(model.path, **where)
+    return text_config(config) is not config
 
 
 def repack_tied_lm_head(model) -> None:

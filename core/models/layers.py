@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +15,28 @@ from torch import Tensor, nn
 from core.batching import Batch
 from core.errors import ArtefactError
 from core.models import CausalLM
+from core.models.architecture import layers_of, stack_of, surroundings, text_config, trunk_of
 
 
 def train_top_layers(lm: CausalLM, count: int | None) -> None:
-    """Freeze all but the top `count` layers and the final norm; None trains everything, 0 nothing.
+    """Freeze all but the top `count` layers and what follows them (the final norm).
+
+    None leaves everything as it is, 0 freezes all.
 
     Raises:
         ArtefactError: `lm` has fewer layers.
     """
     if count is None:
         return
-    layers = lm.base_model.layers
+    stack = stack_of(trunk_of(lm))
+    layers = stack.layers
     if count > len(layers):
         raise ArtefactError(f"trainable_layers {count} exceeds the model's {len(layers)} layers")
     lm.requires_grad_(False)
-    for module in (*layers[len(layers) - count :], lm.base_model.norm) if count else ():
-        module.requires_grad_(True)
+    if count:
+        above = _surroundings(lm).above
+        for module in (*layers[len(layers) - count :], *(getattr(stack.owner, name) for name in above)):
+            module.requires_grad_(True)
 
 
 class FrozenStates(NamedTuple):
@@ -57,10 +65,10 @@ def hidden_states(
     Raises:
         ValueError: a mask [B, 1, L, L] with flash attention.
     """
-    trunk = _trunk(lm)
+    trunk = trunk_of(lm)
     if frozen is None:
         return _states(trunk, {"input_ids": input_ids}, attention_mask, positions)
-    with _layers_from(trunk, frozen.depth):
+    with _continued_from(trunk, frozen):
         return _states(trunk, {"inputs_embeds": frozen.states}, attention_mask, positions)
 
 
@@ -73,27 +81,40 @@ def _states(trunk: CausalLM, inputs: dict[str, Tensor], attention_mask: Tensor, 
         dtype = next(trunk.parameters()).dtype
         additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
         attention_mask = additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
-    return trunk(**inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state
+    options = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    # Some architectures have no positions (ALiBi, recurrent layers).
+    taken = inspect.signature(trunk.forward).parameters
+    return trunk(**inputs, **{k: v for k, v in options.items() if k in taken})[0]
 
 
 class FrozenLayers(nn.Module):
     """The embedding and the lowest `depth` layers of `lm`, frozen.
 
     Models that differ only above them can share what they compute. The parameters are those of `lm`, not copies.
+
+    Raises:
+        ArtefactError: its layers are not a list of its trunk, so that they cannot be taken out.
     """
 
     def __init__(self, lm: CausalLM, depth: int):
         super().__init__()
         self.depth = depth
-        trunk = copy.copy(_trunk(lm))
+        whole = trunk_of(lm)
+        name = _own_stack(whole)
+        layers = getattr(whole, name)
+        trunk = copy.copy(whole)
         trunk._modules = dict(trunk._modules)  # a shallow copy shares the table of submodules
-        trunk.layers, trunk.norm = nn.ModuleList(trunk.layers[:depth]), nn.Identity()
-        self.trunk = trunk.requires_grad_(False)
+        self._last = _KeepsOutput(layers[depth - 1])
+        setattr(trunk, name, nn.ModuleList([*layers[: depth - 1], self._last]))
+        self.trunk = trunk
+        for module in (trunk.get_input_embeddings(), *layers[:depth]):
+            module.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> FrozenStates:
         """The states after the last of these layers; inputs as in `hidden_states`."""
-        return FrozenStates(self.depth, _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions))
+        _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions)
+        return FrozenStates(self.depth, self._last.taken())
 
     @torch.no_grad()
     def check(self, lm: CausalLM) -> None:
@@ -104,42 +125,132 @@ class FrozenLayers(nn.Module):
         """
         ids = torch.arange(3, 19, device=next(lm.parameters()).device)[None]
         mask = torch.ones_like(ids)
-        whole, split = hidden_states(lm, ids, mask), hidden_states(lm, ids, mask, frozen=self(ids, mask))
+        whole = hidden_states(lm, ids, mask)
+        try:
+            split = hidden_states(lm, ids, mask, frozen=self(ids, mask))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # of the model's own code
+            raise ArtefactError(f"{_uncut(lm, self.depth)} ({type(error).__name__}: {error})") from None
         if not torch.allclose(whole, split, rtol=0.02, atol=0.02 * float(whole.abs().mean())):
-            raise ArtefactError(
-                f"the first {self.depth} layers of {lm.config.name_or_path} are not those of the base model, or its "
-                "architecture cannot be cut there: set rm.cache_frozen_layers and ppo.reuse_frozen_layers to false"
-            )
+            raise ArtefactError(_uncut(lm, self.depth))
 
 
-def _trunk(lm: CausalLM) -> CausalLM:
-    return lm.get_base_model().base_model if hasattr(lm, "peft_config") else lm.base_model
+def _uncut(lm: CausalLM, depth: int) -> str:
+    return (
+        f"the first {depth} layers of {lm.config.name_or_path} are not those of the base model, or its architecture "
+        "cannot be cut there: set rm.cache_frozen_layers and ppo.reuse_frozen_layers to false"
+    )
+
+
+def frozen_layers_of(base: CausalLM, depth: int, *lms: CausalLM) -> FrozenLayers | None:
+    """The lowest `depth` layers of `base`, which all of `lms` continue; None, with a line in the log, where the
+    architecture cannot be cut there. To use none is slower and computes the same."""
+    try:
+        layers = FrozenLayers(base, depth)
+        for lm in lms:
+            layers.check(lm)
+    except ArtefactError as error:
+        logging.getLogger(__name__).warning("frozen layers are not shared: %s", error)
+        return None
+    return layers
+
+
+class _Around(nn.Module):
+    """Stands for a layer in its trunk."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:  # some trunks ask a layer for the kind of its attention
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+class _KeepsOutput(_Around):
+    """A layer that keeps what it computed until it is taken."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self._output: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        self._output = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def taken(self) -> Tensor:
+        assert self._output is not None
+        output, self._output = self._output, None
+        return output
+
+
+class _Continues(_Around):
+    """A layer that is given `states` in place of what the modules below it computed.
+
+    Args:
+        after: the states are what comes out of the layer, not what goes in.
+    """
+
+    def __init__(self, layer: nn.Module, states: Tensor, *, after: bool):
+        super().__init__(layer)
+        self._states, self._after = states, after
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("hidden_states", None)
+        output = self.layer(self._states, *args[1:], **kwargs)
+        if not self._after:
+            return output
+        return (self._states, *output[1:]) if isinstance(output, tuple) else self._states
+
+
+def _own_stack(trunk: CausalLM) -> str:
+    """The name of the trunk's list of layers; ArtefactError where a module inside holds it."""
+    stack = stack_of(trunk)
+    if stack.owner is not trunk:
+        raise ArtefactError(f"the layers of {trunk.config.model_type} are not a list of its trunk")
+    return stack.name
+
+
+def _surroundings(lm: CausalLM):
+    return surroundings(lm, lambda ids, mask: hidden_states(lm, ids, mask))
 
 
 @contextmanager
-def _layers_from(trunk: CausalLM, start: int) -> Iterator[None]:
-    """`trunk` without its lowest `start` layers, inside the block."""
-    layers, types = trunk.layers, getattr(trunk.config, "layer_types", None)
-    trunk.layers = nn.ModuleList(layers[start:])
+def _continued_from(trunk: CausalLM, frozen: FrozenStates) -> Iterator[None]:
+    """`trunk` without its lowest layers, inside the block; whatever it embeds, its layers go on from `frozen`."""
+    name = _own_stack(trunk)
+    layers, types = getattr(trunk, name), getattr(trunk.config, "layer_types", None)
+    # Where all layers are frozen, the last one is run once more, because something has to stand there.
+    start = min(frozen.depth, len(layers) - 1)
+    first = _Continues(layers[start], frozen.states, after=start < frozen.depth)
+    setattr(trunk, name, nn.ModuleList([first, *layers[start + 1 :]]))
     if types:
         trunk.config.layer_types = types[start:]
     try:
         yield
     finally:
-        trunk.layers = layers
+        setattr(trunk, name, layers)
         if types:
             trunk.config.layer_types = types
 
 
+@torch.no_grad()
 def shared_depth(*lms: CausalLM) -> int:
-    """How many of the lowest layers are frozen and equal, bit for bit, in all models; 0 if the embedding is not."""
-    trunks = [_trunk(lm) for lm in lms]
-    if not _same_and_frozen([t.embed_tokens for t in trunks]):
+    """How many of the lowest layers are frozen and equal, bit for bit, in all models; 0 if the embedding is not.
+
+    Whatever runs before the layers belongs to the embedding, for example the embeddings of positions.
+    """
+    owners = [stack_of(trunk_of(lm)).owner for lm in lms]
+    below = _surroundings(lms[0]).below
+    if any(not hasattr(owner, name) for owner in owners for name in below):
         return 0
-    levels = zip(*(t.layers for t in trunks), strict=False)
-    return next(
-        (i for i, modules in enumerate(levels) if not _same_and_frozen(modules)), min(len(t.layers) for t in trunks)
-    )
+    if not all(_same_and_frozen([getattr(owner, name) for owner in owners]) for name in below):
+        return 0
+    stacks = [layers_of(lm) for lm in lms]
+    levels = zip(*stacks, strict=False)
+    return next((i for i, modules in enumerate(levels) if not _same_and_frozen(modules)), min(map(len, stacks)))
 
 
 def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:

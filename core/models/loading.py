@@ -12,51 +12,87 @@ from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.data.tokenizer_files import save_tokenizer
 from core.errors import ArtefactError
+from core.files import read_json, write_json
 from core.models import CausalLM
+from core.models.agreement import check_agreement
+from core.models.architecture import stack_of, text_config, trunk_of
+from core.models.kernels import attention_kernel, soft_cap
+from core.models.logits import use_float32_head
 
 
-def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None) -> CausalLM:
-    """A causal language model, with dropout off.
+def load_causal_lm(
+    model: Model, *, dtype: str, num_layers: int | None = None, float32_head: bool = False
+) -> CausalLM:
+    """A causal language model, with dropout off. What does not read text, such as a vision tower, is frozen.
 
     Args:
         dtype: of its weights, for example "bfloat16".
         num_layers: how many layers to keep, from the lowest on; None for all.
+        float32_head: compute logits in float32 (`core.models.logits.Float32Head`).
 
     Raises:
-        ArtefactError: the model has fewer layers, or its files and its architecture do not fit each other.
+        ArtefactError: the model has fewer layers; its files and its architecture do not fit each other; the attention
+            kernel computes something else than the architecture says; or log-probs computed here are not the model's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(model.path, **where)
-    depth = config.num_hidden_layers
+    depth = text_config(config).num_hidden_layers
     if num_layers is not None:
-        if num_layers > depth:
-            raise ArtefactError(f"num_layers {num_layers} exceeds the {depth} layers of {model.path}")
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):  # the kind of attention of each layer (Qwen, Gemma)
-            config.layer_types = config.layer_types[:num_layers]
-    lm, info = AutoModelForCausalLM.from_pretrained(
-        model.path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=model.attention,
-        output_loading_info=True,
-        **where,
-    )
-    cut = tuple(f".layers.{i}." for i in range(config.num_hidden_layers, depth))
-    unexpected = [k for k in info["unexpected_keys"] if not any(layer in k for layer in cut)]
+        _cut(text_config(config), num_layers, model.path)
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention_kernel(config, model.attention, model.path),
+            output_loading_info=True,
+            **where,
+        )
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        raise ArtefactError(
+            f"{model.path} cannot be run with the attention kernel {model.attention}: set attention to auto ({error})"
+        ) from None
+    stack = stack_of(trunk_of(lm))
+    cut = tuple(f".{stack.name}.{i}." for i in range(len(stack.layers), depth))
+    unexpected = [k for k in info["unexpected_keys"] if not any(layer in f".{k}" for layer in cut)]
     if info["missing_keys"] or unexpected or info["mismatched_keys"]:
         raise ArtefactError(
             f"{model.path} does not fit its architecture: missing {sorted(info['missing_keys'])[:3]}, unexpected "
             f"{sorted(unexpected)[:3]}, other shape {sorted(info['mismatched_keys'])[:3]}"
         )
+    without_dropout(lm)
+    if float32_head:
+        use_float32_head(lm)
+    check_agreement(lm)
+    reads_text = {id(p) for module in (trunk_of(lm), lm.get_output_embeddings()) for p in module.parameters()}
+    for parameter in lm.parameters():
+        parameter.requires_grad_(id(parameter) in reads_text)
+    return lm
+
+
+def _cut(config, num_layers: int, path: str) -> None:
+    """Keep the lowest layers in the configuration, and in its lists of one entry a layer."""
+    depth = config.num_hidden_layers
+    if num_layers > depth:
+        raise ArtefactError(f"num_layers {num_layers} exceeds the {depth} layers of {path}")
+    for key, value in config.to_dict().items():  # the kind of attention of each layer (Qwen, Gemma), for example
+        if "layer" in key and isinstance(value, list) and len(value) == depth:
+            setattr(config, key, value[:num_layers])
+    config.num_hidden_layers = num_layers
+
+
+def without_dropout(lm: CausalLM) -> None:
+    """Switch off dropout: the modules, and the numbers that attention kernels and layers apply themselves."""
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):  # a number, applied inside the attention kernels
-            module.attention_dropout = 0.0
-    return lm
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:
@@ -72,5 +108,13 @@ def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], t
     tied = config.tie_word_embeddings
     weights = {k: v.contiguous().cpu() for k, v in named_weights if not (tied and k == "lm_head.weight")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    save_config(folder, config)
     save_tokenizer(folder, tokenizer)
+
+
+def save_config(folder: Path, config) -> None:
+    """Write config.json; where the default kernel would leave a cap on attention scores out, it names the kernel."""
+    config.save_pretrained(folder)
+    if soft_cap(config) is not None:
+        file = folder / "config.json"
+        write_json(file, read_json(file) | {"attn_implementation": config._attn_implementation})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.models import CausalLM
-from core.models.lora import lora_modules, lora_product, merged_lora
+from core.models.lora import is_conv1d, lora_modules, lora_product, merged_lora
 from core.training import distributed
 
 
@@ -75,9 +75,12 @@ def named_weights(
             if layer:
                 scaling = layer.scaling["default"]
                 a, b = factors
-                whole = merged_lora(weight, lora_product(value(a), value(b), scaling).to(weight.device))
+                turned = is_conv1d(layer.get_base_layer())
+                base = weight.T if turned else weight
+                whole = merged_lora(base, lora_product(value(a), value(b), scaling).to(base.device))
                 if watch:
-                    watch(name, weight, a, b, scaling, whole)
+                    watch(name, base, a, b, scaling, whole)
+                whole = whole.T if turned else whole
             else:
                 whole = value(weight).detach().to(weight.dtype, copy=True)
         yield name, whole

@@ -17,7 +17,8 @@ from core.config import Attention, Model
 from core.data.tokenizer_files import save_tokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
-from core.models.loading import load_causal_lm
+from core.models.architecture import text_config
+from core.models.loading import load_causal_lm, save_config
 from core.training import distributed
 from core.training.weights import save_adapter
 from rm.checkpoints.folder import HUB_ID, locate, read_config, shapes, tensors
@@ -56,7 +57,7 @@ def save_adapter_model(folder: Path, model: Saveable, head: dict[str, Tensor], *
     lm.peft_config["default"].revision = base.revision
     save_adapter(folder, lm)
     if distributed.rank() == 0:
-        lm.config.save_pretrained(folder)
+        save_config(folder, lm.config)
         save_tokenizer(folder, model.tokenizer)
         of_base = describe_base(base) | {"dtype": str(next(lm.parameters()).dtype).removeprefix("torch.")}
         save_head(folder, model, head, format=ADAPTER_FORMAT, base=base.path, base_model=of_base, **about)
@@ -94,10 +95,13 @@ class Adapter:
 
     def load_base(self, attention: Attention) -> CausalLM:
         """The base in the type that it had in training, with as many layers."""
-        where, depth = Model(path=str(self.base), attention=attention), read_config(self.folder).num_hidden_layers
+        where, depth = (
+            Model(path=str(self.base), attention=attention),
+            text_config(read_config(self.folder)).num_hidden_layers,
+        )
         return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
 
-    def check(self, lm: CausalLM) -> tuple[object, dict[str, nn.Linear]]:
+    def check(self, lm: CausalLM) -> tuple[object, dict[str, nn.Module]]:
         """PEFT's configuration and the layers of `lm` that it adapts; ArtefactError if the tensors do not fit."""
         settings = adapter_config(self.folder)
         layers = adapted(lm, settings, self.folder)
@@ -130,4 +134,4 @@ def is_adapter(folder: Path) -> bool:
 def backbone(folder: Path) -> tuple[str, str, int]:
     """What adapters must have in common to share a base in memory: its digest, type and number of layers."""
     kept = read_about(folder)["base_model"]
-    return kept["digest"], kept["dtype"], read_config(folder).num_hidden_layers
+    return kept["digest"], kept["dtype"], text_config(read_config(folder)).num_hidden_layers

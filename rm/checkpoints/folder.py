@@ -11,6 +11,7 @@ from torch import Tensor
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import read_json
+from core.models.architecture import text_config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONVERT = (
@@ -95,7 +96,7 @@ def faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int,
 
 def check_vocabulary(folder: Path, tokenizer: ChatTokenizer) -> None:
     """ArtefactError if the embeddings, `vocab_size` and the tokenizer of `folder` do not belong together."""
-    size = read_config(folder).vocab_size
+    size = text_config(read_config(folder)).vocab_size
     for key, shape in shapes(folder).items():
         if key.endswith("embed_tokens.weight") and shape[0] != size:
             raise ArtefactError(f"{folder}: {key} has {shape[0]} rows, but vocab_size in config.json is {size}")

@@ -30,6 +30,8 @@ from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.models import CausalLM
+from core.models.architecture import hidden_size
+from core.models.kernels import attention_kernel
 from core.models.loading import load_causal_lm
 from rm.checkpoints.folder import HUB_ID, check_vocabulary, locate, read_config, shapes, tensors, tokens_from
 from rm.checkpoints.foreign_heads import ForeignHead, find_head, head_weights, is_head, plain
@@ -52,7 +54,7 @@ def has_lm_head(lm: CausalLM) -> bool:
 
 
 def read(
-    path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: Attention = "sdpa", base: str | Path | None = None
+    path: str | Path, *, dtype: str = NATIVE_DTYPE, attention: Attention = "auto", base: str | Path | None = None
 ) -> Parts:
     """The parts of a reward model in one of the layouts above, its trunk in `dtype`, its head in float32.
 
@@ -78,7 +80,7 @@ def read(
         tokenizer = ChatTokenizer(Model(path=str(folder)))
         check_vocabulary(folder, tokenizer)
         lm = _read_lm(folder, names, found, dtype, attention)
-    head = head_weights(folder, found, names, lm.config.get_text_config().hidden_size)
+    head = head_weights(folder, found, names, hidden_size(lm))
     # Written by `rm.tools.export`; for other models the scale is not known.
     mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
     return Parts(lm, found.kind, head, tokenizer, mean, std, _reads(config, found))
@@ -120,7 +122,8 @@ def _read_lm(folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: s
     logging.set_verbosity_error()  # it would warn of "unexpected" heads; what does not fit is reported below
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False,
+            folder, dtype=getattr(torch, dtype), trust_remote_code=False,
+            attn_implementation=attention_kernel(read_config(folder), attention, str(folder)),
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     finally:

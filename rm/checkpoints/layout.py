@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from core.config import Model
+from core.config import Attention, Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import read_json, write_json
@@ -57,6 +57,13 @@ def read_about(folder: Path) -> dict:
     return {"reads": "end_of_turn", **about}  # version 0.1 wrote no other
 
 
+def kept_kernel(about: Mapping) -> Attention:
+    """The attention kernel that the model was trained with. A flash kernel, which other machines may not have, and a
+    folder that does not say it, give auto."""
+    kept = about.get("attention")
+    return kept if kept in ("eager", "sdpa") else "auto"
+
+
 def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
     """The tokenizer in the folder.
 
@@ -95,5 +102,5 @@ def save_head(folder: Path, model: Saveable, head: dict, **about) -> None:
 
     save_file({k: v.contiguous() for k, v in head.items()}, folder / HEAD_FILE)
     facts = {"head": model.head_kind, "tokenizer": model.tokenizer.fingerprint, "mean": model.mean, "std": model.std}
-    facts["reads"] = model.reads
+    facts |= {"reads": model.reads, "attention": model.lm.config._attn_implementation}
     write_json(folder / ABOUT_FILE, {"format": MERGED_FORMAT, **facts, **about})

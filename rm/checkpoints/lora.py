@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from core.errors import ArtefactError
 from core.files import digest
 from core.models import CausalLM
-from core.models.lora import lora_product, merged_lora
+from core.models.architecture import linear_layers, text_config
+from core.models.lora import lora_product, merged_lora, out_and_in
 from rm.checkpoints.folder import faults, files, read_config
 
 SAME_BASE = (
@@ -20,7 +21,7 @@ SAME_BASE = (
 )  # fmt: skip
 """Settings of the base that a LoRA checkpoint repeats."""
 NOT_MERGED = (
-    "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "layer_replication",
+    "use_dora", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication",
     "trainable_token_indices", "lora_bias",
 )  # fmt: skip
 """Options of PEFT that change what an adapter computes, and that `merge` does not implement."""
@@ -45,13 +46,13 @@ def adapter_config(folder: Path):
 
 def check_settings(folder: Path, base: str | Path, keys: Iterable[str]) -> None:
     """ArtefactError with their names if settings of `base` differ from those in `config.json` of its checkpoint."""
-    trained, given = read_config(folder), read_config(base)
+    trained, given = text_config(read_config(folder)), text_config(read_config(base))
     pairs = [(key, getattr(trained, key, None), getattr(given, key, None)) for key in keys]
     if other := [f"{key} is {b!r}, not {a!r}" for key, a, b in pairs if a != b]:
         raise ArtefactError(f"{base} is not the base of {folder}: its {', its '.join(other)}")
 
 
-def adapted(lm: CausalLM, adapter, folder: Path) -> dict[str, nn.Linear]:
+def adapted(lm: CausalLM, adapter, folder: Path) -> dict[str, nn.Module]:
     """Name -> layer, for the layers that the adapter targets."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -62,9 +63,8 @@ def adapted(lm: CausalLM, adapter, folder: Path) -> dict[str, nn.Linear]:
     adapter.modules_to_save = None
     layers = {
         name: layer
-        for name, layer in lm.named_modules()
-        if isinstance(layer, nn.Linear)
-        and any(check_target_module_exists(adapter, prefix + name) for prefix in ("", "pretrained_model."))
+        for name, layer in linear_layers(lm)
+        if any(check_target_module_exists(adapter, prefix + name) for prefix in ("", "pretrained_model."))
     }
     tied = lm.get_input_embeddings().weight
     if any(layer.weight is tied for layer in layers.values()):
@@ -75,7 +75,7 @@ def adapted(lm: CausalLM, adapter, folder: Path) -> dict[str, nn.Linear]:
 def check_factors(
     folder: Path,
     base: str | Path,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     adapter,
     shape_of: Mapping[str, tuple[int, ...]],
     prefix: str = "",
@@ -87,19 +87,21 @@ def check_factors(
     """
     wanted = {}
     for name, layer in layers.items():
-        wanted[f"{prefix}{name}.lora_A.weight"] = (adapter.r, layer.in_features)
-        wanted[f"{prefix}{name}.lora_B.weight"] = (layer.out_features, adapter.r)
+        out_features, in_features = out_and_in(layer).shape
+        wanted[f"{prefix}{name}.lora_A.weight"] = (adapter.r, in_features)
+        wanted[f"{prefix}{name}.lora_B.weight"] = (out_features, adapter.r)
     if wrong := faults(wanted, shape_of):
         raise ArtefactError(f"{folder} does not fit its adapter_config.json on {base}: {wrong}")
 
 
 @torch.no_grad()
-def merge(layers: Mapping[str, nn.Linear], adapter, factors: Mapping[str, Tensor]) -> None:
+def merge(layers: Mapping[str, nn.Module], adapter, factors: Mapping[str, Tensor]) -> None:
     """Add the adapter to the weights of `layers`, in float32, and round once."""
     scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
     for name, layer in layers.items():
         a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
-        layer.weight.copy_(merged_lora(layer.weight, lora_product(a, b, scaling)))
+        weight = out_and_in(layer)
+        weight.copy_(merged_lora(weight, lora_product(a, b, scaling)))
 
 
 def weights_digest(folder: Path) -> str:

@@ -172,7 +172,7 @@ def _trunk(lm: CausalLM) -> dict[str, Tensor]:
 def _facts(path: str) -> dict:
     """Entries of `reward_model.json` that `RewardModel` does not keep, such as the variant; empty for other layouts."""
     file = locate(path) / ABOUT_FILE
-    kept = {"format", "head", "tokenizer", "mean", "std", "base_model", "reads"}
+    kept = {"format", "head", "tokenizer", "mean", "std", "base_model", "reads", "attention"}
     return {key: value for key, value in read_json(file).items() if key not in kept} if file.is_file() else {}
 
 

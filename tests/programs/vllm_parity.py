@@ -11,6 +11,7 @@ from core.data.chat import ChatTokenizer
 from core.generation.local import Generator
 from core.models.layers import hidden_states
 from core.models.loading import load_causal_lm
+from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
 
 QUESTIONS = [
@@ -29,7 +30,7 @@ def compare(lm, prompts, completions) -> dict:
         ids = torch.tensor([prompt + done.token_ids])
         hidden = hidden_states(lm, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
         agree += int((lm.lm_head(hidden).argmax(-1) == ids[0, len(prompt) :]).sum())
-        logps, _ = token_logprobs(lm.lm_head, hidden, ids[0, len(prompt) :])
+        logps, _ = token_logprobs(LmHead.of(lm), hidden, ids[0, len(prompt) :])
         worst = max(worst, float((logps - torch.tensor(done.logprobs)).abs().max()))
     return {"agree": agree / (len(prompts) * NEW), "worst": worst}
 

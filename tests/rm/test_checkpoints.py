@@ -18,6 +18,7 @@ from transformers import (
 from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
+from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
@@ -145,7 +146,7 @@ def test_the_authors_full_checkpoint_scores_as_their_code_does(head, settings, t
         expected = theirs(*batch(tokenizer))
     torch.testing.assert_close(model.score(CHATS), expected, **CLOSE)
     assert expected.std() > 0.01
-    logps = lambda: token_logprobs(model.lm.get_output_embeddings(), torch.ones(1, 32), torch.tensor([7]))  # noqa: E731
+    logps = lambda: token_logprobs(LmHead.of(model.lm), torch.ones(1, 32), torch.tensor([7]))  # noqa: E731
     if settings:
         assert logps()[0].isfinite().all()
     else:
