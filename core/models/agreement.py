@@ -1,0 +1,120 @@
+"""Whether our passes through a model compute what the model's own forward pass computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.batching import pack
+from core.errors import ArtefactError
+from core.models import CausalLM
+from core.models.architecture import text_config, trunk_of
+from core.models.layers import hidden_states
+from core.models.logits import LmHead
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest difference relative to the largest number. What is forgotten after a head differs by a tenth or more."""
+SPREAD = 10.0
+"""Standard deviation that the check gives to logits: caps and scales show where logits are large."""
+WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_window_size", "attention_chunk_size")
+"""Settings by which layers see a few hundred or thousand tokens only, by a mask of their own."""
+
+
+@torch.no_grad()
+def check_agreement(lm: CausalLM) -> None:
+    """Compare our hidden states and logits of one short row with those of `lm`'s own forward pass.
+
+    Raises:
+        ArtefactError: they differ, so that log-probs of this architecture would be wrong; names it.
+    """
+    what = f"{lm.config.name_or_path or 'the model'} ({type(lm).__name__})"
+    try:
+        theirs, ours = _both(lm)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        raise ArtefactError(
+            f"{what}: this architecture is not supported, since its layers cannot be run apart from its head "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    for name, own, mine in zip(("hidden states", "logits"), theirs, ours, strict=True):
+        if own.shape != mine.shape or not _close(mine, own):
+            raise ArtefactError(
+                f"{what}: this architecture is not supported, since its {name} are not what is computed here: "
+                "log-probs of it would be wrong"
+            )
+
+
+def _close(mine: Tensor, own: Tensor) -> bool:
+    limit = TOLERANCE[own.dtype] * float(own.float().abs().max())
+    return bool((mine.float() - own.float()).abs().max() <= limit)  # False where a number is NaN
+
+
+def _both(lm: CausalLM) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(hidden states, logits) by the model's own forward pass, and by ours.
+
+    The logits are of hidden states that are multiplied until the LM head's output has the spread SPREAD.
+    """
+    head, trunk, dtype = LmHead.of(lm), trunk_of(lm), next(lm.parameters()).dtype
+    size = lm.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(1, 9, device=lm.device) * 7919 % size)[None]
+    mask, kept = torch.ones_like(ids), {}
+
+    def multiply(_: object, __: object, output: Any) -> Any:
+        hidden = output[0]
+        factor = SPREAD / float(head.linear(hidden).float().std())
+        kept["hidden"], kept["multiplied"] = hidden, hidden * factor
+        if isinstance(output, tuple):
+            return (kept["multiplied"], *output[1:])
+        output.last_hidden_state = kept["multiplied"]
+        return output
+
+    hook = trunk.register_forward_hook(multiply)
+    try:
+        own = lm(input_ids=ids, attention_mask=mask).logits
+    finally:
+        hook.remove()
+    hidden = hidden_states(lm, ids, mask)
+    theirs, ours = (kept["hidden"], own.to(dtype)), (hidden, head.logits(kept["multiplied"]).to(dtype))
+    return theirs, ours
+
+
+@torch.no_grad()
+def can_share_prompts(lm: CausalLM) -> bool:
+    """Whether several responses may share a row with their prompt (`core.batching.pack`).
+
+    Not with flash attention, nor where layers have a mask or a state of their own (sliding windows, ALiBi, recurrent
+    layers). The first two are told by the settings, since short rows do not show them, the rest by comparing a short
+    shared row with the same responses in rows of their own.
+    """
+    config = text_config(lm.config)
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if (config._attn_implementation or "").startswith("flash") or any(windows) or kinds - {"full_attention"}:
+        return False
+    size = lm.get_input_embeddings().num_embeddings
+    prompt, *responses = ([(7 * i + 3) % size for i in part] for part in (range(4), range(4, 7), range(8, 12)))
+    shared, alone = pack([(prompt, responses)], 0, lm.device), pack([(prompt, [r]) for r in responses], 0, lm.device)
+    try:
+        with _same_mode(lm):
+            found, wanted = (
+                hidden_states(lm, b.input_ids, b.attention_mask, positions=b.positions).flatten(0, 1)[b.ends.to(lm.device)]
+                for b in (shared, alone)
+            )
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it takes no mask [B, 1, L, L]
+        return False
+    return _close(found, wanted)
+
+
+@contextmanager
+def _same_mode(lm: CausalLM) -> Iterator[None]:
+    """`lm` in eval mode inside the block, so that dropout of adapters plays no part."""
+    modes = {module: module.training for module in lm.modules()}
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
