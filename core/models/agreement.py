@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.batching import pack
+from core.batching import Batch, pack
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import text_config, trunk_of
@@ -99,13 +99,16 @@ def can_share_prompts(lm: CausalLM) -> bool:
     shared, alone = pack([(prompt, responses)], 0, lm.device), pack([(prompt, [r]) for r in responses], 0, lm.device)
     try:
         with _same_mode(lm):
-            found, wanted = (
-                hidden_states(lm, b.input_ids, b.attention_mask, positions=b.positions).flatten(0, 1)[b.ends.to(lm.device)]
-                for b in (shared, alone)
-            )
+            found, wanted = (_ends(lm, batch) for batch in (shared, alone))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it takes no mask [B, 1, L, L]
         return False
     return _close(found, wanted)
+
+
+def _ends(lm: CausalLM, batch: Batch) -> Tensor:
+    """Hidden states [R, H] at the last token of each response."""
+    states = hidden_states(lm, batch.input_ids, batch.attention_mask, positions=batch.positions)
+    return states.flatten(0, 1)[batch.ends.to(states.device)]
 
 
 @contextmanager

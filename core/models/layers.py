@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.batching import Batch
 from core.errors import ArtefactError
 from core.models import CausalLM
-from core.models.architecture import layers_of, stack_of, surroundings, text_config, trunk_of
+from core.models.architecture import layers_of, stack_of, surroundings, trunk_of
 
 
 def train_top_layers(lm: CausalLM, count: int | None) -> None:

@@ -12,7 +12,6 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, linear_layers, stack_of, trunk_of
 
-
 DEFAULT_TARGETS = Lora().targets
 
 
