@@ -40,10 +40,10 @@ def test_whole_turns_are_cut_and_the_system_turn_stays(tokenizer, head):
         system, _, _ = tokenizer.hf.decode(whole.prompt).partition("<|im_start|>user")
         assert "You are" in system and tokenizer.hf.decode(pair.prompt).startswith(system + "<|im_start|>user")
         assert (pair.chosen, pair.rejected) == (whole.chosen, whole.rejected)
-        assert counts == {"dropped": 0, "truncated": 1}
+        assert counts == {"dropped": 0, "truncated": 1, "system_moved": 0}
         assert [pair.prompt[a:b] for a, b in pair.turns] == [whole.prompt[a:b] for a, b in whole.turns][cut // 2 :]
     alone = len(shorter[4]) + len(whole.chosen) - 1
-    assert tokenised(tokenizer, [row(prompt)], "truncate", alone) == ([], {"dropped": 1, "truncated": 0})
+    assert tokenised(tokenizer, [row(prompt)], "truncate", alone) == ([], {"dropped": 1, "truncated": 0, "system_moved": 0})
 
 
 def test_the_right_end_is_cut_as_the_grm_authors_do(tokenizer):
@@ -54,16 +54,16 @@ def test_the_right_end_is_cut_as_the_grm_authors_do(tokenizer):
     (pair,), counts = tokenised(tokenizer, [long], "truncate_right", limit)
     for cut, full in ((pair.chosen, whole.chosen), (pair.rejected, whole.rejected)):
         assert pair.prompt + cut == (whole.prompt + full)[:limit]
-    assert counts == {"dropped": 0, "truncated": 1}
+    assert counts == {"dropped": 0, "truncated": 1, "system_moved": 0}
     same = row(turns("Why?"), "The same words at the start, then this.", "The same words at the start, then that.")
     for rows, limit in (([same], len(whole.prompt) + 4), ([long], len(whole.prompt))):
-        assert tokenised(tokenizer, rows, "truncate_right", limit) == ([], {"dropped": 1, "truncated": 0})
+        assert tokenised(tokenizer, rows, "truncate_right", limit) == ([], {"dropped": 1, "truncated": 0, "system_moved": 0})
 
 
 def test_overlong_pairs_are_dropped_by_default(tokenizer):
     rows = [row(turns("Hi")), row(turns("Hi " * 60))]
     pairs, counts = tokenised(tokenizer, rows, RewardTraining().overlong, 60)
-    assert len(pairs) == 1 and counts == {"dropped": 1, "truncated": 0}
+    assert len(pairs) == 1 and counts == {"dropped": 1, "truncated": 0, "system_moved": 0}
 
 
 def pair(**ids) -> dict:
