@@ -100,7 +100,9 @@ def can_share_prompts(lm: CausalLM) -> bool:
     try:
         with _same_mode(lm):
             found, wanted = (
-                hidden_states(lm, b.input_ids, b.attention_mask, positions=b.positions).flatten(0, 1)[b.ends.to(lm.device)]
+                hidden_states(lm, b.input_ids, b.attention_mask, positions=b.positions).flatten(0, 1)[
+                    b.ends.to(lm.device)
+                ]
                 for b in (shared, alone)
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it takes no mask [B, 1, L, L]

@@ -20,9 +20,7 @@ from core.models.kernels import attention_kernel, soft_cap
 from core.models.logits import use_float32_head
 
 
-def load_causal_lm(
-    model: Model, *, dtype: str, num_layers: int | None = None, float32_head: bool = False
-) -> CausalLM:
+def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, float32_head: bool = False) -> CausalLM:
     """A causal language model, with dropout off. What does not read text, such as a vision tower, is frozen.
 
     Args:
