@@ -1,6 +1,7 @@
 """Float32 logits from an LM head in bfloat16."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from core.models import logits as heads
 from core.models.logits import LmHead, use_float32_head
 from core.models.logprobs import token_logprobs
+from tests.builders.processes import run_program
 from tests.builders.tiny_lm import tiny_lm
 
 
@@ -43,3 +45,10 @@ def test_a_bfloat16_head_rounds_what_a_float32_head_does_not():
     found, _ = token_logprobs(LmHead.of(copy.deepcopy(lm)), hidden, tokens)
     error, before = ((x.detach() - exact).abs().mean().item() for x in (found, rounded))
     assert error < 1e-5 < 1e-3 < before
+
+
+@pytest.mark.slow
+def test_under_zero3_the_head_is_gathered_for_both_passes(tmp_path):
+    run_program("tests/programs/float32_head.py", tmp_path / "out.json", ranks=2)
+    for found in json.loads((tmp_path / "out.json").read_text()).values():
+        assert found["dtype"] == "torch.float32" and found["gap"] < 1e-5 and found["gain"] > 0.01, found

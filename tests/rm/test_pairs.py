@@ -43,7 +43,10 @@ def test_whole_turns_are_cut_and_the_system_turn_stays(tokenizer, head):
         assert counts == {"dropped": 0, "truncated": 1, "system_moved": 0}
         assert [pair.prompt[a:b] for a, b in pair.turns] == [whole.prompt[a:b] for a, b in whole.turns][cut // 2 :]
     alone = len(shorter[4]) + len(whole.chosen) - 1
-    assert tokenised(tokenizer, [row(prompt)], "truncate", alone) == ([], {"dropped": 1, "truncated": 0, "system_moved": 0})
+    assert tokenised(tokenizer, [row(prompt)], "truncate", alone) == (
+        [],
+        {"dropped": 1, "truncated": 0, "system_moved": 0},
+    )
 
 
 def test_the_right_end_is_cut_as_the_grm_authors_do(tokenizer):
@@ -57,7 +60,10 @@ def test_the_right_end_is_cut_as_the_grm_authors_do(tokenizer):
     assert counts == {"dropped": 0, "truncated": 1, "system_moved": 0}
     same = row(turns("Why?"), "The same words at the start, then this.", "The same words at the start, then that.")
     for rows, limit in (([same], len(whole.prompt) + 4), ([long], len(whole.prompt))):
-        assert tokenised(tokenizer, rows, "truncate_right", limit) == ([], {"dropped": 1, "truncated": 0, "system_moved": 0})
+        assert tokenised(tokenizer, rows, "truncate_right", limit) == (
+            [],
+            {"dropped": 1, "truncated": 0, "system_moved": 0},
+        )
 
 
 def test_overlong_pairs_are_dropped_by_default(tokenizer):
