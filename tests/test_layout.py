@@ -80,7 +80,7 @@ def test_tests_lie_as_the_code_does():
     wrong = [
         f"{file.relative_to(ROOT)}, line {line}: {target}"
         for package, level in LEVELS.items()
-        for file in (ROOT / "tests" / package).glob("test_*.py")
+        for file in (ROOT / "tests" / package).rglob("test_*.py")
         for line, target in imports(file)
         if (top := target.partition(".")[0]) != package and LEVELS.get(top, -1) >= level
     ]
