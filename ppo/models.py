@@ -105,7 +105,10 @@ class _RewardModels:
 
     def _check(self, path: Path, model: RewardModel) -> None:
         if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise DataError(f"{path} has another tokenizer than the policy {self.policy.path}")
+            raise DataError(
+                f"{path} reads other tokens than the policy {self.policy.path}: the tokenizers, or the chat options of "
+                "policy and rm.base (such as chat_template, template_kwargs, pad_token), differ"
+            )
 
 
 def _proxy(ppo: Ppo, reward_models: _RewardModels) -> LocalProxy | RemoteProxy:

@@ -23,6 +23,7 @@ from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
 from core.data.streams import stream_seed
+from core.errors import DataError
 from core.files import read_json, read_table, write_json, write_table
 from core.models.layers import FrozenStateCache
 from core.training import distributed
@@ -35,6 +36,7 @@ from rm.evaluation.metrics import pair_accuracy
 from rm.model import RewardModel
 from rm.objective import batch_correlations, pair_logprobs, pair_losses
 from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
+from rm.reading import Reader, Tokens
 from rm.score import check_lengths, score_tokens
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
@@ -223,11 +225,14 @@ def measure(
         calibration: rows of calibration.parquet.
 
     Returns:
-        Accuracies against gold and against the labels, with intervals; mean and SD of the reward; and its correlation
-        with the number of words.
+        Accuracies against gold and against the labels, with intervals; mean and SD of the reward; its correlation with
+        the number of words; and how many pairs were left out because the model has fewer positions than they tokens.
+
+    Raises:
+        DataError: all validation pairs are too long, or a calibration sample is.
     """
     reader = model.reader
-    tokens = [reader.row(as_response(r, side)) for side in SIDES for r in val]
+    val, tokens, too_long = held_out(reader, val, model.positions)
     tokens += [reader.row(cast(ResponseRow, r)) for r in calibration]
     rewards = score_tokens(
         engine, model.tokenizer, tokens, share=model.shares_prompts, together=True, positions=model.positions,
@@ -256,7 +261,23 @@ def measure(
         "reward_mean": model.mean,
         "reward_std": model.std,
         "length_correlation": float(np.corrcoef(sampled, words)[0, 1]),
+        "val_too_long": too_long,
     }
+
+
+def held_out(reader: Reader, val: list[PairRow], positions: int) -> tuple[list[PairRow], list[Tokens], int]:
+    """The validation pairs that a model of so many positions can read; the tokens of all their chosen responses, then
+    of all their rejected ones; and how many pairs were left out.
+
+    Raises:
+        DataError: all of them are too long.
+    """
+    pairs = [(row, [reader.row(as_response(row, side)) for side in SIDES]) for row in val]
+    fitting = [(row, sides) for row, sides in pairs if max(len(p) + len(r) for p, r in sides) <= positions]
+    if not fitting:
+        raise DataError(f"all {len(val)} validation pairs have more tokens than the {positions} positions of the model")
+    tokens = [sides[i] for i in range(len(SIDES)) for _, sides in fitting]
+    return [row for row, _ in fitting], tokens, len(pairs) - len(fitting)
 
 
 def save(

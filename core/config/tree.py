@@ -18,6 +18,9 @@ from core.config.data import Data, Generation, Gold, Preferences
 from core.config.ppo import Ppo
 from core.config.rm import RewardTraining
 
+CHAT_OPTIONS = ("chat_template", "template_kwargs", "chat_date", "generation_prompt", "system_turn", "pad_token")
+"""Options of a model that decide which tokens a conversation becomes."""
+
 
 class Run(Section):
     name: str = "offline"
@@ -177,6 +180,12 @@ class Config(Section):
                 f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {self.engine.dtype}, "
                 f"generation.vllm.dtype {self.generation.vllm.dtype}"
             )
+        if (self.policy.path, self.policy.revision) == (self.rm.base.path, self.rm.base.revision):
+            faults += [
+                f"policy.{name} and rm.base.{name} differ: policy and reward models would read other tokens; set both"
+                for name in CHAT_OPTIONS
+                if getattr(self.policy, name) != getattr(self.rm.base, name)
+            ]
         if self.engine.processes != "auto":
             faults += self.batch_faults(self.engine.processes)
         if faults:

@@ -26,7 +26,7 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
     Args:
         dtype: of its weights, for example "bfloat16".
         num_layers: how many layers to keep, from the lowest on; None for all.
-        float32_head: compute logits in float32 (`core.models.logits.Float32Head`).
+        float32_head: compute logits in float32 (`core.models.logits.Float32Head`) where weights are of another type.
 
     Raises:
         ArtefactError: the model has fewer layers; its files and its architecture do not fit each other; the attention
@@ -63,7 +63,7 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
             f"{sorted(unexpected)[:3]}, other shape {sorted(info['mismatched_keys'])[:3]}"
         )
     without_dropout(lm)
-    if float32_head:
+    if float32_head and dtype != "float32":
         use_float32_head(lm)
     check_agreement(lm)
     reads_text = {id(p) for module in (trunk_of(lm), lm.get_output_embeddings()) for p in module.parameters()}

@@ -1,11 +1,27 @@
-"""Tokenizers that load at once."""
+"""Tokenizers that load at once, and templates as published models have them."""
 
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 from core.data.templates import named_template
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}\n"
+)
 
 
 def first_tokens(source: Path, folder: Path, size: int = 2048) -> Path:
@@ -81,3 +97,42 @@ def spaces_as_text(folder: Path, kind: str, template: str = LLAMA_2) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
+
+
+def chatml(source: Path, folder: Path) -> Path:
+    """ChatML without BOS, as Qwen's: a newline follows the end of turn."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gemma(source: Path, folder: Path) -> Path:
+    """Gemma's template; template and tokenizer both write BOS, as with Gemma and Llama-3."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens(
+        {"bos_token": "<bos>", "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}
+    )
+    tokenizer.chat_template = GEMMA
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def rewardbench(folder: Path, chats: list) -> Tensor:
+    """Rewards [n] of a classifier's folder as RewardBench's own loop computes them.
+
+    Written from its `RewardBenchPipeline`: the template's whole rendering is tokenised like any text, the first of two
+    BOS is masked, and the model's logits are the rewards.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if tokenizer.bos_token is not None:
+        mask[(ids[:, 0] == tokenizer.bos_token_id) & (ids[:, 1] == tokenizer.bos_token_id), 0] = 0
+    return model.eval()(input_ids=ids, attention_mask=mask).logits.squeeze(-1)

@@ -105,3 +105,11 @@ def test_no_field_is_dead():
     by_name = {"rm_train", "rm_val", "rl_train", "calibration", "eval", "dir"}  # splits by name; run.dir in config.py
     dead = [n for n in set(leaves(Config)) - by_name if not re.search(rf"\.{n}\b", source)]
     assert dead == []
+
+
+def test_policy_and_reward_models_on_one_base_read_the_same_tokens():
+    """Otherwise the difference would show only when reward models are trained and PPO refuses them."""
+    with pytest.raises(ConfigError, match="policy.pad_token and rm.base.pad_token differ"):
+        load([], ["policy.pad_token=<|endoftext|>"])
+    load([], ["policy.pad_token=<|endoftext|>", "rm.base.pad_token=<|endoftext|>"])
+    load([], ["policy.pad_token=<|endoftext|>", "rm.base.path=other/base"])

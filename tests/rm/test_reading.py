@@ -17,10 +17,10 @@ from rm.reading import Reader, text_reading
 from rm.serving.client import RemoteRewardModel
 from rm.serving.server import Ensemble
 from rm.tools.export import export
-from tests.builders.chat_templates import chatml, gemma, rewardbench
 from tests.builders.checkpoints import CHATS, CLOSE, batch, edit_json, read, tiny_config, write_full
 from tests.builders.reward_models import tiny_reward_model
 from tests.builders.reward_server import serving
+from tests.builders.tokenizers import chatml, gemma, rewardbench
 
 TWO_TURNS = [*CHATS[0], {"role": "user", "content": "Another one."}, {"role": "assistant", "content": "A pear."}]
 CONVERSATIONS = [*CHATS, TWO_TURNS]

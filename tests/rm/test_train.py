@@ -6,8 +6,10 @@ import torch
 
 from core.config import Model, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
+from core.errors import DataError
 from rm.pairs import tokenise
-from rm.train import arm_rows
+from rm.reading import Reader
+from rm.train import arm_rows, held_out
 from tests.builders.reward_models import tiny_reward_model
 from tests.builders.tokenizers import of_family
 
@@ -77,3 +79,17 @@ def test_pairs_with_a_system_turn_on_a_template_that_has_none(tokenizer_path, tm
     assert counts == {"dropped": 0, "truncated": 0, "system_moved": 1}
     assert "pirate.\n\nHi?" in tokenizer.hf.decode(with_system.prompt) and len(with_system.prompt) > len(without.prompt)
     assert without.rejected.count(tokenizer.eot_id) == 1  # the typed one is text
+
+
+def test_a_long_validation_pair_does_not_cost_a_trained_model(tokenizer_path):
+    """It is left out and counted; only where every pair is too long is there nothing to measure."""
+    reader = Reader(ChatTokenizer(Model(path=str(tokenizer_path))))
+    short, long = (
+        {"prompt": [{"role": "user", "content": "Hello"}], "chosen": text, "rejected": "No."}
+        for text in ("Yes.", "Yes. " * 200)
+    )
+    rows, tokens, too_long = held_out(reader, [long, short], positions=100)
+    assert (rows, len(tokens), too_long) == ([short], 2, 1)
+    assert tokens[1][1] == tuple(reader.tokenizer.response_ids("No."))
+    with pytest.raises(DataError, match="all 1 validation pairs have more tokens than the 100 positions"):
+        held_out(reader, [long], positions=100)
