@@ -22,7 +22,7 @@ PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
-prompts:             ## collect prompts and split them: rm-train, rm-val, rl-train, calibration, eval
+prompts:             ## collect prompts and split them: rm_train, rm_val, rl_train, calibration, eval
 preferences: prompts ## sample pairs from the policy and label them with the gold model, or import pairs
 rm: preferences      ## train the reward models
 bon: rm              ## best-of-n against the proxy reward

@@ -19,7 +19,6 @@ Array = NDArray[np.float64]
 # Rank weights are cut off where all lower ranks together have less mass than this.
 CUT_MASS = 1e-16
 POOL_SIZE = "the number of samples per prompt"  # why n is limited, in errors
-# Bootstrap weights held at once, in numbers: 32 MiB of int64.
 
 
 def subset_weights(N: int, n: int) -> Array:
