@@ -9,7 +9,16 @@ from typing import Any
 
 from core.data.chat import Message, check_prompt, check_unicode, response_of
 from core.data.layouts.messages import as_messages, is_filled, is_messages, refuse_unusable
-from core.data.layouts.text import is_conversation, parse_conversation, parse_prompt, parse_rendering, without_end
+from core.data.layouts.text import (
+    answer_of_dialogue,
+    answer_of_rendering,
+    begins_dialogue,
+    is_conversation,
+    is_rendered_answer,
+    parse_conversation,
+    parse_prompt,
+    parse_rendering,
+)
 from core.errors import DataError
 
 SYSTEM = ("system", "system_prompt")
@@ -127,9 +136,12 @@ def _sides(draft: Draft, notes: list[str]) -> tuple[list[Message], str, str]:
         return _of_chats([], chats, None)
     if not prompt:
         raise DataError("no prompt")
-    if isinstance(draft.prompt, str) and parse_rendering(draft.prompt):
+    given = draft.prompt if isinstance(draft.prompt, str) else ""
+    if parse_rendering(given) or all(is_rendered_answer(answer) for answer in answers):
         notes.append(RENDERED)
-        return prompt, without_end(draft.chosen), without_end(draft.rejected)
+        return prompt, answer_of_rendering(draft.chosen), answer_of_rendering(draft.rejected)
+    if begins_dialogue(given):
+        return prompt, answer_of_dialogue(draft.chosen), answer_of_dialogue(draft.rejected)
     return prompt, draft.chosen, draft.rejected
 
 
