@@ -232,3 +232,22 @@ def test_a_prompt_that_is_not_the_beginning_of_the_chats_is_refused(tmp_path):
     assert pairs_of(write(tmp_path / "a.jsonl", row))[1].counts == {"the prompts differ": 1}
     spoken = {**row, "prompt": [PIRATE, *chat("Hi")]}
     assert pairs_of(write(tmp_path / "b.jsonl", spoken))[0][0]["prompt"] == [PIRATE, *chat("Hi")]
+
+
+def test_rows_that_do_not_fit_a_named_layout_are_refused(tmp_path):
+    dialogue = {"chosen": "\n\nHuman: Hi\n\nAssistant: good", "rejected": "\n\nHuman: Hi\n\nAssistant: bad"}
+    texts = {"prompt": "Why?", "chosen": "good", "rejected": "bad"}
+    file = write(tmp_path / "a.jsonl", dialogue, texts, {"chosen": "good"})
+    found, malformed = pairs_of(file, layout="hh")
+    assert [p["row"] for p in found] == [1]
+    reason = "does not fit the layout hh: chosen, rejected (texts with turns of both sides, no prompt)"
+    assert malformed.counts == {reason: 1, "no column 'rejected'": 1}
+    found, malformed = pairs_of(file)  # recognised, both are read
+    assert [p["row"] for p in found] == [1, 2] and not malformed.unread
+
+
+def test_a_text_among_lists_of_candidates_is_refused(tmp_path):
+    row = {"prompt": "Hi", "chosen": ["good"], "rejected": ["bad"]}
+    found, malformed = pairs_of(write(tmp_path / "a.jsonl", row, row | {"rejected": "bad"}))
+    assert [p["row"] for p in found] == [1]
+    assert malformed.counts == {"chosen and rejected are not both lists of texts": 1}

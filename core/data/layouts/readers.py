@@ -72,6 +72,8 @@ def outputs(row: Row) -> list[Draft]:
 
 
 def candidates(row: Row) -> list[Draft]:
+    if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
+        raise DataError("chosen and rejected are not both lists of texts")
     return [Draft(row["prompt"], *pair) for pair in product(row["chosen"], row["rejected"])]
 
 

@@ -39,6 +39,11 @@ class Layout:
     def fits(self, row: Row) -> bool:
         return any(row.keys() >= set(columns) for columns in self.told_by) and (self.when is None or self.when(row))
 
+    def check(self, row: Row) -> None:
+        """DataError for a row that has the columns, but not as the layout needs them; KeyError for a missing column."""
+        if self.when is not None and not self.when(row):
+            raise DataError(f"does not fit the layout {self.name}: {', '.join(self.told_by[0])} ({self.condition})")
+
     @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that the layout reads itself."""
@@ -60,8 +65,9 @@ def _dialogues(row: Row) -> bool:
     )
 
 
-_SCORES = tuple(name for pair in readers.SCORES for name in pair)
 _PAIR = ("chosen", "rejected")
+_OF_PAIR = (*readers.PROMPTS, "margin", *(name for pair in readers.SCORES for name in pair))
+"""What `readers.trl` reads beside the answers."""
 
 _TABLE = (
     Layout("unified", "Unified-Feedback", (("conv_A", "conv_B"),), readers.unified,
@@ -99,11 +105,11 @@ _TABLE = (
            "each chosen answer is a pair with each rejected one", when=_lists_of_texts,
            condition="both lists of texts"),
     Layout("hh", "HH-RLHF", (_PAIR,), readers.trl, "the last turn of each is the answer, all before it the prompt",
-           when=_dialogues, condition="texts with turns of both sides, no prompt"),
+           also=_OF_PAIR, when=_dialogues, condition="texts with turns of both sides, no prompt"),
     Layout("trl", "TRL, UltraFeedback-binarized, argilla's sets, Skywork-80K, preference_700K, Tulu 3, Orca, OpenRLHF, "
            "LLaMA-Factory, ShareGPT", (_PAIR,), readers.trl,
            "answers are texts, messages, or whole conversations with one prompt; two ratings, or margin, give the "
-           "margin, and equal ratings a tie", also=(*readers.PROMPTS, "margin", *_SCORES)),
+           "margin, and equal ratings a tie", also=_OF_PAIR),
     Layout("outputs", "LLaMA-Factory, earlier", (("instruction", "output"),), readers.outputs,
            "output is the better answer and the worse one", also=("input",),
            when=lambda row: isinstance(row["output"], list), condition="output a list"),
