@@ -97,6 +97,21 @@ def test_a_conversation_with_another_system_turn_is_refused(tmp_path):
     assert malformed.counts == {"a system turn, and another one in the column system": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"system": "Be brief.", "system_prompt": "Rhyme."},
+         "the columns system and system_prompt hold different system messages"),
+        ({"chosen": 3}, "chosen is neither a text nor messages but int"),
+        ({"rejected": 3}, "rejected is neither a text nor messages but int"),
+        ({"chosen": [{"role": "assistant", "content": None, "reasoning_content": "So."}]}, "reasoning_content"),
+    ],
+)  # fmt: skip
+def test_a_fault_names_its_columns(tmp_path, change, reason):
+    row = {"prompt": "Hi", "chosen": chat("", "good")[1:], "rejected": chat("", "bad")[1:]}
+    assert pairs_of(write(tmp_path / "a.jsonl", row | change))[1].counts == {reason: 1}
+
+
 def test_columns_that_nothing_was_read_from_are_named(tmp_path):
     row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "context": "As a poem.", "input": "Yo", "id": 7, "note": ""}
     assert pairs_of(write(tmp_path / "a.jsonl", row))[1].unread == {"context", "input", "id"}

@@ -126,12 +126,33 @@ LAYOUTS = {layout.name: layout for layout in _TABLE}
 
 
 def recognise(row: Row, where: str) -> Layout:
-    """The layout whose columns a row has; DataError, which lists the known layouts, for other columns."""
+    """The layout whose columns a row has; DataError, which names the nearest layouts, for other columns."""
     for layout in LAYOUTS.values():
         if layout.fits(row):
             return layout
-    known = "; ".join(" or ".join(", ".join(columns) for columns in layout.told_by) for layout in LAYOUTS.values())
-    raise DataError(f"{where}: columns {', '.join(sorted(row))} are of no known layout; known are {known}")
+    raise DataError(f"{where}: columns {', '.join(sorted(row))} are of no known layout; {_nearest(row)}")
+
+
+def _nearest(row: Row) -> str:
+    """What a row of no known layout was meant as: with its names spelt otherwise, else with the columns it lacks."""
+    spelt = {name.lower(): name for layout in LAYOUTS.values() for name in layout.columns}
+    respelt = {spelt.get(name.lower(), name): value for name, value in row.items()}
+    if meant := next((layout for layout in LAYOUTS.values() if layout.fits(respelt)), None):
+        other = [f"{name} to {new}" for name, new in ((n, spelt.get(n.lower(), n)) for n in row) if name != new]
+        return f"rename {', '.join(other)} for the layout {meant.name}: names are compared letter by letter"
+    lacking = [
+        (layout, columns, [name for name in columns if name not in row])
+        for layout in LAYOUTS.values()
+        for columns in layout.told_by
+    ]
+    near = sorted((n for n in lacking if len(n[2]) < len(n[1])), key=lambda n: len(n[2]) / len(n[1]))
+    if not near:
+        return f"layouts are {', '.join(LAYOUTS)}, with the columns that docs/data.md names"
+    needs = [
+        f"{layout.name} ({', '.join(columns)}: {'lacks ' + ', '.join(lacks) if lacks else layout.condition})"
+        for layout, columns, lacks in near[:3]
+    ]
+    return f"nearest are {'; '.join(needs)}. docs/data.md has all layouts"
 
 
 def unread_columns(row: Row, layout: Layout) -> set[str]:
