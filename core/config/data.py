@@ -96,8 +96,8 @@ class PreferenceSource(Section):
     """A source is a local file or folder, or a dataset of the hub."""
 
     path: Path
-    """A .jsonl, .json, .csv or .parquet file (text also as .gz), a folder of such files, a folder of `save_to_disk`, or
-    a hub id (owner/name)."""
+    """A .jsonl, .json, .csv or .parquet file (text also as .gz, .bz2 or .xz), a folder of such files, a folder of
+    `save_to_disk`, or a hub id (owner/name)."""
     layout: Literal[
         "auto", "unified", "arena", "arena_votes", "ppe", "helpsteer", "safe_rlhf", "shp", "webgpt", "summaries",
         "alpaca_farm", "answers", "completions", "ranked", "candidates", "hh", "trl", "outputs", "kto", "ratings",
