@@ -9,7 +9,6 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import itertools
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
@@ -113,16 +112,30 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a JSON array, or of JSON Lines where the first line with text is an object of its own."""
     with _opened(path) as file:
-        first = next((line for line in _lines(file, path) if line.strip()), b"")
-        if isinstance(parsed(first), dict):
-            yield from _json_lines(path)
+        lines = enumerate(_lines(file, path), start=1)
+        number, first = next(((n, line) for n, line in lines if line.strip()), (1, b""))
+        rows = parsed(first)
+        if isinstance(rows, dict) and _list_in(rows) is None:
+            yield number, rows
+            yield from ((n, parsed(line)) for n, line in lines if line.strip())
             return
-        rows = parsed(b"".join(itertools.chain([first], _lines(file, path))))
+        rest = b"".join(line for _, line in lines)
+        if rest.strip() and not isinstance(rows, dict):
+            rows = parsed(first + rest)
     if isinstance(rows, Fault):
         raise ArtefactError(f"{path}: {rows}")
     if not isinstance(rows, list):
-        raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows")
+        hint = f": make the array in {name!r} the whole file" if (name := _list_in(rows)) else ""
+        raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows{hint}")
     yield from enumerate(rows, start=1)
+
+
+def _list_in(value: Any) -> str | None:
+    """The only key of an object that holds rows under it, as in {"data": [...]}; messages are no rows."""
+    name, rows = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (None, None)
+    if not isinstance(rows, list) or not rows:
+        return None
+    return name if all(isinstance(row, dict) and row.keys().isdisjoint({"role", "from"}) for row in rows) else None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -130,10 +143,20 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with _opened(path) as file:
         rows, number = csv.DictReader(_decoded(_lines(file, path), path)), 0
         try:
+            _check_header(list(rows.fieldnames or ()), path)
             for number, row in enumerate(rows, start=1):
                 yield number, Fault("more cells than the header has") if None in row else row
         except csv.Error as error:
             raise ArtefactError(f"{path}, row {number + 1}: not CSV ({error})") from None
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    """ArtefactError for a header that no row can be read by."""
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise ArtefactError(f"{path}: two columns are named {', '.join(map(repr, twice))}: rename or remove one")
+    mark = next((mark for mark in ";\t|" if mark in names[0]), None) if len(names) == 1 else None
+    if mark is not None:
+        raise ArtefactError(f"{path}: the header is one column, {names[0]!r}: separate columns by commas, not {mark!r}")
 
 
 def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -150,7 +173,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     number = 0
     try:
-        rows = (row for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS) for row in batch.to_pylist())
+        table = pq.ParquetFile(path)
+        _check_header(table.schema_arrow.names, path)
+        rows = (row for batch in table.iter_batches(BATCH_ROWS) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -96,8 +96,8 @@ class PreferenceSource(Section):
     """A source is a local file or folder, or a dataset of the hub."""
 
     path: Path
-    """A .jsonl, .json, .csv or .parquet file (text also as .gz), a folder of such files, a folder of `save_to_disk`, or
-    a hub id (owner/name)."""
+    """A .jsonl, .json, .csv or .parquet file (text also as .gz, .bz2 or .xz), a folder of such files, a folder of
+    `save_to_disk`, or a hub id (owner/name)."""
     layout: Literal[
         "auto", "unified", "arena", "arena_votes", "ppe", "helpsteer", "safe_rlhf", "shp", "webgpt", "summaries",
         "alpaca_farm", "answers", "completions", "ranked", "candidates", "hh", "trl", "outputs", "kto", "ratings",
@@ -111,8 +111,8 @@ class PreferenceSource(Section):
     revision: str | None = None
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     stride: int = Field(default=1, ge=1)
-    """Keep the pairs of every k-th row of those that are no ties, usable or not: 20 and 2 give the 40K and 400K pairs
-    that the GRM authors take of Unified-Feedback."""
+    """Keep the pairs of every k-th row. Rows that cannot be used are counted, ties are not: 20 and 2 give the 40K and
+    400K pairs that the GRM authors take of Unified-Feedback. With one rated answer a row, every k-th pair is kept."""
     max_pairs: int | None = Field(default=None, ge=2)
     """Keep at most n pairs, chosen by hash (null: all)."""
     weight: float = Field(default=1.0, gt=0)

@@ -33,8 +33,9 @@ class SourcePair(TypedDict):
     tie: bool
     """Equal ratings: which response is chosen then means nothing."""
     place: int
-    """Number of rows before it that are no ties, usable or not; where a row has several pairs, of pairs. -1 for a tie.
-    `stride` keeps its multiples, as the GRM authors do."""
+    """Number of its row in the source, from 0, ties not counted: all pairs of a row have one number, and rows that
+    cannot be used are counted. A pair that is made of two rows has a number of its own. -1 for a tie. `stride` keeps
+    the pairs whose number is a multiple of it, as the GRM authors do."""
     row: int
     """Line or row of its file, from 1; of two rated responses the later one's."""
     prompt_id: str
@@ -67,7 +68,7 @@ def table_pairs(
     Args:
         layout: one of LAYOUTS, or auto: that of the first row that has a known one.
         name: source of the rows that name none themselves, by default the name of the table.
-        places: what numbers the pairs that are no ties.
+        places: what numbers the rows that are no ties, over the tables of a source.
     """
     known, rows = LAYOUTS.get(layout), table.rows
     if known is None:
@@ -76,7 +77,13 @@ def table_pairs(
         return
     ahead = list(islice(rows, AHEAD))
     reading = _Reading(
-        table.file, known, name or table.name, malformed, places or count(), _repeat_prompts(ahead, known)
+        table.file,
+        known,
+        name or table.name,
+        malformed,
+        places or count(),
+        repeats=_repeat_prompts(ahead, known),
+        named=layout in LAYOUTS,
     )
     rows = chain(ahead, rows)
     yield from _rated(rows, reading) if known.rated else _each(rows, reading)
@@ -92,9 +99,17 @@ class _Reading(NamedTuple):
     places: Iterator[int]
     repeats: bool
     """Whether its answers repeat their prompts."""
+    named: bool
+    """Whether the layout was named and not recognised. All rows then have to fit it; else a dialogue and a text with a
+    prompt may stand in one file."""
 
     def where(self, number: int) -> str:
         return f"{self.file} row {number}"
+
+    def drafts(self, row: dict[str, Any]) -> list[Draft]:
+        if self.named:
+            self.layout.check(row)
+        return self.layout.read(row)
 
     def complete(self, draft: Draft, row: dict[str, Any], notes: list[str]) -> Answers:
         return complete(draft, row, self.layout.columns, notes, repeats=self.repeats)
@@ -133,7 +148,7 @@ def _repeat_prompts(ahead: list[tuple[int, dict[str, Any]]], layout: Layout) -> 
 
 def _each(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
     for number, row in rows:
-        drafts, fault = _tried(reading.layout.read, row)
+        drafts, fault = _tried(reading.drafts, row)
         if drafts is not None and not drafts:
             fault = "fewer than two answers"
         if fault is not None or drafts is None:
@@ -149,15 +164,15 @@ def _of_row(number: int, row: dict[str, Any], drafts: list[Draft], reading: _Rea
     pairs: list[SourcePair] = []
     faults: list[str] = []
     notes: list[str] = []
+    place = -1 if all(draft.tie for draft in drafts) else next(reading.places)
     for draft in drafts:
-        place = -1 if draft.tie else next(reading.places)
         answers, fault = _tried(lambda: reading.complete(draft, row, notes))  # noqa: B023, called at once
         if answers is not None and answers.chosen == answers.rejected:
             fault = "the two answers are equal"
         if answers is None or fault is not None:
             faults.append(str(fault))
             continue
-        pairs.append(_pair(answers, draft, _source(row, reading.name), number, place))
+        pairs.append(_pair(answers, draft, _source(row, reading.name), number, -1 if draft.tie else place))
     if pairs:
         reading.used(row, [*notes, *(f"one pair of several left out: {fault}" for fault in faults)])
     else:

@@ -21,7 +21,8 @@ CASES: list[dict[str, Any]] = [
 HEADER = """# Data
 
 What `preferences.sources`, `data.prompts`, `preferences.decontaminate` and the sets of `rm-eval` read. This page is
-made by `python -m tests.builders.layout_page > docs/data.md`, which reads the rows of its last table.
+made by `python -m tests.builders.layout_page > docs/data.md`, which generates the last table by running the importer on
+sample rows.
 
 ## Files, splits and subsets
 A path is a `.jsonl`, `.json` (an array, or lines), `.csv` or `.parquet` file, text also as `.gz`, `.bz2` or `.xz`; a
@@ -29,9 +30,11 @@ folder of such files; or a folder of `save_to_disk`. A source may also be a hub 
 which files are of a split and a configuration, as it does on the hub: by `README.md`, by folders, by names of files.
 `subset` names a configuration or a folder.
 
-`split` is `train` by default, and nothing else is then read: no folder without training files, no single file that is
-named as another split (`test.jsonl`), no row whose column `split` names another one. `split: test` reads those. Files
-that are of no split are named in the metrics. Evaluation sets are read whole.
+With `split: train`, which is the default, a folder without training files is an error, and so is a single file that is
+named as another split (`test.jsonl`). Rows whose column `split` names another one are left out and counted. Files of no
+split are listed in the metrics. `split: test` reads the test split in the same way. Evaluation sets are read whole.
+
+In a `.csv` or `.parquet` file, two columns of one name are an error, since only one of them could be read.
 
 Broken lines and rows that make no pair are counted by reason and listed in `rejected.jsonl` with file and row. What was
 done to the others is in the stage's metrics: `changed` counts it, and `unread_columns` names the columns that nothing
@@ -39,7 +42,8 @@ was read from.
 
 ## Prompts and answers
 - The system turn is part of the prompt: as a turn of the conversation, or from the columns `system` or `system_prompt`.
-  A turn of a `developer` is a system turn, and an empty one is left out. Two that differ refuse the row.
+  A turn of a `developer` is a system turn, and an empty one is left out. A row with two different system texts is
+  refused.
 - Earlier turns are part of the prompt, also from the column `history` (pairs of texts, or messages).
 - `instruction` and `input` are one prompt with a line feed between them.
 - Messages have `role` and `content`, or `from` and `value`. Text parts of a `content` are put together.
@@ -48,11 +52,16 @@ was read from.
 - Two conversations have to agree in all but the last turn.
 - A prompt that stands again at the beginning of both answers is left out of them, counted. Of prompts with fewer than
   three words this is done only where half of the file's rows are like that: answers to "Hello!" begin with "Hello!".
-- Text never becomes a control token. Markers mean something in these places only, and are plain text elsewhere:
+- Text never becomes a control token. Markers divide a text into turns in these places only. Any other marker, such as
+  one inside an answer, stays in the text and is encoded as ordinary characters:
   - A prompt that begins with `Human:` is divided at "\\n\\nHuman:" and "\\n\\nAssistant:"; so are both answers, where
-    they are whole dialogues. `<extra_id_1>User` and `<extra_id_1>Assistant` divide the prompts of HelpSteer2.
-  - A text that is a whole rendering by ChatML (`<|im_start|>`), Llama 3 or Gemma becomes the messages it was made of,
-    and the end of turn goes from the answers to it. A marker that stands in other text stays text.
+    they are whole dialogues. Answers to such a prompt lose an `Assistant:` at their beginning and the spaces and line
+    feeds around them, so that they are the same as in whole dialogues. `<extra_id_1>User` and `<extra_id_1>Assistant`
+    divide the prompts of HelpSteer2.
+  - A text that is a whole rendering by ChatML (`<|im_start|>`), Llama 3 or Gemma becomes the messages it was made of.
+    The answers to such a prompt lose the assistant's header and the end of turn; so do two answers that
+    both have a header, whatever the prompt. Where the prompt is a rendering, an answer that begins with a header but is
+    not one turn of the assistant refuses the row.
   - "TL;DR:" stays where it is, in prompts and in answers.
   - Prompts of benchmarks (RewardBench, PPE, RM-Bench) are one turn, whatever they contain.
 
@@ -61,8 +70,11 @@ same rules. More malformed rows than `data.max_rejected_share` are an error.
 """
 
 LAYOUT_ROWS = """## Layouts
-A file has the first layout whose columns its first row has, unless `layout` names one. Where a row makes several pairs,
-`stride` counts the pairs.
+A file's layout is decided by its first row of a known layout; rows before it are malformed. Of several that fit, the
+first in this table counts. Where `layout` names one, rows that do not fit it are malformed.
+
+`stride` counts rows and not pairs: k keeps all pairs of every k-th row, ties not counted. Only the layouts with one
+rated answer a row (`kto` and `ratings`) make a pair of two rows, and there it counts the pairs.
 """
 
 ROWS = """## Rows as they are read

@@ -8,6 +8,7 @@ import lzma
 
 import pytest
 
+from core import row_files
 from core.data.rows import ScoreRow
 from core.errors import ArtefactError
 from core.files import join, read_json, read_rows, read_table, write_table
@@ -52,6 +53,30 @@ def test_a_json_file_may_hold_lines(tmp_path):
     assert rows == [(1, {"a": 1}), (4, {"a": 2})] and faults == [(2, "not JSON")]
 
 
+@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a": 2}]\n\n', b'{"a": 1}\n\n{"a": 2}'], ids=["array", "lines"])
+def test_no_text_of_a_json_file_is_parsed_twice(tmp_path, monkeypatch, content):
+    (tmp_path / "a.json").write_bytes(content)
+    parsed, texts = row_files.parsed, []
+    monkeypatch.setattr(row_files, "parsed", lambda text: texts.append(text) or parsed(text))
+    assert [row for _, row in numbered_rows(tmp_path / "a.json")] == [{"a": 1}, {"a": 2}]
+    assert sum(map(len, texts)) <= len(content)
+
+
+def test_two_columns_of_one_name_in_parquet_are_an_error(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(ArtefactError, match=r"a\.parquet: two columns are named 'a'"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_json_file_may_hold_one_row_of_messages(tmp_path):
+    row = {"messages": [{"role": "user", "content": "Why?"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    assert read_rows(tmp_path / "a.json") == [row]
+
+
 def test_a_cell_holds_a_long_conversation_and_numbers_stay_text(tmp_path):
     rows = [{"prompt": "When?", "answer": "1984"}, {"prompt": "x" * 200_000, "answer": "None"}]
     assert read_rows(write(tmp_path / "a.csv", rows)) == rows
@@ -78,6 +103,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, suffix):
         ("a.json", b'[{"a": 1},', r"a\.json: not JSON"),
         ("a.json", b'["\xff"]', r"a\.json: not UTF-8"),
         ("a.json", b"", r"a\.json: not JSON"),
+        ("a.json", b'{\n  "data": [{"a": 1}]\n}', r"a\.json: holds a dict; .* make the array in 'data' the whole file"),
+        ("a.json", b'{"data": [{"a": 1}]}', r"a\.json: holds a dict; .* make the array in 'data' the whole file"),
+        ("a.csv", b"a,b,c,b\n1,2,3,4\n", r"a\.csv: two columns are named 'b': rename or remove one"),
+        ("a.csv", b"a;b\n1;2\n", r"a\.csv: the header is one column, 'a;b': separate columns by commas, not ';'"),
         ("a.csv", b"a,b\n1,2\n3,\xff\n", r"a\.csv, line 3: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3,4,5\n", r"a\.csv, row 2: more cells than the header has"),
         ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be unpacked \(Not a gzipped file"),

@@ -97,6 +97,21 @@ def test_a_conversation_with_another_system_turn_is_refused(tmp_path):
     assert malformed.counts == {"a system turn, and another one in the column system": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"system": "Be brief.", "system_prompt": "Rhyme."},
+         "the columns system and system_prompt hold different system messages"),
+        ({"chosen": 3}, "chosen is neither a text nor messages but int"),
+        ({"rejected": 3}, "rejected is neither a text nor messages but int"),
+        ({"chosen": [{"role": "assistant", "content": None, "reasoning_content": "So."}]}, "reasoning_content"),
+    ],
+)  # fmt: skip
+def test_a_fault_names_its_columns(tmp_path, change, reason):
+    row = {"prompt": "Hi", "chosen": chat("", "good")[1:], "rejected": chat("", "bad")[1:]}
+    assert pairs_of(write(tmp_path / "a.jsonl", row | change))[1].counts == {reason: 1}
+
+
 def test_columns_that_nothing_was_read_from_are_named(tmp_path):
     row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "context": "As a poem.", "input": "Yo", "id": 7, "note": ""}
     assert pairs_of(write(tmp_path / "a.jsonl", row))[1].unread == {"context", "input", "id"}
@@ -232,3 +247,22 @@ def test_a_prompt_that_is_not_the_beginning_of_the_chats_is_refused(tmp_path):
     assert pairs_of(write(tmp_path / "a.jsonl", row))[1].counts == {"the prompts differ": 1}
     spoken = {**row, "prompt": [PIRATE, *chat("Hi")]}
     assert pairs_of(write(tmp_path / "b.jsonl", spoken))[0][0]["prompt"] == [PIRATE, *chat("Hi")]
+
+
+def test_rows_that_do_not_fit_a_named_layout_are_refused(tmp_path):
+    dialogue = {"chosen": "\n\nHuman: Hi\n\nAssistant: good", "rejected": "\n\nHuman: Hi\n\nAssistant: bad"}
+    texts = {"prompt": "Why?", "chosen": "good", "rejected": "bad"}
+    file = write(tmp_path / "a.jsonl", dialogue, texts, {"chosen": "good"})
+    found, malformed = pairs_of(file, layout="hh")
+    assert [p["row"] for p in found] == [1]
+    reason = "does not fit the layout hh: chosen, rejected (texts with turns of both sides, no prompt)"
+    assert malformed.counts == {reason: 1, "no column 'rejected'": 1}
+    found, malformed = pairs_of(file)  # recognised, both are read
+    assert [p["row"] for p in found] == [1, 2] and not malformed.unread
+
+
+def test_a_text_among_lists_of_candidates_is_refused(tmp_path):
+    row = {"prompt": "Hi", "chosen": ["good"], "rejected": ["bad"]}
+    found, malformed = pairs_of(write(tmp_path / "a.jsonl", row, row | {"rejected": "bad"}))
+    assert [p["row"] for p in found] == [1]
+    assert malformed.counts == {"chosen and rejected are not both lists of texts": 1}

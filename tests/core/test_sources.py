@@ -140,6 +140,17 @@ def test_bad_rows_are_counted_by_reason_with_their_numbers(tmp_path):
 def test_unknown_columns_and_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="columns text are of no known layout"):
         pairs_of(write(tmp_path / "x.jsonl", {"text": "?"}))
+    for row, hint in (
+        ({"text": "?"}, r"layouts are unified, .*docs/data\.md"),
+        ({"Prompt": "Hi", "Chosen": "a", "rejected": "b"},
+         "rename Prompt to prompt, Chosen to chosen for the layout trl"),
+        ({"prompt": "Hi", "response_1": "a", "response_2": "b", "best": 1},
+         r"nearest are ppe \(prompt, response_1, response_2, winner: lacks winner\); helpsteer "),
+        ({"instruction": "Hi", "output": "a"}, r"nearest are outputs \(instruction, output: output a list\)"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=hint) as error:
+            pairs_of(write(tmp_path / "x.jsonl", row))
+        assert len(str(error.value)) < 450
     with pytest.raises(DataError, match="nowhere/at/all: neither"):
         pairs_of(tmp_path / "nowhere/at/all")
 

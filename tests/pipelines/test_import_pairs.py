@@ -1,6 +1,7 @@
 """Imported pairs: strides, splits, decontamination, copies, and how many malformed rows are allowed."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_the_stride_takes_the_rows_that_the_grm_authors_take(tmp_path):
     unusable |= {row["conv_B"][0]["content"] for row in rows if row["conv_A"] == row["conv_B"]}
     assert ours == theirs - unusable and len(ours) < len(theirs)
     assert malformed.read + malformed.counts.total() == 200 and dropped["u"]["tie"] > 0
+
+
+def test_the_stride_counts_a_row_of_several_pairs_once(tmp_path):
+    scores = [("a", 3.0), ("b", 2.0), ("c", 2.0)]
+    completions = [{"response": text, "overall_score": score} for text, score in scores]
+    path = write(tmp_path / "u.jsonl", *({"instruction": f"row {i}", "completions": completions} for i in range(10)))
+    cfg = settings(tmp_path, sources={"u": {"path": path, "stride": 4}})
+    splits, dropped, _ = imported(cfg, tmp_path)
+    kept = Counter(r["prompt"][0]["content"] for rows in splits.values() for r in rows)
+    assert kept == {"row 0": 2, "row 4": 2, "row 8": 2} and dropped == {"u": {"tie": 10}}
 
 
 def test_the_stride_goes_on_over_files(tmp_path):

@@ -18,6 +18,9 @@ UNUSABLE = (
 """Columns of a row, or keys of a message, that a text alone cannot stand for. With content, they refuse the row."""
 
 
+NO_PROMPT = "no prompt (none in prompt, instruction, question or conversations, nor before the answers)"
+
+
 def refuse_unusable(columns: Mapping[str, Any], own: Collection[str] = ()) -> None:
     """DataError, which is the name of the column, for a row or a message that has one of UNUSABLE but not of `own`."""
     if columns.keys().isdisjoint(UNUSABLE):  # nearly always, and this is done for each message
@@ -56,7 +59,7 @@ def as_messages(value: Any, notes: list[str]) -> list[Message]:
         else:
             messages.append(turn)
     if not messages:
-        raise DataError("no prompt")
+        raise DataError(NO_PROMPT)
     return messages
 
 
@@ -81,10 +84,10 @@ def _written_as_text(value: str) -> Any:
 
 def _message(message: Mapping[str, Any], notes: list[str]) -> Message:
     name = message.get("role") or message.get("from")
+    refuse_unusable(message)  # first, since these also stand where the text is missing
     text = _text(message["content"] if message.get("content") is not None else message.get("value"))
     if text is None:
         raise DataError("a turn without text")
-    refuse_unusable(message)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"a turn of role {name!r}")

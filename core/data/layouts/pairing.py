@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.data.chat import Message, check_prompt, check_unicode, response_of
-from core.data.layouts.messages import as_messages, is_filled, is_messages, refuse_unusable
-from core.data.layouts.text import is_conversation, parse_conversation, parse_prompt, parse_rendering, without_end
+from core.data.layouts.messages import NO_PROMPT, as_messages, is_filled, is_messages, refuse_unusable
+from core.data.layouts.text import (
+    answer_of_dialogue,
+    answer_of_rendering,
+    begins_dialogue,
+    is_conversation,
+    is_rendered_answer,
+    parse_conversation,
+    parse_prompt,
+    parse_rendering,
+)
 from core.errors import DataError
 
 SYSTEM = ("system", "system_prompt")
@@ -82,6 +91,8 @@ def complete(
 def prompt_of(value: Any, row: Mapping[str, Any], own: Collection[str], notes: list[str]) -> list[Message]:
     """The checked prompt of a row without answers; as `complete` else."""
     refuse_unusable(row, own)
+    if not is_filled(value):
+        raise DataError("no prompt (none in prompt, instruction, question, conversations or messages)")
     return check_prompt(with_context(_prompt(value, notes), row, own, notes))
 
 
@@ -93,6 +104,8 @@ def with_context(
     if "history" in columns:
         head = prompt[:1] if prompt[:1] and prompt[0]["role"] == "system" else []
         prompt = [*head, *_history(columns.pop("history"), notes), *prompt[len(head) :]]
+    if len(columns) == len(SYSTEM) and len(set(map(str, columns.values()))) > 1:
+        raise DataError(f"the columns {' and '.join(columns)} hold different system messages")
     for name, text in columns.items():
         if not isinstance(text, str):
             raise DataError(f"{name} is no text")
@@ -126,16 +139,19 @@ def _sides(draft: Draft, notes: list[str]) -> tuple[list[Message], str, str]:
         notes += [REPEATED] if prompt else []
         return _of_chats([], chats, None)
     if not prompt:
-        raise DataError("no prompt")
-    if isinstance(draft.prompt, str) and parse_rendering(draft.prompt):
+        raise DataError(NO_PROMPT)
+    given = draft.prompt if isinstance(draft.prompt, str) else ""
+    if parse_rendering(given) or all(is_rendered_answer(answer) for answer in answers):
         notes.append(RENDERED)
-        return prompt, without_end(draft.chosen), without_end(draft.rejected)
+        return prompt, answer_of_rendering(draft.chosen), answer_of_rendering(draft.rejected)
+    if begins_dialogue(given):
+        return prompt, answer_of_dialogue(draft.chosen), answer_of_dialogue(draft.rejected)
     return prompt, draft.chosen, draft.rejected
 
 
 def _prompt(value: Any, notes: list[str]) -> list[Message]:
     if not is_filled(value):
-        raise DataError("no prompt")
+        raise DataError(NO_PROMPT)
     return parse_prompt(value) if isinstance(value, str) and not is_messages(value) else as_messages(value, notes)
 
 
@@ -165,7 +181,7 @@ def _of_chats(prompt: list[Message], chats: list[list[Message]], given: Any) -> 
     chosen, rejected = chats
     answers = response_of(chosen), response_of(rejected)
     if min(len(chosen), len(rejected)) < 2:
-        raise DataError("no prompt")
+        raise DataError(NO_PROMPT)
     if chosen[:-1] != rejected[:-1]:
         asked = [[m for m in chat[:-1] if m["role"] != "assistant"] for chat in chats]
         raise DataError("the prompts differ" if asked[0] != asked[1] else "the dialogues differ before the last turn")

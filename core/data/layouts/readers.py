@@ -44,6 +44,14 @@ def asked(row: Row) -> Any:
     return next((row[name] for name in ("prompt", "question", "conversations") if is_filled(row.get(name))), None)
 
 
+def said(row: Row, name: str) -> Any:
+    """What a column holds as an answer; DataError, which names the column, for neither text nor messages."""
+    value = row[name]
+    if value is None or isinstance(value, str | list | Mapping):
+        return value
+    raise DataError(f"{name} is neither a text nor messages but {type(value).__name__}")
+
+
 def unified(row: Row) -> list[Draft]:
     draft = _rated_two(None, (row["conv_A"], row["conv_A_rating"]), (row["conv_B"], row["conv_B_rating"]))
     if "summarize" not in str(row.get("source")):
@@ -62,7 +70,7 @@ def trl(row: Row) -> list[Draft]:
     margin = None if margin is None else number(margin)
     if margin is not None and margin < 0:
         raise DataError("the rating of rejected exceeds that of chosen")
-    return [Draft(asked(row), row["chosen"], row["rejected"], margin, margin == 0)]
+    return [Draft(asked(row), said(row, "chosen"), said(row, "rejected"), margin, margin == 0)]
 
 
 def outputs(row: Row) -> list[Draft]:
@@ -72,6 +80,8 @@ def outputs(row: Row) -> list[Draft]:
 
 
 def candidates(row: Row) -> list[Draft]:
+    if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
+        raise DataError("chosen and rejected are not both lists of texts")
     return [Draft(row["prompt"], *pair) for pair in product(row["chosen"], row["rejected"])]
 
 
@@ -89,25 +99,25 @@ def ranked(row: Row) -> list[Draft]:
 def helpsteer(row: Row) -> list[Draft]:
     """HelpSteer2-preference and HelpSteer3: from -3, the first is much better, to 3."""
     if "overall_preference" in row:
-        strength, two = number(row["overall_preference"]), (row["response1"], row["response2"])
+        strength, two = number(row["overall_preference"]), (said(row, "response1"), said(row, "response2"))
     else:
-        strength, two = number(row["preference_strength"]), (row["response_1"], row["response_2"])
+        strength, two = number(row["preference_strength"]), (said(row, "response_1"), said(row, "response_2"))
     chosen, rejected = two if strength < 0 else two[::-1]
     prompt = row["context"] if "overall_preference" in row else row["prompt"]
     return [Draft(prompt, chosen, rejected, abs(strength), strength == 0)]
 
 
 def safe_rlhf(row: Row) -> list[Draft]:
-    return [_better(row["prompt"], [row["response_0"], row["response_1"]], row["better_response_id"])]
+    return [_better(row["prompt"], [said(row, "response_0"), said(row, "response_1")], row["better_response_id"])]
 
 
 def shp(row: Row) -> list[Draft]:
-    return [_better(row["history"], [row["human_ref_B"], row["human_ref_A"]], row["labels"])]
+    return [_better(row["history"], [said(row, "human_ref_B"), said(row, "human_ref_A")], row["labels"])]
 
 
 def webgpt(row: Row) -> list[Draft]:
     prompt = row["question"]["full_text"]
-    return [_rated_two(prompt, *((row[f"answer_{i}"], row[f"score_{i}"]) for i in (0, 1)))]
+    return [_rated_two(prompt, *((said(row, f"answer_{i}"), row[f"score_{i}"]) for i in (0, 1)))]
 
 
 def summaries(row: Row) -> list[Draft]:
@@ -121,7 +131,7 @@ def summaries(row: Row) -> list[Draft]:
 
 
 def alpaca_farm(row: Row) -> list[Draft]:
-    return [_better(asked(row), [row["output_1"], row["output_2"]], int(row["preference"]) - 1)]
+    return [_better(asked(row), [said(row, "output_1"), said(row, "output_2")], int(row["preference"]) - 1)]
 
 
 def answers(row: Row) -> list[Draft]:
@@ -154,7 +164,7 @@ def arena_votes(row: Row) -> list[Draft]:
 
 def ppe(row: Row) -> list[Draft]:
     chosen, rejected, tie = winner(row["winner"])
-    answer = {"model_a": row["response_1"], "model_b": row["response_2"]}
+    answer = {"model_a": said(row, "response_1"), "model_b": said(row, "response_2")}
     return [Draft(row["prompt"], answer[chosen], answer[rejected], None, tie)]
 
 
@@ -162,14 +172,14 @@ def rated(row: Row) -> Rated:
     column = next((name for name in RATINGS if name in row), None)
     if column is None:
         raise DataError(f"none of the columns {', '.join(RATINGS)}")
-    return Rated(row["prompt"], row["response"], number(row[column]))
+    return Rated(row["prompt"], said(row, "response"), number(row[column]))
 
 
 def kto(row: Row) -> Rated:
     label = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}.get(str(row["label"]).lower())
     if label is None:
         raise DataError("label is neither true nor false")
-    return Rated(row["prompt"], row["completion"], label)
+    return Rated(row["prompt"], said(row, "completion"), label)
 
 
 def winner(value: object) -> tuple[str, str, bool]:

@@ -39,6 +39,11 @@ class Layout:
     def fits(self, row: Row) -> bool:
         return any(row.keys() >= set(columns) for columns in self.told_by) and (self.when is None or self.when(row))
 
+    def check(self, row: Row) -> None:
+        """DataError for a row that has the columns, but not as the layout needs them; KeyError for a missing column."""
+        if self.when is not None and not self.when(row):
+            raise DataError(f"does not fit the layout {self.name}: {', '.join(self.told_by[0])} ({self.condition})")
+
     @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that the layout reads itself."""
@@ -60,8 +65,9 @@ def _dialogues(row: Row) -> bool:
     )
 
 
-_SCORES = tuple(name for pair in readers.SCORES for name in pair)
 _PAIR = ("chosen", "rejected")
+_OF_PAIR = (*readers.PROMPTS, "margin", *(name for pair in readers.SCORES for name in pair))
+"""What `readers.trl` reads beside the answers."""
 
 _TABLE = (
     Layout("unified", "Unified-Feedback", (("conv_A", "conv_B"),), readers.unified,
@@ -99,11 +105,11 @@ _TABLE = (
            "each chosen answer is a pair with each rejected one", when=_lists_of_texts,
            condition="both lists of texts"),
     Layout("hh", "HH-RLHF", (_PAIR,), readers.trl, "the last turn of each is the answer, all before it the prompt",
-           when=_dialogues, condition="texts with turns of both sides, no prompt"),
+           also=_OF_PAIR, when=_dialogues, condition="texts with turns of both sides, no prompt"),
     Layout("trl", "TRL, UltraFeedback-binarized, argilla's sets, Skywork-80K, preference_700K, Tulu 3, Orca, OpenRLHF, "
            "LLaMA-Factory, ShareGPT", (_PAIR,), readers.trl,
            "answers are texts, messages, or whole conversations with one prompt; two ratings, or margin, give the "
-           "margin, and equal ratings a tie", also=(*readers.PROMPTS, "margin", *_SCORES)),
+           "margin, and equal ratings a tie", also=_OF_PAIR),
     Layout("outputs", "LLaMA-Factory, earlier", (("instruction", "output"),), readers.outputs,
            "output is the better answer and the worse one", also=("input",),
            when=lambda row: isinstance(row["output"], list), condition="output a list"),
@@ -120,12 +126,33 @@ LAYOUTS = {layout.name: layout for layout in _TABLE}
 
 
 def recognise(row: Row, where: str) -> Layout:
-    """The layout whose columns a row has; DataError, which lists the known layouts, for other columns."""
+    """The layout whose columns a row has; DataError, which names the nearest layouts, for other columns."""
     for layout in LAYOUTS.values():
         if layout.fits(row):
             return layout
-    known = "; ".join(" or ".join(", ".join(columns) for columns in layout.told_by) for layout in LAYOUTS.values())
-    raise DataError(f"{where}: columns {', '.join(sorted(row))} are of no known layout; known are {known}")
+    raise DataError(f"{where}: columns {', '.join(sorted(row))} are of no known layout; {_nearest(row)}")
+
+
+def _nearest(row: Row) -> str:
+    """What a row of no known layout was meant as: with its names spelt otherwise, else with the columns it lacks."""
+    spelt = {name.lower(): name for layout in LAYOUTS.values() for name in layout.columns}
+    respelt = {spelt.get(name.lower(), name): value for name, value in row.items()}
+    if meant := next((layout for layout in LAYOUTS.values() if layout.fits(respelt)), None):
+        other = [f"{name} to {new}" for name, new in ((n, spelt.get(n.lower(), n)) for n in row) if name != new]
+        return f"rename {', '.join(other)} for the layout {meant.name}: names are compared letter by letter"
+    lacking = [
+        (layout, columns, [name for name in columns if name not in row])
+        for layout in LAYOUTS.values()
+        for columns in layout.told_by
+    ]
+    near = sorted((n for n in lacking if len(n[2]) < len(n[1])), key=lambda n: len(n[2]) / len(n[1]))
+    if not near:
+        return f"layouts are {', '.join(LAYOUTS)}, with the columns that docs/data.md names"
+    needs = [
+        f"{layout.name} ({', '.join(columns)}: {'lacks ' + ', '.join(lacks) if lacks else layout.condition})"
+        for layout, columns, lacks in near[:3]
+    ]
+    return f"nearest are {'; '.join(needs)}. docs/data.md has all layouts"
 
 
 def unread_columns(row: Row, layout: Layout) -> set[str]:

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from core.data.chat import Message
+from core.errors import DataError
 
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
@@ -41,6 +42,11 @@ def parse_dialogue(text: str) -> list[Message]:
     ]  # fmt: skip
 
 
+def begins_dialogue(text: str) -> bool:
+    """Whether a text begins with a turn of Human."""
+    return re.match(r"\s*Human:", text) is not None
+
+
 def is_dialogue(text: object) -> bool:
     """Whether a text is a whole dialogue: a turn of Human, and one of Assistant."""
     return isinstance(text, str) and bool(re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL))
@@ -65,7 +71,7 @@ def parse_prompt(text: str) -> list[Message]:
     It has several turns if it is written as in HH-RLHF, as in HelpSteer2, or as a chat template renders it. A header of
     the assistant at its end is left out. Any other text is one turn of the user, whatever it contains.
     """
-    if re.match(r"\s*Human:", text):
+    if begins_dialogue(text):
         turns = parse_dialogue("\n\n" + text.strip())
     elif rendered := parse_rendering(text):
         return rendered
@@ -101,3 +107,28 @@ def without_end(text: str) -> str:
         if text.rstrip().endswith(template.end):
             return text.rstrip().removesuffix(template.end)
     return text
+
+
+def answer_of_dialogue(text: str) -> str:
+    """An answer to a prompt that is a dialogue, as it would stand at the end of the whole dialogue."""
+    return re.sub(r"\A\s*Assistant:", "", text).strip()
+
+
+def is_rendered_answer(text: str) -> bool:
+    """Whether a text is one turn of the assistant as a template renders it, with its header."""
+    turns = parse_rendering(text)
+    return turns is not None and [m["role"] for m in turns] in ([], ["assistant"])  # an empty turn is left out
+
+
+def answer_of_rendering(text: str) -> str:
+    """An answer to a rendered prompt, without the end of its turn, and without a header of the assistant.
+
+    Raises:
+        DataError: other turns than one of the assistant.
+    """
+    if is_rendered_answer(text):
+        turns = parse_rendering(text)
+        return turns[0]["content"] if turns else ""
+    if any(re.match(BOS + template.header, text) for template in TEMPLATES):
+        raise DataError("an answer is rendered as other turns than one of the assistant")
+    return without_end(text)
