@@ -7,6 +7,7 @@ seeds in `SamplingParams` crash vLLM on CPU.
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,7 @@ class Generator:
             disable_log_stats=True,
             **options,
         )
+        self._llm.apply_model(separate_classes)
 
     def generate(
         self,
@@ -208,6 +210,26 @@ def reads_images(model: Model) -> bool:
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(model.path, **where)
     return text_config(config) is not config
+
+
+def separate_classes(model) -> None:
+    """Give modules of vLLM's model classes of their own where it has changed those of transformers.
+
+    For families without an implementation in vLLM (Pythia, OLMo-2, SmolLM3) it adds compilation to transformers' own
+    class of the decoder. No model of that class could then be loaded beside vLLM.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper as Compiled
+
+    for module in model.modules():
+        kind = type(module)
+        if not kind.__module__.startswith("transformers.") or Compiled not in kind.__bases__:
+            continue
+        added = {name: vars(kind)[name] for name in ("__init__", "__call__") if name in vars(kind)}
+        kind.__init__ = inspect.getclosurevars(kind.__init__).nonlocals["old_init"]
+        if "__call__" in added:
+            del kind.__call__
+        kind.__bases__ = tuple(base for base in kind.__bases__ if base is not Compiled)
+        module.__class__ = type(kind.__name__, (kind, Compiled), added)
 
 
 def repack_tied_lm_head(model) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.batching import Batch, pack
@@ -26,7 +27,7 @@ WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_windo
 
 @torch.no_grad()
 def check_agreement(lm: CausalLM) -> None:
-    """Compare our hidden states and logits of one short row with those of `lm`'s own forward pass.
+    """Compare our hidden states and logits of one short row, padded or not, with those of `lm`'s own forward pass.
 
     Raises:
         ArtefactError: they differ, so that log-probs of this architecture would be wrong; names it.
@@ -39,7 +40,7 @@ def check_agreement(lm: CausalLM) -> None:
             f"{what}: this architecture is not supported, since its layers cannot be run apart from its head "
             f"({type(error).__name__}: {error})"
         ) from None
-    for name, own, mine in zip(("hidden states", "logits"), theirs, ours, strict=True):
+    for name, own, mine in zip(("hidden states", "logits", "states of padded rows"), theirs, ours, strict=True):
         if own.shape != mine.shape or not _close(mine, own):
             raise ArtefactError(
                 f"{what}: this architecture is not supported, since its {name} are not what is computed here: "
@@ -52,8 +53,8 @@ def _close(mine: Tensor, own: Tensor) -> bool:
     return bool((mine.float() - own.float()).abs().max() <= limit)  # False where a number is NaN
 
 
-def _both(lm: CausalLM) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(hidden states, logits) by the model's own forward pass, and by ours.
+def _both(lm: CausalLM) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(hidden states, logits, hidden states) by the model's own forward pass, and by ours; the last in padded rows.
 
     The logits are of hidden states that are multiplied until the LM head's output has the spread SPREAD.
     """
@@ -77,8 +78,9 @@ def _both(lm: CausalLM) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     finally:
         hook.remove()
     hidden = hidden_states(lm, ids, mask)
-    theirs, ours = (kept["hidden"], own.to(dtype)), (hidden, head.logits(kept["multiplied"]).to(dtype))
-    return theirs, ours
+    padded = hidden_states(lm, F.pad(ids, (0, 3)), F.pad(mask, (0, 3)))[:, : ids.shape[1]]
+    ours = (hidden, head.logits(kept["multiplied"]).to(dtype), padded)
+    return (kept["hidden"], own.to(dtype), kept["hidden"]), ours
 
 
 @torch.no_grad()

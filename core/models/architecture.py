@@ -24,7 +24,12 @@ def without_adapters(lm: CausalLM) -> CausalLM:
 
 def trunk_of(lm: CausalLM) -> CausalLM:
     """The module between token ids and LM head; of a model that reads images too, the part that reads text."""
-    return without_adapters(lm).get_decoder()
+    base = without_adapters(lm)
+    trunk = base.get_decoder()
+    if trunk is base:  # transformers does not know, as for Llama-4: it is the part with the embeddings
+        embeddings = base.get_input_embeddings()
+        return next((part for part in base.children() if any(m is embeddings for m in part.modules())), base)
+    return trunk
 
 
 def hidden_size(lm: CausalLM) -> int:

@@ -21,15 +21,21 @@ SIZES: dict[str, Any] = {
     "encoder_attention_heads": HEADS, "num_key_value_heads": 2, "head_dim": 16,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
     "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """Settings by the names that families give them; each family takes those that it has."""
 LARGEST = 20_000_000
 """Parameters: a larger model is one whose settings have names that are not known here."""
+LATENT = {"num_key_value_heads": HEADS, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+"""Multi-head latent attention."""
 MIXED = ["linear_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), LATENT
+    ),
     "falcon_h1": {"lm_head_multiplier": 0.25},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},

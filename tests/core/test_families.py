@@ -85,7 +85,7 @@ def test_an_architecture_whose_logprobs_would_be_wrong_is_refused_by_name(family
 @pytest.mark.slow
 def test_every_family_of_transformers_is_right_or_refused(capsys):
     """Prints which families are refused, and which cannot be built in a tiny form, with the reasons."""
-    right, refused, unbuilt = [], {}, {}
+    right, wrong, refused, unbuilt = [], [], {}, {}
     for family in NAMES:
         try:
             lm = tiny(family)
@@ -100,13 +100,16 @@ def test_every_family_of_transformers_is_right_or_refused(capsys):
             assert type(lm).__name__ in str(error)
             refused[family] = str(error).partition("since ")[2][:100]
             continue
-        assert_own(lm)
-        right.append(family)
+        try:
+            assert_own(lm)
+            right.append(family)
+        except AssertionError:
+            wrong.append(family)
     with capsys.disabled():
         print(f"\n{len(right)} families with their own log-probs: {', '.join(right)}")
         for title, which in (("refused", refused), ("not built", unbuilt)):
             print(f"{len(which)} {title}:", *(f"{name}: {why}" for name, why in which.items()), sep="\n  ")
-    assert len(right) > 100 and not set(FAMILIES) - set(right)
+    assert not wrong and len(right) > 100 and not set(FAMILIES) - set(right)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,3 +25,27 @@ def test_adapters_beside_the_weights_replace_each_other(small_policy, tmp_path):
     found = json.loads(run_program("tests/programs/adapter_sync.py", small_policy, tmp_path).splitlines()[-1])
     assert max(found["gaps"] + found["on_policy"]) < 2e-3, found
     assert min(found["stale"]) > 0.1, found
+
+
+@pytest.mark.slow
+def test_a_model_of_the_same_class_loads_beside_vllm():
+    """For families without an implementation of its own, vLLM changes the class of transformers."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXModel
+    from vllm.compilation.decorators import support_torch_compile
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from core.generation.local import separate_classes
+
+    config = GPTNeoXConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=2)  # fmt: skip
+    support_torch_compile(dynamic_arg_dims={"input_ids": 1})(GPTNeoXModel)
+    with set_current_vllm_config(VllmConfig()):
+        of_vllm = torch.nn.Sequential(GPTNeoXModel(config))
+    with pytest.raises(AssertionError, match="vLLM config is not set"):
+        GPTNeoXModel(config)
+    separate_classes(of_vllm)
+    beside = GPTNeoXModel(config)
+    assert beside(torch.arange(4)[None]).last_hidden_state.shape == (1, 4, 64)
+    assert type(of_vllm[0]) is not type(beside) and isinstance(of_vllm[0], GPTNeoXModel)
+    assert of_vllm[0].do_not_compile is not None and "__call__" in vars(type(of_vllm[0]))
