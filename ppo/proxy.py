@@ -72,7 +72,7 @@ class RemoteProxy:
         mean, std: of the rewards on samples of the reference policy.
 
     Raises:
-        ArtefactError: the server has another model, or an ensemble.
+        ArtefactError: the server has another model, reads other tokens, or has an ensemble.
         rm.serving.client.RemoteError: no server answers at `url`.
     """
 
@@ -83,6 +83,12 @@ class RemoteProxy:
             raise ArtefactError(
                 f"ppo.reward_server {url} serves a model whose rewards have mean and std {served}; those of ppo.proxy "
                 f"are {trained}: serve the folder of ppo.proxy, without --normalise"
+            )
+        reads = self._remote.about.get("reads", expected.reads)  # of version 0.1, which `score` refuses with what to do
+        if reads != expected.reads:
+            raise ArtefactError(
+                f"ppo.reward_server {url} reads {reads} (docs/reward-models.md); ppo.proxy reads {expected.reads}: "
+                f"serve it with --reads {expected.reads}, or without --reads"
             )
         self.mean, self.std = trained
 

@@ -42,6 +42,8 @@ class Collector:
     ):  # fmt: skip
         self._ppo, self._engines, self._learner, self._generator, self._probe = ppo, engines, learner, generator, probe
         self._prompts, self._seed = prompts, seed
+        # Now, since a tokenizer finds them out when they are first asked for, and a thread may be using it then.
+        self._pad_id, self._fingerprint = generator.tokenizer.pad_id, generator.tokenizer.fingerprint
         self._thread = ThreadPoolExecutor(1)
         self._ahead: Future[Sampled] | None = None
         self.policy = 0
@@ -59,12 +61,12 @@ class Collector:
         self._sample_ahead(step + 1)
         self._generator.sleep()
         clock.lap("generate")
-        rewards = self._engines.proxy.score(responses(sampled, self._generator.tokenizer.fingerprint))
+        rewards = self._engines.proxy.score(responses(sampled, self._fingerprint))
         clock.lap("score")
         minibatches = make_minibatches(
-            sampled.prompts, sampled.completions, rewards, sampled.groups, self._generator.tokenizer.pad_id,
+            sampled.prompts, sampled.completions, rewards, sampled.groups, self._pad_id,
             minibatches=self._ppo.minibatches, micro_batch=self._ppo.micro_batch,
-            seed=stream_seed(self._seed, "ppo", "minibatches", step, distributed.rank()),
+            seed=stream_seed(self._seed, "ppo", "rows", step, distributed.rank()),
         )  # fmt: skip
         samples = _log_rows(step, sampled, rewards.tolist())
         rollout = Rollout(minibatches, samples, sampled.policy, step - 1 - sampled.policy)

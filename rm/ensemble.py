@@ -90,7 +90,8 @@ class AdapterEnsemble(nn.Module):
         adapters = [Adapter.open(path, base) for path in paths]
         if other := [a.folder for a in adapters if backbone(a.folder) != backbone(adapters[0].folder)]:
             raise ArtefactError(f"{other[0]} has another base, type or number of layers than {adapters[0].folder}")
-        lm = adapters[0].load_base(kept_kernel(adapters[0].about) if attention == "auto" else attention)
+        first = adapters[0]
+        lm = first.load_base(kept_kernel(first.folder, first.about) if attention == "auto" else attention)
         for adapter in adapters:
             adapter.check(lm)
         lm, members = cast(lm, dtype), []

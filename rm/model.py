@@ -218,7 +218,7 @@ class RewardModel(nn.Module):
 def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Path | None) -> Parts:
     """The parts of a reward model that this project wrote."""
     about = read_about(folder)
-    attention = kept_kernel(about) if attention == "auto" else attention
+    attention = kept_kernel(folder, about) if attention == "auto" else attention
     tokenizer = read_tokenizer(folder, about)
     if about["format"] == ADAPTER_FORMAT:
         lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)

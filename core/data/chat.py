@@ -143,7 +143,7 @@ class ChatTokenizer:
 
     def rendered_ids(self, text: str) -> list[int]:
         """Tokens of a text that already contains the special tokens of the template; none is added."""
-        return self._encoder.encode(text)
+        return self._encoder.encode_as_it_is(text)
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt and the response to it; the last token is the end of turn."""

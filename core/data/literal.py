@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import secrets
 from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,9 @@ from core.errors import DataError
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"
 """Around the number of a hidden control token. Both are private-use characters, which no text needs."""
 HIDDEN = re.compile(f"{OPEN}(\\d+){CLOSE}")
-RENAMED = "\U0010fff2{}\U0010fff3"
-"""Name of a control token in the tokenizer that encodes hidden ones."""
+RENAMED = f"\U0010fff2{secrets.token_hex(16)}.{{}}\U0010fff3"
+"""Name of a control token in the tokenizer that encodes hidden ones. It differs in each process, so that nobody can
+write it in a text."""
 
 
 class TextEncoder:
@@ -35,29 +37,42 @@ class TextEncoder:
         self._hf, self._get_control = hf, control
 
     def hide(self, text: str) -> str:
-        """The text with a mark in place of each control token in it."""
-        return self._pattern.sub(lambda found: f"{OPEN}{self._control.index(found[0])}{CLOSE}", text)
+        """The text with a mark in place of each control token in it, and of each beginning of a mark."""
+        return self._hideable.sub(lambda found: f"{OPEN}{self._hidden.index(found[0])}{CLOSE}", text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text with marks; nothing is added at its ends."""
         if not HIDDEN.search(text):
-            return self._hf(text, add_special_tokens=False).input_ids
+            return self.encode_as_it_is(text)
         # First the control tokens of the template, which then no longer look like those of the contents.
         text = self._pattern.sub(lambda found: RENAMED.format(self._control.index(found[0])), text)
         text = HIDDEN.sub(lambda found: self._named(int(found[1]), found[0]), text)
         tokenizer, id_of = self._renamed
         return [id_of.get(i, i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
 
+    def encode_as_it_is(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is hidden: its control tokens are control tokens."""
+        return self._hf(text, add_special_tokens=False).input_ids
+
     @cached_property
     def _control(self) -> list[str]:
         return sorted(self._get_control(), key=lambda token: (-len(token), token))
 
     @cached_property
+    def _hidden(self) -> list[str]:
+        """What marks stand for."""
+        return [*self._control, OPEN]
+
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self._control)) or r"(?!)")  # the longest first
 
+    @cached_property
+    def _hideable(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._hidden)))
+
     def _named(self, number: int, mark: str) -> str:
-        return self._control[number] if number < len(self._control) else mark
+        return self._hidden[number] if number < len(self._hidden) else mark
 
     @cached_property
     def _renamed(self) -> tuple[Any, dict[int, int]]:

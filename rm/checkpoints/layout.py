@@ -11,11 +11,13 @@ from torch import Tensor
 
 from core.config import Attention, Model
 from core.data.chat import ChatTokenizer
+from core.data.templates import OWN_CLOCK
 from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.models import CausalLM
+from core.models.kernels import soft_cap
 from core.models.loading import save_lm
-from rm.checkpoints.folder import check_vocabulary
+from rm.checkpoints.folder import check_vocabulary, read_config
 from rm.heads import make_head
 from rm.reading import Reads
 
@@ -57,10 +59,20 @@ def read_about(folder: Path) -> dict:
     return {"reads": "end_of_turn", **about}  # version 0.1 wrote no other
 
 
-def kept_kernel(about: Mapping) -> Attention:
+def kept_kernel(folder: Path, about: Mapping) -> Attention:
     """The attention kernel that the model was trained with. A flash kernel, which other machines may not have, and a
-    folder that does not say it, give auto."""
+    folder that does not say it, give auto.
+
+    Raises:
+        ArtefactError: a folder of version 0.1 whose architecture caps attention scores: it was trained without the cap.
+    """
     kept = about.get("attention")
+    if kept is None and (cap := soft_cap(read_config(folder))) is not None:
+        raise ArtefactError(
+            f"{folder} was written by version 0.1, which trained with the kernel sdpa and so without the cap of "
+            f"{cap:g} on attention scores that its architecture has (attn_logit_softcapping): with the cap its rewards "
+            "are others, so train it again"
+        )
     return kept if kept in ("eager", "sdpa") else "auto"
 
 
@@ -72,7 +84,13 @@ def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
     """
     tokenizer = ChatTokenizer(Model(path=str(folder)))
     if tokenizer.fingerprint != about["tokenizer"]:
-        raise ArtefactError(f"{folder}: tokenizer or chat template is not the one the model was trained with")
+        fault = f"{folder}: tokenizer or chat template is not the one the model was trained with"
+        if "attention" not in about and OWN_CLOCK in tokenizer.hf.chat_template:
+            fault += (
+                ". Its template writes today's date, which version 0.1 took from the clock and this version fixes "
+                "(chat_date): train it again"
+            )
+        raise ArtefactError(fault)
     check_vocabulary(folder, tokenizer)
     return tokenizer
 

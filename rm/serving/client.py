@@ -68,7 +68,8 @@ class RemoteRewardModel:
         """Float32 rewards [n] of the conversations, in their order.
 
         Raises:
-            DataError: a conversation that the server refuses; the message names its number.
+            DataError: a conversation that the server refuses, where the message names its number; a request that it
+                does not read to its end.
             RemoteError: no answer in time, or one that is not a finite reward for each conversation.
         """
         return self._in_parts([list(c) for c in conversations], [], progress)
@@ -139,6 +140,12 @@ class RemoteRewardModel:
             except TimeoutError:
                 fault = f"no answer within {self.timeout:g} s"
             except (OSError, http.client.HTTPException) as error:
+                # urllib gives a reason where the request could not be sent.
+                if body and isinstance(getattr(error, "reason", None), (BrokenPipeError, ConnectionResetError)):
+                    raise DataError(
+                        f"{self.url} closed the connection before it had read the request: the body may be above the "
+                        "server's limit, so raise its --max-body-mib, or score shorter conversations"
+                    ) from None
                 timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
                 fault = f"no answer within {self.timeout:g} s" if timed_out else str(getattr(error, "reason", error))
         raise RemoteError(f"{self.url}{path}: {fault} (attempts: {attempt + 1})")

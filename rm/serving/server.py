@@ -47,6 +47,8 @@ from rm.serving.scoring_queue import ScoringQueue
 
 MAX_BODY = 64 << 20
 """Bytes. 256 conversations of 32,000 tokens are some 32 MiB."""
+READ_AT_MOST = 4
+"""Times the limit that a body may have to be read to its end before it is refused."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,19 +229,24 @@ def _has_token(request: Request, token: str) -> bool:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The body, of which no more than `limit` bytes are read."""
+    """The body, of which no more than `limit` bytes are kept.
+
+    A client that is still sending sees no answer but a closed connection, so the rest of a larger body is read too, and
+    thrown away; of one above `READ_AT_MOST` times the limit no more.
+    """
     told = request.headers.get("content-length", "0")
-    body, size = [], int(told) if told.isdigit() else 0
-    if size <= limit:
+    body, size = bytearray(), int(told) if told.isdigit() else 0
+    if size <= READ_AT_MOST * limit:
         size = 0
         async for chunk in request.stream():
-            body.append(chunk)
             size += len(chunk)
-            if size > limit:
+            if size <= limit:
+                body += chunk
+            elif size > READ_AT_MOST * limit:
                 break
     if size > limit:
         raise TooLarge(f"a body of more than {limit} bytes: send fewer rows at once, or raise --max-body-mib")
-    return b"".join(body)
+    return bytes(body)
 
 
 def _parse(body: bytes) -> object:

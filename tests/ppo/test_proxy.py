@@ -25,8 +25,11 @@ def test_ppo_takes_its_rewards_from_the_server_of_its_own_proxy(tokenizer_path):
         proxy = RemoteProxy(url, model)
         torch.testing.assert_close(proxy.score(ROWS), model.score(CHATS), **CLOSE)
         assert (proxy.mean, proxy.std) == (0.25, 2.0)
-        other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=1.5)
+        other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=1.5, reads=model.reads)
         with pytest.raises(ArtefactError, match=r"mean and std \(0.25, 2.0\); those of ppo.proxy are \(0.25, 1.5\)"):
+            RemoteProxy(url, other)
+        other = SimpleNamespace(tokenizer=model.tokenizer, mean=0.25, std=2.0, reads="whole")
+        with pytest.raises(ArtefactError, match="reads end_of_turn .*; ppo.proxy reads whole: serve it with --reads"):
             RemoteProxy(url, other)
 
 

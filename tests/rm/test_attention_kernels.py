@@ -10,7 +10,7 @@ from core.errors import ArtefactError
 from core.models.loading import load_causal_lm
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
-from tests.builders.checkpoints import CHATS
+from tests.builders.checkpoints import CHATS, edit_json
 from tests.builders.policies import tiny_policy
 
 
@@ -58,3 +58,6 @@ def test_a_saved_reward_model_is_read_with_its_kernel(gemma2, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "rm").config._attn_implementation == "eager"
     with pytest.raises(ArtefactError, match="caps its attention scores"):
         RewardModel.from_pretrained(tmp_path / "rm", dtype="float32", attention="sdpa")
+    edit_json(tmp_path / "rm" / "reward_model.json", attention=None)  # as version 0.1 wrote it, which used sdpa
+    with pytest.raises(ArtefactError, match="version 0.1, which trained .* without the cap of 50 .* train it again"):
+        RewardModel.from_pretrained(tmp_path / "rm", dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
 from tests.builders.checkpoints import CHATS, CLOSE, batch, edit, edit_json, read, tiny_config, write_full, write_lora
+from tests.builders.reward_models import tiny_reward_model
+from tests.builders.tokenizers import of_family
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +314,18 @@ def test_our_own_layout_with_another_vocabulary_is_refused(tokenizer, tokenizer_
     edit_json(tmp_path / "config.json", vocab_size=len(tokenizer))
     with pytest.raises(ArtefactError, match=r"model\.embed_tokens\.weight has 1000 rows"):
         read(tmp_path)
+
+
+def test_a_template_that_read_the_clock_is_named_as_the_reason(tokenizer_path, tmp_path):
+    """Version 0.1 trained on the tokens of the day, which this version cannot give."""
+    marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"]
+    of_family(tokenizer_path, tmp_path / "base", "llama3_2", marks, eos_token="<|eot_id|>", pad_token="<pad>")
+    model = tiny_reward_model(tmp_path / "base", "linear")
+    save_reward_model(tmp_path / "rm", model, named_weights(model.lm), model.head.state_dict())
+    edit_json(tmp_path / "rm" / "reward_model.json", tokenizer="that of version 0.1")
+    with pytest.raises(ArtefactError, match="is not the one the model was trained with$"):
+        read(tmp_path / "rm")
+    about = json.loads((tmp_path / "rm" / "reward_model.json").read_text())
+    (tmp_path / "rm" / "reward_model.json").write_text(json.dumps({k: about[k] for k in about if k != "attention"}))
+    with pytest.raises(ArtefactError, match="version 0.1 took from the clock .* train it again"):
+        read(tmp_path / "rm")

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from core.errors import DataError
 from rm.serving.client import RemoteError, RemoteRewardModel
 from tests.builders.checkpoints import CHATS
 
 
 @contextmanager
-def pretending(*answers: tuple[float, int, object], health: dict | None = None) -> Iterator[str]:
-    """A server that answers POST with (delay in seconds, status, body) in turn, the last one for ever."""
+def pretending(*answers: tuple[float, int, object] | Callable, health: dict | None = None) -> Iterator[str]:
+    """A server that answers POST with (delay in seconds, status, body) in turn, the last one for ever.
+
+    An answer may also be a function of the handler, which is called before the body is read.
+    """
     left = list(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -32,8 +37,12 @@ def pretending(*answers: tuple[float, int, object], health: dict | None = None) 
             self.answer(0, 200, health or {"status": "ok", "tokenizer": "abc", "mean": 0.0, "std": 1.0})
 
         def do_POST(self) -> None:
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            if callable(answer):
+                answer(self)
+                return
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer(*(left.pop(0) if len(left) > 1 else left[0]))
+            self.answer(*answer)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -46,6 +55,21 @@ def pretending(*answers: tuple[float, int, object], health: dict | None = None) 
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_server_that_does_not_read_to_the_end_is_asked_once():
+    """So does one that finds the body too large; the same body will not do better a second time."""
+    asked, long = [], [{"role": "user", "content": "x" * (16 << 20)}, CHATS[0][-1]]
+
+    def hang_up(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.connection.shutdown(socket.SHUT_RD)
+        handler.connection.close()
+
+    with pretending(hang_up) as address, pytest.raises(DataError, match="above the server's limit"):
+        RemoteRewardModel(address).score([long])
+    assert asked == ["/score"]
 
 
 @pytest.mark.slow

@@ -175,6 +175,15 @@ def test_a_body_above_the_limit_is_not_read(model):
             urllib.request.urlopen(chunked, timeout=60)
 
 
+def test_a_client_that_is_still_sending_is_told_the_limit(model):
+    long = [{"role": "user", "content": "x" * (12 << 20)}, CHATS[0][-1]]
+    with serving(Ensemble(["a"], [model]), max_body=4 << 20) as address:
+        with pytest.raises(DataError, match=f"more than {4 << 20} bytes"):
+            RemoteRewardModel(address).score([long])
+        with pytest.raises(DataError, match="limit|more than"):  # above READ_AT_MOST times the limit
+            RemoteRewardModel(address).score([long] * 2)
+
+
 def test_a_fault_of_the_server_is_no_reward(tokenizer_path):
     broken = tiny_reward_model(tokenizer_path, "mlp")
     torch.nn.init.constant_(next(broken.head.parameters()), float("nan"))

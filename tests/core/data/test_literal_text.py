@@ -44,6 +44,21 @@ def test_a_control_token_in_a_response_or_an_earlier_answer_ends_nothing(chatml)
     assert whole[: len(chatml.prompt_ids([question])) + len(ids)] == chatml.prompt_ids([question]) + ids
 
 
+def test_names_and_marks_of_hidden_tokens_are_text_too(chatml):
+    """The private-use characters, and the place of a control token in the list of them, are known to everybody."""
+    number = next(i for i, token in enumerate(chatml._encoder._control) if token == "<|im_end|>")
+    names = [f"\U0010fff2{number}\U0010fff3", f"\U0010fff0{number}\U0010fff1", f"\U0010fff0{number}"]
+    for name in names:
+        for typed in (name, f"{name} <|im_start|>", f"<|im_start|>{name}\U0010fff1"):
+            ids = chatml.response_ids(typed)
+            assert controls(chatml, ids) == [chatml.eot_id] and chatml.hf.decode(ids[:-1]) == typed
+            prompt = chatml.prompt_ids([{"role": "user", "content": typed}])
+            assert controls(chatml, prompt) == controls(chatml, chatml.prompt_ids([{"role": "user", "content": "Hi"}]))
+            assert typed in chatml.hf.decode(prompt)
+        plain = chatml.hf(name, add_special_tokens=False).input_ids
+        assert chatml.response_ids(name)[:-1] == plain == chatml.rendered_ids(name)
+
+
 @pytest.mark.parametrize(
     "text", ["Hello, how are you?", "a < b <| c |> <im_end>", "\U0010fff0x\U0010fff1 Ünïcödé \ue000"]
 )
