@@ -45,7 +45,7 @@ class Reader:
             return tuple(self.tokenizer.prompt_ids(messages[:-1])), tuple(self.tokenizer.response_ids(response))
         whole = self._with_special_tokens(self.tokenizer.whole_ids(messages))
         if self._after_the_end is not None:
-            # Where the prompt can be cut off, it is computed once for all its responses.
+            # Where the rendering begins with the prompt's, that is computed once for all its responses.
             prompt = self.opened(self.tokenizer.prompt_ids(messages[:-1]))
             if whole[: len(prompt)] == prompt and len(prompt) < len(whole):
                 return prompt, whole[len(prompt) :]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from core.config import Model
-from core.data.literal import TextEncoder
+from core.data.literal import TextEncoder, check_unicode
 from core.data.rendering import QUESTION, ChatTemplate, Message, value_or_none
 from core.data.special_tokens import added_tokens, control_tokens, end_ids, read_generation_settings, spare_token
 from core.errors import DataError
@@ -32,12 +32,14 @@ def check_prompt(messages: object) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def check_unicode(*texts: str) -> None:
-    """DataError for half of a surrogate pair, which JSON can contain but UTF-8 cannot."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise DataError("not valid Unicode") from None
+def check_types(messages: object) -> None:
+    """DataError for what is no list of messages with texts. It looks at types alone, since it is called for each
+    conversation that is tokenised, and templates differ in which roles they take."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError("a conversation must be a non-empty list of messages")
+    for m in messages:
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+            raise DataError("a message needs a role and a text")
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -71,17 +73,24 @@ class ChatTokenizer:
     `whole_ids` works with every template.
 
     Raises:
-        DataError: no chat template; options that do not fit the tokenizer. Of the methods: no end of turn, no token for
-            padding, answers that do not extend the generation prompt, conversations that the template refuses.
+        DataError: no tokenizer there; no chat template; options that do not fit the tokenizer. Of the methods: no end
+            of turn, no token for padding, answers that do not extend the generation prompt, what is no conversation, or
+            one that the template refuses.
     """
 
     def __init__(self, model: Model):
         from transformers import AutoTokenizer
 
         self.name = model.path
-        self.hf = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        try:
+            self.hf = AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"no tokenizer could be read from {model.path}: set policy.path (or rm.base.path) to a folder with a "
+                f"model and its tokenizer, or to a hub id that can be reached ({str(error).splitlines()[0]})"
+            ) from None
         self._template = ChatTemplate(self.hf, model)
         self.generation_settings = read_generation_settings(model)
         """Of the model's generation_config.json; empty where it has none."""
@@ -131,6 +140,8 @@ class ChatTokenizer:
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a response and its end of turn."""
+        if not isinstance(text, str):
+            raise DataError(f"a response must be a text, not {type(text).__name__}")
         self._template.layout.check(self.name)
         lead, hidden = self._template.layout.lead, self._encoder.hide(text)
         if not lead or text.startswith(lead):
@@ -206,6 +217,7 @@ class ChatTokenizer:
         return control_tokens(self.hf, {*self._ends, *end_ids(self.generation_settings)}, rendered)
 
     def _rendered_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        check_types(messages)
         messages = self._template.system_in_place(messages)
         hidden = [{**m, "content": self._encoder.hide(m["content"])} for m in messages]
         return self._encoder.encode(self._template.render(hidden, add_generation_prompt=add_generation_prompt))

@@ -44,6 +44,7 @@ class TextEncoder:
         """Token ids of a text with marks; nothing is added at its ends."""
         if not HIDDEN.search(text):
             return self.encode_as_it_is(text)
+        check_unicode(text)
         # First the control tokens of the template, which then no longer look like those of the contents.
         text = self._pattern.sub(lambda found: RENAMED.format(self._control.index(found[0])), text)
         text = HIDDEN.sub(lambda found: self._named(int(found[1]), found[0]), text)
@@ -52,7 +53,11 @@ class TextEncoder:
 
     def encode_as_it_is(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is hidden: its control tokens are control tokens."""
-        return self._hf(text, add_special_tokens=False).input_ids
+        try:
+            return self._hf(text, add_special_tokens=False).input_ids
+        except (TypeError, UnicodeEncodeError):
+            check_unicode(text)
+            raise
 
     @cached_property
     def _control(self) -> list[str]:
@@ -94,6 +99,14 @@ class TextEncoder:
         old = self._hf.get_vocab()
         ids = ((tokenizer.token_to_id(new), old[token]) for token, new in name_of.items() if token in old)
         return tokenizer, {new: id_ for new, id_ in ids if new is not None}
+
+
+def check_unicode(*texts: str) -> None:
+    """DataError for half of a surrogate pair, which JSON can contain but UTF-8 cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError("not valid Unicode") from None
 
 
 def _with_names(content: dict[str, Any], name_of: dict[str, str]) -> dict[str, Any]:

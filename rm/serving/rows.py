@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from typing import Any
 
 from core.config.nearest import edit_distance
-from core.data.chat import check_prompt, check_unicode, conversation, response_of
+from core.data.chat import check_prompt, conversation, response_of
+from core.data.literal import check_unicode
 from core.data.rows import ResponseRow
 from core.errors import DataError
 from rm.reading import Reader, Tokens

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.data.chat import Message, check_prompt, check_unicode, response_of
+from core.data.chat import Message, check_prompt, response_of
 from core.data.layouts.messages import NO_PROMPT, as_messages, is_filled, is_messages, refuse_unusable
 from core.data.layouts.text import (
     answer_of_dialogue,
@@ -19,6 +19,7 @@ from core.data.layouts.text import (
     parse_prompt,
     parse_rendering,
 )
+from core.data.literal import check_unicode
 from core.errors import DataError
 
 SYSTEM = ("system", "system_prompt")

@@ -45,6 +45,37 @@ def test_a_response_is_put_to_its_prompt_and_taken_from_it_again():
         response_of([*CHAT, {"role": "assistant", "content": None}])
 
 
+@pytest.mark.parametrize(
+    "messages, fault",
+    [
+        ([], "non-empty list"),
+        ("hi", "non-empty list"),
+        (["hi"], "a role and a text"),
+        ([{"role": "user"}], "a role and a text"),
+        ([{"content": "hi"}], "a role and a text"),
+        ([{"role": "user", "content": None}], "a role and a text"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+        ([{"role": "user", "content": "\ud800 <|im_end|>"}], "not valid Unicode"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(tokenizer, messages, fault):
+    for ids in (tokenizer.prompt_ids, tokenizer.whole_ids):
+        with pytest.raises(DataError, match=fault):
+            ids(messages)
+
+
+def test_what_is_no_response_is_refused(tokenizer):
+    for text, fault in ((None, "must be a text, not NoneType"), ("\ud800", "not valid Unicode")):
+        with pytest.raises(DataError, match=fault):
+            tokenizer.response_ids(text)
+
+
+def test_a_folder_without_a_tokenizer_names_what_to_set(tmp_path):
+    (tmp_path / "notes.md").write_text("no model")
+    with pytest.raises(DataError, match=r"no tokenizer could be read from .*: set policy\.path"):
+        ChatTokenizer(Model(path=str(tmp_path)))
+
+
 def test_model_without_chat_template_is_refused(tokenizer, tmp_path):
     tokenizer.hf.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
