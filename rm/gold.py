@@ -15,6 +15,7 @@ A response without words gets EMPTY_SCORE instead.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,11 +66,12 @@ class GoldModel(Protocol):
         ...
 
 
-class _OfTexts:
+class _OfTexts(ABC):
     """Gold that reads texts."""
 
+    @abstractmethod
     def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
-        raise NotImplementedError
+        """As `GoldModel.score`."""
 
     def score_rows(self, rows: Sequence[ResponseRow]) -> np.ndarray:
         return self.score([conversation(row["prompt"], row["response"]) for row in rows])

@@ -35,7 +35,7 @@ def check_agreement(lm: CausalLM) -> None:
     what = f"{lm.config.name_or_path or 'the model'} ({type(lm).__name__})"
     try:
         theirs, ours = _both(lm)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
         raise ArtefactError(
             f"{what}: this architecture is not supported, since its layers cannot be run apart from its head "
             f"({type(error).__name__}: {error})"
@@ -102,7 +102,7 @@ def can_share_prompts(lm: CausalLM) -> bool:
     try:
         with _same_mode(lm):
             found, wanted = (_ends(lm, batch) for batch in (shared, alone))
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it takes no mask [B, 1, L, L]
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # it takes no mask [B, 1, L, L]
         return False
     return _close(found, wanted)
 

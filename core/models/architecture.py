@@ -59,15 +59,13 @@ def stack_of(trunk: CausalLM) -> Stack:
         ArtefactError: it has no list of as many layers as its configuration says.
     """
     depth = text_config(trunk.config).num_hidden_layers
-    found = [
-        Stack(module, name)
-        for path, module in sorted(trunk.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-    if not found:
-        raise ArtefactError(f"{_name(trunk)}: no list of {depth} layers was found in its {type(trunk).__name__}")
-    return found[0]
+    modules = [trunk]
+    for module in modules:  # level by level; mostly the trunk itself holds them, so that no other module is looked at
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return Stack(module, name)
+            modules.append(child)
+    raise ArtefactError(f"{_name(trunk)}: no list of {depth} layers was found in its {type(trunk).__name__}")
 
 
 def layers_of(lm: CausalLM) -> nn.ModuleList:
