@@ -37,16 +37,17 @@ class Reader:
 
     def __init__(self, tokenizer: ChatTokenizer, reads: Reads = "end_of_turn"):
         self.tokenizer, self.reads = tokenizer, reads
+        self._last_prompt: tuple[list[Message] | None, tuple[int, ...]] = (None, ())
 
     def conversation(self, messages: Sequence[Message]) -> Tokens:
         """Tokens of a conversation given as text; DataError when it does not end with the assistant."""
         response = response_of(messages)
         if self.reads == "end_of_turn":
-            return tuple(self.tokenizer.prompt_ids(messages[:-1])), tuple(self.tokenizer.response_ids(response))
+            return self._prompt_ids(messages[:-1]), tuple(self.tokenizer.response_ids(response))
         whole = self._with_special_tokens(self.tokenizer.whole_ids(messages))
         if self._after_the_end is not None:
             # Where the rendering begins with the prompt's, that is computed once for all its responses.
-            prompt = self.opened(self.tokenizer.prompt_ids(messages[:-1]))
+            prompt = self.opened(self._prompt_ids(messages[:-1]))
             if whole[: len(prompt)] == prompt and len(prompt) < len(whole):
                 return prompt, whole[len(prompt) :]
         return (), whole
@@ -60,9 +61,9 @@ class Reader:
         ids = sampled_ids(row, self.tokenizer)
         if ids is None:
             return self.conversation(conversation(row["prompt"], row["response"]))
-        prompt = self.tokenizer.prompt_ids(row["prompt"])
+        prompt = self._prompt_ids(row["prompt"])
         if self.reads == "end_of_turn":
-            return tuple(prompt), tuple(ids)
+            return prompt, tuple(ids)
         if self._after_the_end is None:
             return self.conversation(conversation(row["prompt"], row["response"]))
         return self.opened(prompt), self.closed(ids)
@@ -79,6 +80,14 @@ class Reader:
         """
         end = self._after_the_end if response[-1] == self.tokenizer.eot_id and self.reads != "end_of_turn" else None
         return (*(self.opened(response) if opens else response), *(end or ()))
+
+    def _prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Tokens of a prompt, kept for the next call, since the responses to one prompt mostly follow each other."""
+        last, ids = self._last_prompt
+        if last != list(messages):
+            ids = tuple(self.tokenizer.prompt_ids(messages))
+            self._last_prompt = ([dict(m) for m in messages], ids)
+        return ids
 
     @cached_property
     def _after_the_end(self) -> tuple[int, ...] | None:
