@@ -6,7 +6,7 @@ and without the option, and the seconds of the head alone, forward and backward,
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +26,11 @@ QUESTIONS = ("Why do cats purr?", "How do I boil an egg?", "What is a hash table
 
 
 def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct"
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 512
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.float32_head", description=__doc__)
+    parser.add_argument("model", nargs="?", default="models/SmolLM2-135M-Instruct", help="folder or hub id")
+    parser.add_argument("tokens", nargs="?", type=int, default=512, help="sampled tokens to compare (%(default)s)")
+    options = parser.parse_args()
+    path, count = options.model, options.tokens
     where = Model(path=path)
     lm = load_causal_lm(where, dtype="bfloat16")
     hidden, tokens = responses(lm, ChatTokenizer(where), count)
