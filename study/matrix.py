@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -87,21 +88,29 @@ def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[st
 
 def expanded(cfg: Config, arms: list[Arm]) -> Config:
     """The configuration whose reward models are the arms."""
-    variants = {arm.name: variant(cfg.rm.variants[arm.condition.variant], arm) for arm in arms}
+    differ = cfg.study.seeds_differ_in
+    variants = {arm.name: variant(cfg.rm.variants[arm.condition.variant], arm, differ) for arm in arms}
     rm = cfg.rm.model_copy(update={"variants": variants})
     return Config.model_validate(
         cfg.model_dump() | {"rm": rm.model_dump(), "ppo": cfg.ppo.model_dump() | {"proxy": arms[0].name}}
     )
 
 
-def variant(base: RewardVariant, arm: Arm) -> RewardVariant:
+def variant(base: RewardVariant, arm: Arm, differ: Sequence[str]) -> RewardVariant:
+    """The variant of an arm.
+
+    Args:
+        differ: `study.seeds_differ_in`.
+    """
     cell = arm.condition
     size = {} if cell.layers is None else {"num_layers": cell.layers}
-    return base.model_copy(update={"pairs": cell.pairs, "label_noise": cell.label_noise, "seed": arm.seed, **size})
+    seeds = {"seed": arm.seed if "training" in differ else 0, "data_seed": arm.seed if "data" in differ else 0}
+    return base.model_copy(update={"pairs": cell.pairs, "label_noise": cell.label_noise, **seeds, **size})
 
 
 def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
+    seed = policy.arm.seed if "sampling" in cfg.study.seeds_differ_in else 0
     return [
         f"run.name={cfg.run.name}/policies/{policy.name}", f"ppo.proxy={policy.arm.name}",
-        f"ppo.kl.coef={policy.kl_coef}",
+        f"ppo.kl.coef={policy.kl_coef}", f"ppo.seed={cfg.ppo.seed + seed}",
     ]  # fmt: skip

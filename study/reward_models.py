@@ -22,24 +22,24 @@ from rm.gold import load_gold, score_samples
 from study.analysis import conditions as analysis
 from study.analysis.agreement import within_prompt_correlation
 from study.analysis.bootstrap import cross_fitted_peak
-from study.analysis.conditions import TRUSTED, Curve, Plan
+from study.analysis.conditions import Curve, Plan
 from study.records import Results
 
 OUTCOMES = ("gold", "gold_at_peak", "drop")
-"""Of a reward model's best-of-n within the trusted range: gold at its end, and at and since its cross-fitted peak."""
+"""Of a reward model's best-of-n: gold at its end, and at and since its cross-fitted peak."""
 
 
 def rows(
     condition: str, names: Sequence[str], gold: Curve, agreed: Mapping[str, Mapping], facts: Mapping[str, Mapping]
 ) -> list[dict]:
     """One row a reward model of `condition`, in the order of the seeds of `gold`."""
-    k = int(np.flatnonzero(gold.x <= max(1, gold.pool // TRUSTED))[-1])
     found = []
-    for name, values in zip(names, gold.values[..., : k + 1], strict=True):
-        peak, drop, _ = cross_fitted_peak(values[None], gold.seed)
+    for name, values in zip(names, gold.values, strict=True):
+        peak = float(cross_fitted_peak(values[None], gold.seed)[0].mean())
+        end = float(values[:, -1].mean())
         found.append(
-            {"rm": name, "condition": condition, **facts.get(name, {}), **agreed[name], "n": int(gold.x[k]),
-             "gold": float(values[:, -1].mean()), "gold_at_peak": float(peak.mean()), "drop": float(drop.mean())}
+            {"rm": name, "condition": condition, **facts.get(name, {}), **agreed[name], "n": int(gold.x[-1]),
+             "gold": end, "gold_at_peak": peak, "drop": peak - end}
         )  # fmt: skip
     return found
 
@@ -113,7 +113,7 @@ def second_gold(results: Results, plan: Plan) -> list[dict]:
     for name, proxies in results.proxies.items():
         first, second = results.findings[name], analysis.findings(analysis.bon_curves(other, name, proxies, plan), best)
         table.append({
-            "rm": name, "n": first["n_trusted"],
+            "rm": name, "n": first["n"],
             **{f"gold{at}": getattr(first["gold"], end) for at, end in (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))},
             "verdict": first["verdict"].kind,
             **{f"second{at}": getattr(second["gold"], end) for at, end in (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))},

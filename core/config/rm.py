@@ -51,13 +51,15 @@ class RewardVariant(Section):
     trainable_layers: int | None = Field(default=None, ge=0)
     """Train only the last n layers of this variant (null: as rm.trainable_layers or rm.lora say). 0: the head alone."""
     pairs: int | None = Field(default=None, ge=2)
-    """Train on the first n pairs only (null: all). The pairs of a smaller n are among those of a larger one."""
+    """Train on n pairs only (null: all): the first n, or with data_seed n that are drawn. The pairs of a smaller n are
+    among those of a larger one."""
     label_noise: Fraction = Field(default=0.0, le=0.5)
     """Share of this variant's training labels that are flipped, after preferences.label_noise. Variants with equally
-    many pairs get the same flips."""
+    many pairs and one data_seed get the same flips."""
     seed: int = Field(default=0, ge=0)
-    """Another seed gives another start of the head and another order of the pairs. Members of an ensemble differ in
-    nothing else."""
+    """Another seed gives another start of the head and another order of the pairs."""
+    data_seed: int = Field(default=0, ge=0)
+    """Another one draws other pairs, where `pairs` leaves a choice, and flips other labels. 0: the first pairs."""
 
     @model_validator(mode="after")
     def _one_correction(self) -> RewardVariant:

@@ -93,8 +93,12 @@ class Study(Section):
     variants: tuple[str, ...] = ()
     """Names of rm.variants (empty: all of them)."""
     seeds: int = Field(default=3, ge=1)
-    """Reward models per condition. They differ in the start of the head and in the order of the pairs. Fewer than 3
-    cannot tell a difference between conditions from luck."""
+    """Reward models per condition, with seeds 0, 1, ... Fewer than 3 cannot tell a difference between conditions from
+    luck."""
+    seeds_differ_in: tuple[Literal["data", "training", "sampling"], ...] = ("data", "training", "sampling")
+    """What a seed draws anew. data: the pairs, where `pairs` leaves a choice, and the labels that are flipped.
+    training: the start of the head and the order of the pairs. sampling: the prompts, samples and adapter of PPO. What
+    it leaves out is that of seed 0 in all of them, so intervals over seeds say nothing about it."""
     pairs: tuple[int, ...] = ()
     """Numbers of training pairs to compare (empty: all pairs)."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()

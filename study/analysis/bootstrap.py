@@ -70,11 +70,22 @@ def crossed_draws(values: Array, draws: int, seed: int) -> Array:
 def _freedom(values: Array) -> float:
     """Satterthwaite's degrees of freedom of the mean of values [S, P, K], from its variances over prompts and seeds."""
     S, P, _ = values.shape
-    variances = [(values.mean(axis=0).var(axis=0, ddof=1).sum() / P, P - 1)]
-    if S > 1:
-        variances.append((values.mean(axis=1).var(axis=0, ddof=1).sum() / S, S - 1))
-    total = float(sum(v for v, _ in variances))
-    return total**2 / float(sum(v**2 / f for v, f in variances)) if total > 0 else P - 1
+    variances = list(zip(_variances(values), (P - 1, S - 1), strict=False))
+    total = sum(v for v, _ in variances)
+    return total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
+
+
+def _variances(values: Array) -> list[float]:
+    """Of the mean of values [S, P, K], summed over points: over prompts, and over seeds where there are several."""
+    S, P, _ = values.shape
+    found = [float(values.mean(axis=0).var(axis=0, ddof=1).sum()) / P]
+    return found + ([float(values.mean(axis=1).var(axis=0, ddof=1).sum()) / S] if S > 1 else [])
+
+
+def seeds_share(values: Array) -> float:
+    """Share of the variance of the mean of values [S, P, K] that comes from the seeds; 0 for one seed."""
+    prompts, *seeds = _variances(values)
+    return sum(seeds) / (prompts + sum(seeds)) if seeds and prompts + sum(seeds) > 0 else 0.0
 
 
 def student_quantile(p: float, freedom: float) -> float:
@@ -144,23 +155,42 @@ def simultaneous(mean: Array, draws: Array, level: float = 0.95) -> tuple[Array,
     return mean - c * se * varies, mean + c * se * varies
 
 
-def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array, Array, Array]:
-    """Where a curve peaks, and how much it has fallen at its end, without the bias of choosing and measuring at once.
+def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array, Array]:
+    """The best point of a curve without the bias of choosing and measuring at once.
 
-    Prompts are halved `splits` times; the best point of the mean over one half is measured on the other half.
+    Prompts are halved `splits` times; the best point of the mean over one half is measured on the other half. On
+    average that is not above the true peak, since the point that is chosen may be another one.
 
     Returns:
-        peak [S, P, 1], drop [S, P, 1]: value at the chosen point, and that minus the value at the last point, for each
-        prompt by points that were chosen without it; feed them to `crossed_draws`. Chosen points [2 * splits].
+        peak [S, P, 1]: value of each prompt at points that were chosen without it; feed it, or what it exceeds another
+        point by, to `crossed_draws`. Chosen points [2 * splits].
     """
     P = values.shape[1]
-    rng, peak, drop, chosen = np.random.default_rng(seed), np.zeros(values.shape[:2]), np.zeros(values.shape[:2]), []
+    rng, peak, chosen = np.random.default_rng(seed), np.zeros(values.shape[:2]), []
     for _ in range(splits):
         half = rng.permutation(P) % 2
         for fold in (0, 1):
             best = int(values[:, half == fold].mean(axis=(0, 1)).argmax())
             rest = half != fold
             peak[:, rest] += values[:, rest, best] / splits
-            drop[:, rest] += (values[:, rest, best] - values[:, rest, -1]) / splits
             chosen.append(best)
-    return peak[..., None], drop[..., None], np.array(chosen)
+    return peak[..., None], np.array(chosen)
+
+
+def best_above(values: Array, draws: Array, peak: Array, k: int, *, seed: int) -> Interval:
+    """95% interval of how far the best point of a curve lies above its point k, which is never below 0.
+
+    The lower bound is that of the cross-fitted peak, which is no more than the true one on average. The upper bound
+    holds for all points at once, so it holds for whichever is the true peak.
+
+    Args:
+        values: [S, P, K]; draws [B, K] of their mean (`crossed_draws`).
+        peak: [S, P, 1], of `cross_fitted_peak`.
+        seed: of the bootstrap.
+    """
+    mean = values.mean(axis=(0, 1))
+    over = peak - values[..., k : k + 1]
+    fitted = interval(float(over.mean()), crossed_draws(over, len(draws), seed)[:, 0])
+    most = simultaneous(mean - mean[k], draws - draws[:, k : k + 1])[1].max()
+    middle = max(0.0, fitted.mean)
+    return Interval(middle, min(max(0.0, fitted.lo), middle), max(float(most), middle))

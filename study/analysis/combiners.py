@@ -18,7 +18,7 @@ from bon.pools import Pools
 from core.errors import DataError
 from rm import combine
 from study.analysis.bootstrap import Array, crossed_draws, interval
-from study.analysis.conditions import TRUSTED, Plan
+from study.analysis.conditions import Plan
 
 LENGTH = "length"
 
@@ -46,7 +46,7 @@ def rule(text: str) -> Callable[[Array, Array | None], Array]:
 def sweep(
     pools: Pools, proxies: Mapping[str, Array], conditions: Sequence[str], rules: Sequence[str], plan: Plan
 ) -> list[dict]:
-    """Gold of best-of-n at the largest trusted n of every condition by every rule, and against its members' mean.
+    """Gold of best-of-n at the largest n of every condition by every rule, and against its members' mean.
 
     Conditions of one member have `length` rules only; those are left out where lengths are unknown or do not vary.
 
@@ -57,7 +57,7 @@ def sweep(
     gold, length = gains(pools.gold), None
     if pools.length is not None and np.ptp(pools.length, axis=1).any():
         length = gains(pools.length)
-    n = int(plan.ns[plan.ns <= max(1, pools.size // TRUSTED)][-1])
+    n = int(plan.ns[-1])
     rows = []
     for condition in conditions:
         members = proxies[condition]

@@ -18,26 +18,26 @@ import torch
 from numpy.typing import NDArray
 
 from bon.estimators import best_of_n, kl_bound, kl_pool, kl_with_atom, oracle, win_rate
-from bon.gains import gains
+from bon.gains import gains, normal_scores
 from bon.pools import Pools
 from bon.soft import soft_best_of_n
 from rm import combine
 from study.analysis.bootstrap import (
     Array,
     Interval,
+    best_above,
     cross_fitted_peak,
     crossed_draws,
     interval,
     p_value,
     pointwise,
+    seeds_share,
     simultaneous,
 )
 from study.analysis.fits import fit_curve
-from study.analysis.verdict import largest_drop, verdict
+from study.analysis.verdict import Evidence, verdict
 from study.design import Condition
 
-TRUSTED = 4
-"""Best-of-n is trusted for n up to 1 / TRUSTED of the pool: beyond, a prompt has few independent draws."""
 COLUMNS = (
     "rm", "method", "x", "d", "kl", "kl_kind", "metric", "mean", "lo", "hi", "band_lo", "band_hi", "prompts", "pool",
     "effective_draws", "seeds",
@@ -75,13 +75,20 @@ class Curve:
     def at(self, k: int) -> Interval:
         return interval(self.mean[k], self.draws[:, k])
 
-    def upto(self, k: int) -> Curve:
-        """The curve without the points after the k-th."""
-        part = slice(None, k + 1)
-        return Curve(
-            self.rm, self.method, self.metric, self.x[part], self.kl[part], self.kl_kind, self.values[..., part],
-            self.pool, self.draws_asked, self.seed,
-        )  # fmt: skip
+    def evidence(self) -> tuple[Evidence, Array, NDArray[np.int64]]:
+        """What the curve is judged by; and its cross-fitted peak [S, P, 1] with the points that were chosen."""
+        peak, chosen = cross_fitted_peak(self.values, self.seed)
+        rise, drop = (best_above(self.values, self.draws, peak, k, seed=self.seed) for k in (0, len(self.x) - 1))
+        change = self.values[..., -1:] - self.values[..., :1]
+        S, P, K = self.values.shape
+        end = interval(float(change.mean()), crossed_draws(change, self.draws_asked, self.seed)[:, 0])
+        return Evidence(rise, drop, end, K, P, S, seeds_share(change)), peak, chosen
+
+    @property
+    def end(self) -> str:
+        """The last point, in words, with its KL."""
+        unit = "step" if self.method == "ppo" else "n ="
+        return f"{unit} {self.x[-1]} (KL {self.kl[-1]:.2f} nats)"
 
     def rows(self) -> list[dict]:
         lo, hi = pointwise(self.draws)
@@ -140,9 +147,12 @@ def bon_curves(pools: Pools, name: str, proxies: Array, plan: Plan) -> dict[str,
     }
     if pools.length is not None:
         values["length"] = np.stack([best_of_n(p, pools.length, ns) for p in proxies])
-    # What a linear relation of gold and proxy within prompts would give; the rest is the tail (extremal Goodhart).
-    slopes = [(p * gold).sum() / (p * p).sum() for p in proxies]
-    values["regressional"] = values["proxy"] * np.array(slopes)[:, None, None]
+    # What a linear relation of gold and the proxy's normal scores within prompts would give; the rest is the tail
+    # (extremal Goodhart). Selection sees ranks only, so the scale of the proxy must not matter.
+    scores = [normal_scores(p) for p in proxies]
+    values["regressional"] = np.stack(
+        [best_of_n(p, s, ns) * ((s * gold).sum() / (s * s).sum()) for p, s in zip(proxies, scores, strict=True)]
+    )
     if (rest := beyond_length(gold, pools.length)) is not None:
         values["gold_beyond_length"] = np.stack([best_of_n(p, rest, ns) for p in proxies])
     curves = {m: _bon(name, m, v, ns, pools, plan) for m, v in values.items()}
@@ -201,15 +211,16 @@ def _bon(
 def kl_table(pools: Pools, proxies: Mapping[str, Array], ns: NDArray[np.int64]) -> list[dict]:
     """The KLs of best-of-n side by side, nats: the bound, the pool's own (ties lower it), and atom-corrected.
 
-    The atom is the mass of the pool's best response under the reference, exp of its log-probability.
+    The atom is the mass of the chosen response under the reference, exp of its log-probability: a mean over what
+    best-of-n chooses (Beirami et al. 2401.01879).
     """
     rows = []
     for name, stacked in proxies.items():
         pooled = np.mean([kl_pool(p, ns).mean(axis=0) for p in stacked], axis=0)
         atom = np.full(len(ns), np.nan)
         if pools.logp is not None:
-            eps = [np.exp(np.take_along_axis(pools.logp, p.argmax(axis=1)[:, None], 1)) for p in stacked]
-            atom = np.mean([kl_with_atom(ns[None, :], np.minimum(e, 1.0)).mean(axis=0) for e in eps], axis=0)
+            mass = np.minimum(np.exp(pools.logp), 1.0)
+            atom = np.array([np.mean([best_of_n(p, kl_with_atom(n, mass), [n]) for p in stacked]) for n in ns])
         rows += [
             {"rm": name, "n": int(n), "bound": float(kl_bound(n)), "pool": float(p), "atom": float(a)}
             for n, p, a in zip(ns, pooled, atom, strict=True)
@@ -218,52 +229,53 @@ def kl_table(pools: Pools, proxies: Mapping[str, Array], ns: NDArray[np.int64]) 
 
 
 def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = None) -> dict:
-    """The numbers and the verdict of one condition of best-of-n.
+    """The numbers and the verdict of one condition of best-of-n, at its largest n.
 
     Args:
         best: the oracle's curve.
         baseline: gold of what it is compared with, prompt by prompt and, where both have as many, seed by seed.
     """
     gold, last = curves["gold"], len(curves["gold"].x) - 1
-    k = int(np.flatnonzero(gold.x <= max(1, gold.pool // TRUSTED))[-1])
-    S, P, _ = gold.values.shape
-    trusted = gold.upto(k)
-    top, drop, chosen = cross_fitted_peak(trusted.values, gold.seed)
-    fallen_draws = crossed_draws(drop, gold.draws_asked, gold.seed)[:, 0]
-    fallen = interval(float(drop.mean()), fallen_draws)
-    ratio = gold.draws[:, k] / best.draws[:, k]
+    S = len(gold.values)
+    evidence, top, chosen = gold.evidence()
+    ratio = gold.draws[:, last] / best.draws[:, last]
     paired, p = None, None
     if baseline is not None:
         # An ensemble is one model: it is compared with what its members yield on average.
         other = baseline.values if len(baseline.values) == S else baseline.values.mean(axis=0, keepdims=True)
-        change = (gold.values - other)[..., k : k + 1]
+        change = (gold.values - other)[..., -1:]
         paired, p = _crossed(change, gold), p_value(change, gold.draws_asked, gold.seed)
-    peaks = trusted.draws.argmax(axis=1)
+    peaks = gold.draws.argmax(axis=1)
+    fell = evidence.drop.lo > 0
     return {
-        "n_trusted": int(gold.x[k]),
+        "n": int(gold.x[last]),
+        "kl": float(gold.kl[last]),
         "seeds": S,
-        "gold": gold.at(k),
-        "proxy": curves["proxy"].at(k),
-        "gold_at_n_max": gold.at(last),
-        "peak_n": interval(float(np.median(trusted.x[chosen])), trusted.x[peaks].astype(float)),
-        "peak_d": interval(float(np.median(trusted.d[chosen])), trusted.d[peaks]),
+        "gold": gold.at(last),
+        "proxy": curves["proxy"].at(last),
+        "peak_n": interval(float(np.median(gold.x[chosen])), gold.x[peaks].astype(float)),
+        "peak_d": interval(float(np.median(gold.d[chosen])), gold.d[peaks]),
         "gold_at_peak": _crossed(top, gold),
-        "drop": fallen,
-        "drop_probability": float((fallen_draws > 0).mean()),
-        "efficiency": interval(float(gold.mean[k] / best.mean[k]), ratio) if best.mean[k] > 0 else None,
-        "regret": interval(float(best.mean[k] - gold.mean[k]), best.draws[:, k] - gold.draws[:, k]),
-        "extremal_gap": _crossed((curves["regressional"].values - gold.values)[..., k : k + 1], gold),
-        "harmed": float((gold.values[..., k] < 0).mean()),
-        "win_rate": curves["win_rate"].at(min(k, len(curves["win_rate"].x) - 1)),
-        "length": curves["length"].at(k) if "length" in curves else None,
-        "gold_beyond_length": curves["gold_beyond_length"].at(k) if "gold_beyond_length" in curves else None,
+        "rise": evidence.rise,
+        "drop": evidence.drop,
+        "efficiency": interval(float(gold.mean[last] / best.mean[last]), ratio) if best.mean[last] > 0 else None,
+        "regret": interval(float(best.mean[last] - gold.mean[last]), best.draws[:, last] - gold.draws[:, last]),
+        "extremal_gap": _crossed((curves["regressional"].values - gold.values)[..., -1:], gold),
+        "harmed": float((prompt_gains(gold) < 0).mean()),
+        "win_rate": curves["win_rate"].at(len(curves["win_rate"].x) - 1),
+        "length": curves["length"].at(last) if "length" in curves else None,
+        "gold_beyond_length": curves["gold_beyond_length"].at(last) if "gold_beyond_length" in curves else None,
         "difference": paired,
         "difference_p": p,
-        "fit": fit_curve(trusted.d[1:], trusted.mean[1:], trusted.draws[:, 1:], "bon") if k else None,
-        "verdict": verdict(
-            fallen, largest_drop(trusted.mean, trusted.draws), prompts=P, seeds=S, points=k + 1, end=f"n = {gold.x[k]}"
-        ),
+        "fit": fit_curve(gold.d[1:], gold.mean[1:], gold.draws[:, 1:], "bon", fell=fell) if last else None,
+        "verdict": verdict(evidence, gold.end),
     }
+
+
+def prompt_gains(curve: Curve) -> Array:
+    """[P]: the gain of each prompt at the end of the curve, mean over seeds."""
+    values: Array = curve.values[..., -1].mean(axis=0)
+    return values
 
 
 def _crossed(values: Array, like: Curve) -> Interval:

@@ -32,7 +32,8 @@ class Fit:
     alpha: Interval
     beta: Interval
     d_peak: Interval | None
-    """None where the interval of beta holds 0 or the peak lies beyond d_max: "no turn-over within range"."""
+    """None where gold has not fallen from its cross-fitted peak, the interval of beta holds 0, or the peak lies beyond
+    d_max: "no turn-over within range"."""
     gold_peak: Interval | None
     rmse: float
     """Of the fit to the curve, in the units of gold."""
@@ -77,8 +78,13 @@ def peak(parameters: Array, form: str) -> tuple[Array, Array]:
     return np.where(falls, np.maximum(at, 0), np.inf), np.where(falls, top, np.inf)
 
 
-def fit_curve(d: Array, mean: Array, draws: Array, form: str) -> Fit | None:
-    """The fit to a curve mean [K] at d [K] with its draws [B, K]; None with fewer than four points that can be used."""
+def fit_curve(d: Array, mean: Array, draws: Array, form: str, *, fell: bool) -> Fit | None:
+    """The fit to a curve mean [K] at d [K] with its draws [B, K]; None with fewer than four points that can be used.
+
+    Args:
+        fell: whether a drop from the peak was found without the fit. A curve that rises and levels off fits a parabola
+            with a peak too, so a fitted peak is shown only beside a drop.
+    """
     used = d > (NEAR_ORIGIN if form == "rl" else 0)
     if used.sum() < 4:
         return None
@@ -86,7 +92,7 @@ def fit_curve(d: Array, mean: Array, draws: Array, form: str) -> Fit | None:
     whole, many = least_squares(d, mean, form), least_squares(d, draws, form)
     alpha, beta = (interval(whole[i], many[:, i]) for i in (0, 1))
     (at, top), (ats, tops) = peak(whole, form), peak(many, form)
-    turns = beta.lo > 0 and at <= d.max()
+    turns = fell and beta.lo > 0 and at <= d.max()
     error, linear = _extrapolation(d, mean, draws, form)
     return Fit(
         form,

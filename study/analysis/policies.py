@@ -9,10 +9,10 @@ import numpy as np
 from bon.gains import scale
 from bon.pools import Pools
 from core.errors import ArtefactError
-from study.analysis.bootstrap import Array, cross_fitted_peak, crossed_draws, interval
+from study.analysis.bootstrap import Array, best_above, cross_fitted_peak, crossed_draws, interval
 from study.analysis.conditions import Curve, Plan
 from study.analysis.fits import fit_curve
-from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, largest_drop, verdict
+from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, verdict
 
 ENTRIES = ("proxy", "gold", "kl")
 
@@ -73,13 +73,13 @@ def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:
     compared with, never a result, since choosing by gold makes gold a training signal.
     """
     gold, proxy = curves["gold"], curves["proxy"]
-    top, _, chosen = cross_fitted_peak(gold.values, gold.seed)
+    top, chosen = cross_fitted_peak(gold.values, gold.seed)
     rules = {"final": len(gold.x) - 1, "blind": int(proxy.mean.argmax())}
     rows = []
     for name, k in rules.items():
-        regret = top - gold.values[..., k : k + 1]
+        regret = best_above(gold.values, gold.draws, top, k, seed=gold.seed)
         rows.append({"rule": name, "step": int(gold.x[k]), "kl": float(gold.kl[k]), "gold": gold.at(k),
-                     "regret": _over_prompts(regret, gold)})  # fmt: skip
+                     "regret": regret})  # fmt: skip
     at = int(np.median(chosen))
     rows.append({"rule": "oracle", "step": int(gold.x[at]), "kl": float(gold.kl[at]), "gold": _over_prompts(top, gold),
                  "regret": None})  # fmt: skip
@@ -89,16 +89,8 @@ def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:
 def series_findings(curves: Mapping[str, Curve]) -> dict:
     """Numbers and verdict of one run."""
     gold, proxy = curves["gold"], curves["proxy"]
-    _, drop, _ = cross_fitted_peak(gold.values, gold.seed)
-    fallen, last = _over_prompts(drop, gold), len(gold.x) - 1
-    judged = verdict(
-        fallen,
-        largest_drop(gold.mean, gold.draws),
-        prompts=gold.values.shape[1],
-        seeds=1,
-        points=len(gold.x),
-        end=f"step {gold.x[last]}",
-    )
+    evidence, last = gold.evidence()[0], len(gold.x) - 1
+    judged = verdict(evidence, gold.end)
     rise = _over_prompts(proxy.values[..., -1:] - proxy.values[..., :1], proxy)
     if rise.lo <= 0 and judged.kind != CANNOT_CONCLUDE:
         judged = Verdict(NOT_OPTIMISED, f"the proxy itself changed by {rise} SD: this training did not optimise it")
@@ -108,9 +100,10 @@ def series_findings(curves: Mapping[str, Curve]) -> dict:
         "gold": gold.at(last),
         "proxy": proxy.at(last),
         "proxy_rise": rise,
-        "drop": fallen,
+        "rise": evidence.rise,
+        "drop": evidence.drop,
         "rules": stopping_rules(curves),
-        "fit": fit_curve(gold.d, gold.mean, gold.draws, "rl"),
+        "fit": fit_curve(gold.d, gold.mean, gold.draws, "rl", fell=evidence.drop.lo > 0),
         "verdict": judged,
     }
 

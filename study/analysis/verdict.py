@@ -1,18 +1,25 @@
-"""What a curve of gold shows: over-optimised, no turn-over within range, or cannot conclude."""
+"""What a curve of gold shows: whether it rose, whether it turned over, or that the data do not tell.
+
+A curve is judged whole, to its last point, and the verdict names that range.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from study.analysis.bootstrap import Array, Interval, simultaneous
+from study.analysis.bootstrap import Interval
 
 RESOLUTION = 0.1
 """Of gold, in standard deviations within prompts: a smaller drop counts as none."""
-LEAST_POINTS, LEAST_PROMPTS = 3, 20
-"""Fewer points do not make a curve, and fewer prompts cannot be resampled."""
+HELPS = 0.25
+"""In the same unit: a proxy by which gold rises less does not help. Best of 64 by a useful proxy gains 0.5 to 2."""
+LEAST_POINTS, LEAST_PROMPTS, ENOUGH_SEEDS = 3, 20, 3
+"""Fewer points do not make a curve, fewer prompts cannot be resampled, and fewer seeds do not stand for a method."""
 OVER_OPTIMISED = "over-optimised"
 NO_TURN_OVER = "no turn-over within range"
+DOES_NOT_HELP = "does not help"
+HARMS = "harms from the start"
 CANNOT_CONCLUDE = "cannot conclude"
 NOT_OPTIMISED = "not optimised"
 """Of a policy whose proxy reward did not rise: its gold then says nothing about over-optimisation."""
@@ -24,37 +31,59 @@ class Verdict:
     why: str
 
 
-def verdict(drop: Interval, most: float, *, prompts: int, seeds: int, points: int, end: str) -> Verdict:
-    """Judge the drop of gold from its best point to the end of the curve, in standard deviations within prompts.
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a curve of gold is judged by, in standard deviations within prompts."""
+
+    rise: Interval
+    """Of the best point above the first (`study.analysis.bootstrap.best_above`), not below 0."""
+    drop: Interval
+    """Of the last point below the best, not below 0."""
+    end: Interval
+    """Of the last point less the first."""
+    points: int
+    prompts: int
+    seeds: int
+    of_seeds: float
+    """Share of the variance of the last point that comes from the seeds, from 0 to 1."""
+
+
+def verdict(found: Evidence, to: str) -> Verdict:
+    """Judge a curve.
 
     Args:
-        drop: cross-fitted (`study.analysis.bootstrap.cross_fitted_peak`): above 0, there is one.
-        most: upper bound of the drop from any point (`largest_drop`): only a small one excludes that there is one,
-            since with a few noisy prompts the best point may be the last, where `drop` is 0 without any spread.
-        points: of the curve within the range that is judged.
-        end: the last point, in words.
+        to: its last point in words, with the KL there.
     """
-    if points < LEAST_POINTS or prompts < LEAST_PROMPTS:
+    if found.points < LEAST_POINTS or found.prompts < LEAST_PROMPTS:
         return Verdict(
             CANNOT_CONCLUDE,
-            f"{points} points on {prompts} prompts: at least {LEAST_POINTS} and {LEAST_PROMPTS} are needed (best-of-n "
-            "is judged up to a quarter of the pool)",
+            f"{found.points} points on {found.prompts} prompts: at least {LEAST_POINTS} and {LEAST_PROMPTS} are needed",
         )
+    rise, drop = found.rise, found.drop
+    if found.end.hi < 0 and rise.lo <= 0:
+        return Verdict(HARMS, f"gold changes by {found.end} SD to {to}, and never rises by more than {rise.hi:.2f}")
     if drop.lo > 0:
-        return Verdict(OVER_OPTIMISED, f"gold falls by {drop} SD from its best point to {end}")
-    if most > RESOLUTION:
-        more = math.ceil(prompts * (max(most, drop.half_width) / RESOLUTION) ** 2)
-        many = f"some {max(more, prompts + 1)} prompts" if more < 100_000 else "far more prompts"
+        return Verdict(OVER_OPTIMISED, f"gold falls by {drop} SD from its best point to {to}")
+    if rise.lo <= 0 and rise.hi <= HELPS:
+        return Verdict(DOES_NOT_HELP, f"gold rises by no more than {rise.hi:.2f} SD up to {to}")
+    if drop.hi > RESOLUTION:
         return Verdict(
             CANNOT_CONCLUDE,
-            f"the drop of gold to {end}, {drop} SD, may be 0 or as much as {most:.2f}: {many} would tell"
-            + ("" if seeds >= 3 else ", and at least 3 seeds"),
+            f"the drop of gold to {to}, {drop} SD, may be 0 or as much as {drop.hi:.2f}: "
+            + _more(drop.hi / RESOLUTION, found),
         )
-    return Verdict(NO_TURN_OVER, f"gold falls by no more than {max(most, 0):.2f} SD to {end}")
+    if rise.lo <= 0:
+        return Verdict(
+            CANNOT_CONCLUDE,
+            f"whether gold rises up to {to} is not clear, {rise} SD: " + _more(rise.hi / HELPS, found),
+        )
+    return Verdict(NO_TURN_OVER, f"gold rises by {rise} SD and falls by no more than {drop.hi:.2f} up to {to}")
 
 
-def largest_drop(mean: Array, draws: Array) -> float:
-    """95% upper bound, over all points of a curve [K] with draws [B, K] at once, of a point minus the last one."""
-    if len(mean) < 2:
-        return 0.0
-    return float(simultaneous(mean[:-1] - mean[-1], draws[:, :-1] - draws[:, -1:])[1].max())
+def _more(narrower: float, found: Evidence) -> str:
+    """What would make an interval so many times narrower: seeds, where most of the variance is theirs, or prompts."""
+    size = found.seeds if found.seeds > 1 and found.of_seeds > 0.5 else found.prompts
+    unit = "prompts" if size == found.prompts else "seeds"
+    more = max(math.ceil(size * narrower**2), size + 1)
+    wanted = f"some {more} {unit}" if more < 1000 * size else f"far more {unit}"
+    return f"{wanted} would tell" + (f", and at least {ENOUGH_SEEDS} seeds" if found.seeds < ENOUGH_SEEDS else "")

@@ -115,7 +115,7 @@ def disagreement(results: Results) -> Figure | None:
 
 
 def sweep(results: Results) -> Figure | None:
-    """What each combiner of the seeds gains beyond their mean, in gold at the largest trusted n; * excludes 0."""
+    """What each combiner of the seeds gains beyond their mean, in gold at the largest n; * excludes 0."""
     rows = [r for r in results.sweep if r["rule"] != "mean"]
     if not rows:
         return None

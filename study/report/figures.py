@@ -1,5 +1,5 @@
-"""Figures of a study (those that compare arms: `study_figures_arms`). Gold is solid, proxy dashed; what is not to be
-trusted is grey."""
+"""Figures of a study (those that compare arms: `study_figures_arms`). Gold is solid, proxy
+dashed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from core.plotting import plt
+from study.analysis.conditions import prompt_gains
 from study.records import Results
 from study.report import comparisons as arms
 from study.report.style import MARKERS, cell, cell_name, cells, colour, crowded, legend, style
@@ -84,7 +85,6 @@ def _best_of_n(axis, results: Results, names: Sequence[str], title: str) -> None
                 axis.fill_between(curve.d, *_band(curve.rows()), color=shade, alpha=0.15, linewidth=0)
     best = _curves(results, "bon", "gold", ["oracle"])[0]
     axis.plot(best.d, best.mean, ":", color="0.3", label="oracle")
-    _untrusted(axis, best)
     axis.set_title(title, fontsize=8 if crowded(results) else 10)
     _n_axis(axis, best)
 
@@ -106,13 +106,6 @@ def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([r["band_lo"] for r in rows]), np.array([r["band_hi"] for r in rows])
 
 
-def _untrusted(axis, curve) -> None:
-    beyond = curve.d[curve.x > curve.pool // 4]
-    if len(beyond) > 1:
-        axis.axvspan(beyond[0], beyond[-1], color="0.92", zorder=0)
-        axis.text(beyond[-1], axis.get_ylim()[0], "few draws ", fontsize=7, color="0.4", ha="right", va="bottom")
-
-
 def _n_axis(axis, curve) -> None:
     """n above, where KL is below."""
     ticks = [k for k in range(len(curve.x)) if np.log2(curve.x[k]) % 1 == 0]
@@ -123,7 +116,7 @@ def _n_axis(axis, curve) -> None:
 
 
 def conditions(results: Results) -> Figure:
-    """Gold at the largest n that is trusted, of each condition and ensemble, with its interval."""
+    """Gold at the largest n, of each condition and ensemble, with its interval."""
     names = list(results.conditions if crowded(results) else results.findings)
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.32 * len(names)))
     for y, name in enumerate(reversed(names)):
@@ -133,7 +126,7 @@ def conditions(results: Results) -> Figure:
         )
     axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     axis.axvline(0, color="0.6", linewidth=0.8)
-    axis.set_xlabel(f"gold at best of {results.findings[names[0]]['n_trusted']}, {UNIT}")
+    axis.set_xlabel(f"gold at best of {results.findings[names[0]]['n']}, {UNIT}")
     return figure
 
 
@@ -209,17 +202,16 @@ def length(results: Results) -> Figure | None:
 
 
 def harm(results: Results) -> Figure:
-    """Gold gain of each prompt at the largest trusted n: left of 0 are prompts that optimisation has harmed."""
+    """Gold gain of each prompt at the largest n: left of 0 are prompts that optimisation has harmed."""
     figure, axis = plt.subplots(figsize=(7, 3.8))
     for curve in _curves(results, "bon", "gold"):
-        k = int(np.flatnonzero(curve.x <= max(1, curve.pool // 4))[-1])
-        values = np.sort(curve.values[..., k].mean(axis=0))
+        values = np.sort(prompt_gains(curve))
         shown = style(results, curve.rm)
         name = curve.rm if crowded(results) else f"{curve.rm}: {np.mean(values < 0):.0%}"
         # A curve and not bars: bars of several conditions would hide each other.
         axis.plot(values, (np.arange(len(values)) + 0.5) / len(values), label=name, **shown)
     axis.axvline(0, color="0.4", linewidth=0.8)
-    axis.set(xlabel=f"gold gain of a prompt at best of {int(curve.x[k])}, SD within prompts",
+    axis.set(xlabel=f"gold gain of a prompt at best of {int(curve.x[-1])}, SD within prompts",
              ylabel="share of prompts below")  # fmt: skip
     legend(axis, results)
     return figure

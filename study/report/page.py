@@ -26,7 +26,7 @@ REM = 6.0
 """Of the page to an inch of a figure: so texts of all figures have one size."""
 CAPTIONS = {
     "overoptimisation": "Solid: gold. Dashed: proxy, in the same unit. Bands: gold, 95% for the whole curve, over "
-    "seeds and prompts. Grey: n above a quarter of the pool. The KL of best-of-n is a bound and that of PPO is "
+    "seeds and prompts. The KL of best-of-n is a bound and that of PPO is "
     "measured: compare within a panel, not across.",
     "conditions": "An ensemble is one model, so its interval is over prompts alone; the others' are over seeds too.",
     "gold_against_proxy": "On the diagonal a gain of the proxy is real; what lies below it is its own. Dotted: PPO.",
@@ -37,7 +37,7 @@ CAPTIONS = {
     "harm": "Share of prompts whose gold gain is below a value; in the legend, the share below 0 "
     "(`harmed` in conditions.csv).",
     "scaling": "Parameters of the fits by size, 95% intervals from refits on every bootstrap draw.",
-    "heat_map": "Gold at the cross-fitted peak within the trusted range, and the n of that peak.",
+    "heat_map": "Gold at the cross-fitted peak, and the n of that peak.",
     "frontier": "Policies of one reward model: a penalty that only stops early moves along one curve.",
     "sweep": "Rules to combine the seeds of a condition, on the same scores: gold against that of their mean. "
     "*: the interval excludes 0.",

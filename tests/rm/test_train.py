@@ -26,6 +26,11 @@ def test_arms_of_one_size_share_their_wrong_labels():
     assert changed.sum() == 25
     assert all(a["flipped"] == (b["flipped"] != c) for a, b, c in zip(first, rows, changed, strict=False))
     assert arm_rows(rows, RewardVariant(), 1) == rows
+    other = arm_rows(rows, RewardVariant(pairs=100, label_noise=0.25, data_seed=1), 1)
+    ids = lambda rows: {row["pair_id"] for row in rows}  # noqa: E731
+    assert len(ids(other)) == 100 and 30 < len(ids(other) & ids(first)) < 70  # another draw of 100 of 200
+    more = arm_rows(rows, RewardVariant(pairs=150, data_seed=1), 1)
+    assert ids(other) < ids(more) and ids(arm_rows(rows, RewardVariant(data_seed=1), 1)) == ids(rows)
     with pytest.raises(Exception, match="is 300 and there are only 200 training pairs"):
         arm_rows(rows, RewardVariant(pairs=300), 1)
 

@@ -106,8 +106,8 @@ def test_a_sweep_needs_no_model_and_its_zero_is_the_mean():
     for text in ("mean", "uwo:0", "length:0"):
         assert rows["a", text]["difference"] == pytest.approx(0, abs=1e-12)
     assert rows["a", "length:0.6"]["difference_lo"] > 0  # the proxies pay for length, which gold does not
-    by_hand = best_of_n(proxies["a"].min(axis=0), gains(pools.gold), [8]).mean()
-    assert rows["a", "min"]["gold"] == pytest.approx(by_hand) and rows["a", "min"]["n"] == 8
+    by_hand = best_of_n(proxies["a"].min(axis=0), gains(pools.gold), [32]).mean()
+    assert rows["a", "min"]["gold"] == pytest.approx(by_hand) and rows["a", "min"]["n"] == 32
     for wrong in ("uwo", "length:much", "worst"):
         with pytest.raises(DataError, match=f"no combiner '{wrong}'"):
             rule(wrong)

@@ -66,11 +66,12 @@ def test_a_peak_found_in_noise_is_no_drop():
         values = rng.normal(size=(1, 40, 12))
         curve = values.mean(axis=(0, 1))
         naive.append(curve.max() - curve[-1])
-        fitted.append(cross_fitted_peak(values, i)[1].mean())
+        fitted.append((cross_fitted_peak(values, i)[0] - values[..., -1:]).mean())
     assert np.mean(naive) > 0.2
     assert abs(np.mean(fitted)) < 3 * np.std(fitted) / np.sqrt(len(fitted))
     falls = values + np.array([0, 1, 2, 3, 4, 5, 6, 5, 4, 3, 2, 1.0])
-    top, drop, chosen = cross_fitted_peak(falls, 0)
+    top, chosen = cross_fitted_peak(falls, 0)
+    drop = top - falls[..., -1:]
     assert drop.mean() == pytest.approx(5, abs=0.6) and top.mean() == pytest.approx(6, abs=0.4)
     assert set(chosen) == {6}
 
@@ -86,7 +87,7 @@ def test_fits_recover_planted_curves_and_their_peaks(form, truth):
     assert fine[curve.argmax()] == pytest.approx(at, abs=1e-4) and curve.max() == pytest.approx(top, abs=1e-8)
     rng = np.random.default_rng(0)
     noisy = exact + 0.3 * rng.normal(size=(1, 400, 1)) * d + 0.5 * rng.normal(size=(1, 400, len(d)))
-    found = fit_curve(d, noisy.mean(axis=(0, 1)), crossed_draws(noisy, 500, 1), form)
+    found = fit_curve(d, noisy.mean(axis=(0, 1)), crossed_draws(noisy, 500, 1), form, fell=True)
     for name, value in zip(("alpha", "beta", "d_peak", "gold_peak"), (*truth, at, top), strict=True):
         i = getattr(found, name)
         assert i.lo <= value <= i.hi and i.hi - i.lo < 1.0, (name, i)
@@ -98,10 +99,10 @@ def test_a_curve_that_does_not_turn_has_no_peak():
     d, rng = np.linspace(0, 2, 20), np.random.default_rng(0)
     for curve in (0.5 * d, d - 0.1 * d**2):  # never falls; peaks at d = 5, beyond the range
         values = curve + 0.2 * rng.normal(size=(1, 200, 20))
-        found = fit_curve(d, values.mean(axis=(0, 1)), crossed_draws(values, 300, 1), "bon")
+        found = fit_curve(d, values.mean(axis=(0, 1)), crossed_draws(values, 300, 1), "bon", fell=True)
         assert found.d_peak is None and found.gold_peak is None and found.alpha.lo > 0
     assert peak(np.array([1.0, -0.1]), "bon")[0] == np.inf and peak(np.array([1.0, 0.0]), "rl")[0] == np.inf
-    assert fit_curve(d[:4], curve[:4], values[0, :, :4], "bon") is None
+    assert fit_curve(d[:4], curve[:4], values[0, :, :4], "bon", fell=True) is None
     with pytest.raises(ValueError, match="no form 'ppo'"):
         columns(d, "ppo")
     with pytest.raises(ValueError, match="leave points with d = 0 out"):

@@ -93,7 +93,7 @@ def test_repeated_responses(sound):
 def test_enough(sound):
     by_name = {c.name: c.ok for c in check.enough(sound, {"run": Series([])}, 1)}
     assert by_name == {"at least 3 reward models a condition": True, "at least 500 prompts": False,
-                       "pools of at least 4 n": False, "at least 3 policies a condition": False}  # fmt: skip
+                       "at least 3 policies a condition": False}  # fmt: skip
     few = results(sound.pools, {Condition("bt"): ["bt-seed0"]}, {}, PLAN)
     assert not check.enough(few, {}, 0)[0].ok
 

@@ -25,9 +25,19 @@ def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
     assert len(arms) == len(cfg.rm.variants) == 2 * 2 * 2 * 3
     assert len(policies) == 2 * 2 * 1 * 2 and {p.arm.condition.variant for p in policies} == {"grm"}
     group = [cfg.rm.variants[f"grm-200pairs-noise0.25-seed{s}"] for s in range(3)]
-    assert [v.seed for v in group] == [0, 1, 2] and {v.pairs for v in group} == {200}
-    assert len({v.model_copy(update={"seed": 0}).model_dump_json() for v in group}) == 1
+    assert [v.seed for v in group] == [v.data_seed for v in group] == [0, 1, 2] and {v.pairs for v in group} == {200}
+    assert len({v.model_copy(update={"seed": 0, "data_seed": 0}).model_dump_json() for v in group}) == 1
     assert group[0].text_regulariser == "sft" and cfg.rm.variants["bt-100pairs-seed0"].label_noise == 0
+
+
+@pytest.mark.parametrize("part", ["data", "training", "sampling"])
+def test_a_part_of_the_seed_that_does_not_differ_is_that_of_seed_0(tmp_path, part):
+    parts = [p for p in ("data", "training", "sampling") if p != part]
+    cfg, arms, policies = planned(tmp_path, f"study.seeds_differ_in={parts}", "study.ppo_seeds=3")
+    variants = [cfg.rm.variants[arm.name] for arm in arms if arm.condition == arms[0].condition]
+    sampling = {load([], matrix.policy_overrides(cfg, p)[3:]).ppo.seed for p in policies}
+    seen = {"data": {v.data_seed for v in variants}, "training": {v.seed for v in variants}, "sampling": sampling}
+    assert seen.pop(part) == {0} and list(seen.values()) == [{0, 1, 2}] * 2
 
 
 def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):

@@ -129,11 +129,11 @@ def test_differences_are_corrected_for_their_number(matrix):
 
 
 def test_a_study_too_small_for_fits_and_ensembles_has_a_page(tmp_path):
-    """Pools of 8, one seed, no lengths: tables and figures without rows are left out or say so."""
+    """Pools of 4, one seed, no lengths: tables and figures without rows are left out or say so."""
     rng = np.random.default_rng(0)
-    gold = rng.normal(size=(12, 8))
+    gold = rng.normal(size=(12, 4))
     table = Pools(tuple(f"p{i}" for i in range(12)), gold, {"bt": gold + rng.normal(size=gold.shape)})
-    plan = Plan(np.arange(1, 9), draws=100, ensembles=("mean",))
+    plan = Plan(np.arange(1, 5), draws=100, ensembles=("mean",))
     found = results(table, {Condition("bt"): ["bt"]}, {}, plan, rules=("min", "length:0.1"))
     files.write(tmp_path, found)
     study_page.write(tmp_path, "tiny", "What was asked?", found, [check.aligned(found)])
