@@ -6,7 +6,7 @@ import typing
 import pytest
 from pydantic import BaseModel
 
-from core.config import Config, Ensemble, Lora, PreferenceSource, RewardVariant
+from core.config import ENGINE_STAGES, Config, Ensemble, Lora, PreferenceSource, RewardVariant
 from core.config.load import load
 from core.errors import ConfigError
 from tests.builders.processes import ROOT
@@ -16,7 +16,9 @@ from tests.builders.processes import ROOT
 def test_shipped_configs_load(file):
     cfg = load([file])
     assert cfg.ppo.proxy in cfg.rm.variants
-    assert cfg.batch_faults(1 if cfg.engine.processes == "auto" else cfg.engine.processes) == []
+    for stage in ENGINE_STAGES:
+        processes = cfg.engine_of(stage).processes
+        assert cfg.batch_faults(stage, 1 if processes == "auto" else processes) == []
 
 
 def test_all_faults_in_one_message():

@@ -9,7 +9,7 @@ from core.config import Config, Gold
 from core.config.load import load
 from core.errors import ArtefactError, DataError
 from core.files import path_digest
-from pipelines.stages import STAGES, Correction, Stage, fingerprint
+from pipelines.stages import STAGES, Correction, Stage, fingerprint, plain_values
 from tests.builders.processes import ROOT
 
 EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").read_text())
@@ -19,7 +19,7 @@ EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").r
 def sections(stage: Stage, *overrides: str) -> Fingerprint:
     """What the stage reads of configs/smoke.yaml, without the digests of its inputs."""
     types = ["engine.dtype=float32", "generation.vllm.dtype=float32"]
-    plain = json.loads(load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]).model_dump_json())
+    plain = plain_values(stage, load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]))
 
     def read(field: str):
         value = plain
