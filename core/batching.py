@@ -123,7 +123,8 @@ def by_length_on_ranks(lengths: Sequence[int], budget: int, ranks: int) -> list[
     groups = by_length(lengths, budget, longest_first=True)
     if ranks > 1 and groups:
         more = len(groups) + -len(groups) % ranks
-        groups = balanced(lengths, min(more, len(lengths)))
+        longest = lambda group: max(lengths[i] for i in group)  # noqa: E731
+        groups = sorted(balanced(lengths, min(more, len(lengths))), key=longest, reverse=True)
     return groups + groups[-1:] * (-len(groups) % ranks)
 
 

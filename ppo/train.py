@@ -129,8 +129,9 @@ class Trainer:
         if self.average:
             self.actor.settle()
             self.average.update()
-        self.generator.wake()
+        self.generator.wake("weights")
         self._sync(step)
+        self.generator.wake("kv_cache")  # not before, so that it is not there while whole weights are gathered
         clock.lap("sync")
         stats |= self.probe.after(step)
         self.generator.sleep()
