@@ -42,6 +42,14 @@ def exact_div(numerator: int, denominator: int, what: str) -> int:
     return numerator // denominator
 
 
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` laid over it, key by key, at every depth."""
+    laid = {
+        k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
+    }
+    return {**base, **laid}
+
+
 class Lora(Section):
     rank: int = Field(default=16, ge=1)
     """Rank of the two factors of each adapter. A higher rank trains more parameters."""
@@ -65,7 +73,8 @@ class Model(Section):
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     attention: Attention = Field(default="auto", json_schema_extra={"formerly": "sdpa"})
     """Attention kernel of the trainer. auto: sdpa, or eager for architectures that cap attention scores (Gemma-2),
-    which sdpa leaves out. On CPU `eager` trains some 10% faster at a few hundred tokens."""
+    which sdpa leaves out. On CPU a kernel of our own, which leaves padding out, takes its place wherever it computes
+    the same."""
     chat_template: str | None = None
     """Chat template in place of the model's own: a Jinja file, or the name of one of TRL's templates, such as
     `qwen3_training` (null: the model's own). Saved models keep it."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config.base import Fraction, Lora, Model, Optim, Section
+from core.config.engine import EngineOfStage
 
 
 class RewardVariant(Section):
@@ -78,9 +79,9 @@ class RewardTraining(Section):
     trainable_layers: int | None = Field(default=None, ge=1)
     """Train only the last n layers and the head (null: everything). Excludes lora."""
     cache_frozen_layers: bool = False
-    """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs and
-    variants. Faster, but each token takes 2 bytes (float32: 4) per hidden dimension of memory. Variants with another
-    num_layers have a cache of their own."""
+    """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs, variants
+    and validation. Faster, but each token takes 2 bytes (float32: 4) per hidden dimension of memory. Variants with
+    another num_layers have a cache of their own."""
     lora: Lora | None = None
     """Train adapters in place of the base's own weights (null: no adapters). Excludes trainable_layers."""
     save: Literal["merged", "adapter"] = "merged"
@@ -102,6 +103,8 @@ class RewardTraining(Section):
     left out whose responses are then equal. All are counted."""
     optim: Optim = Optim(lr=5e-5)
     """Optimiser of every variant."""
+    engine: EngineOfStage = EngineOfStage()
+    """Processes, memory and number type of this stage, where they differ from `engine`."""
     variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
     """The reward models, by a name of your own. A file that has this key replaces both default variants: grm, with the
     regulariser sft, and bt, which is Bradley-Terry."""
