@@ -49,6 +49,12 @@ class Measured:
             return self._fallback.seconds(item)
         return found
 
+    def remarks(self) -> list[str]:
+        lines = [f"{name}: scaled from {self.shape.name} by parameters" for name in sorted(self.scaled)]
+        if self.missing:
+            lines.append(f"not measured, from a rough matrix product: {', '.join(sorted(self.missing))}")
+        return lines
+
     def _seconds(self, item: work.Item) -> float | None:
         group = self._group(getattr(item, "ranks", 1))
         match item:

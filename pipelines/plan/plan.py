@@ -127,10 +127,9 @@ def assemble(
         warnings += [line for line in found if line not in warnings]
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}
     peak, lines = disk_warnings(disks, cfg.run.dir)
-    return Plan(
-        str(cfg.run_dir), where.rates.basis, [stage for stage, _ in stages], peak, [*lengths.notes, *_models(stages)],
-        warnings + lines, where.gpus, price,
-    )  # fmt: skip
+    notes = [*lengths.notes, *_models(stages), *where.rates.remarks()]
+    only = [stage for stage, _ in stages]
+    return Plan(str(cfg.run_dir), where.rates.basis, only, peak, notes, warnings + lines, where.gpus, price)
 
 
 def _times(stage: StagePlan) -> Disk:

@@ -298,7 +298,10 @@ def main(config: str, out: str) -> None:
     for part in (probes.sampling, probes.whole) + ((probes.engines,) if "TORCHELASTIC_RUN_ID" in os.environ else ()):
         started = time.perf_counter()
         part()
-        probes.found["starts"][f"{part.__name__} took"] = time.perf_counter() - started
+        took = time.perf_counter() - started
+        probes.found["starts"][f"{part.__name__} took"] = took
+        if distributed.rank() == 0:
+            print(f"{part.__name__}: {took:.0f} s", file=sys.stderr, flush=True)
     if distributed.rank() == 0:
         write_json(Path(out), probes.found)
     sys.stdout.flush()

@@ -23,6 +23,10 @@ class Rates(Protocol):
 
     def seconds(self, item: work.Item) -> float: ...
 
+    def remarks(self) -> list[str]:
+        """What to say of the work that was asked for so far."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -144,6 +148,9 @@ class FromPeaks:
             case work.Fixed():
                 return item.seconds
         raise AssertionError(f"unknown work {item}")
+
+    def remarks(self) -> list[str]:
+        return []
 
     def named(self, basis: str) -> FromPeaks:
         return replace(self, basis=basis)
