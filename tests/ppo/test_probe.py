@@ -15,6 +15,7 @@ from core.training.weights import named_weights
 from ppo.guard import MAX_MISMATCH
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
+from ppo.records import make_micros
 from tests.builders.processes import run_program
 
 pytestmark = pytest.mark.slow
@@ -62,9 +63,9 @@ def steps(model: config.Model, lr: float, count: int, layers: int = 4, dtype: st
     lm = add_lora(load_causal_lm(model, dtype=dtype, num_layers=layers), config.Lora(rank=8, top_layers=2))
     actor, sampler = Plain(PolicyModule(lm, 0.8)), Rounded(model, layers)
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=lr)
-    probe = SyncProbe(actor, sampler, rows=4, pad_id=tokenizer.pad_id, dtype=torch.bfloat16)
+    probe = SyncProbe(actor, sampler, dtype=torch.bfloat16)
     for _ in range(count):
-        probe.sampled(prompts, completions)
+        probe.sampled(make_micros(prompts, completions, range(4), tokenizer.pad_id, 1), current=True)
         probe.before()
         m = probe._micro
         for _ in range(2):
