@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from core.artefacts import device_name, read_manifest
-from core.config import Config, Study
+from core.config import ENGINE_STAGES, Config, EngineStage, Study
 from core.config.load import load
 from core.errors import ConfigError
 from pipelines import launch, runs
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
     if options.gpus and options.measure:
         raise ConfigError("--measure measures this machine, and --gpus plans for another one: give one of them")
-    ranks = launch.num_processes(cfg)
+    ranks = {stage: launch.num_processes(stage, cfg) for stage in ENGINE_STAGES}
     file = measured.cache_file(cfg, options.cache)
     if options.measure:
         print("measuring this machine: some minutes", file=sys.stderr)
@@ -91,11 +93,12 @@ def on_gpus(cfg: Config, text: str) -> Where:
         f"{device.bandwidth / 1e12:.2f} TB/s; assumed shares of them: forward {ON_GPU.forward:g}, backward "
         f"{ON_GPU.backward:g}, decoding {ON_GPU.bandwidth:g} of the bandwidth"
     )
-    ranks = gpus if cfg.engine.processes == "auto" else cfg.engine.processes
+    processes = {stage: cfg.engine_of(stage).processes for stage in ENGINE_STAGES}
+    ranks = {stage: gpus if count == "auto" else count for stage, count in processes.items()}
     return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, device)
 
 
-def on_this_machine(cfg: Config, file: Path, ranks: int) -> tuple[Where, list[int] | None]:
+def on_this_machine(cfg: Config, file: Path, ranks: Mapping[EngineStage, int]) -> tuple[Where, list[int] | None]:
     """This machine, by what was measured on it or else roughly; and lengths of responses that were sampled then."""
     wanted = groups(cfg, ranks)
     found, absent, code = measured.read(file, list(wanted))
@@ -136,14 +139,14 @@ def of_configuration(cfg: Config, lengths: Lengths, where: Where, price: float |
         return make_plan(cfg, lengths, where, price)
     arms, policies = matrix(cfg)
     whole = expanded(cfg, arms)
-    sizes = sizes_of(whole, lengths, where.ranks)
+    sizes = sizes_of(whole, lengths, where)
     stages: list[tuple[StagePlan, Sizes]] = [(plan_stage(name, sizes, where), sizes) for name in SHARED]
     kinds: dict[tuple, list] = {}  # policies against proxies of one size cost the same
     for policy in policies:
         kinds.setdefault((policy.arm.condition.variant, policy.arm.condition.layers), []).append(policy)
     for alike in kinds.values():
         own = load_over(whole, policy_overrides(whole, alike[0]))
-        of_policy = Sizes(own, lengths, sizes.policy, sizes.base, sizes.gold, where.ranks)
+        of_policy = replace(sizes, cfg=own)
         stages += [(plan_stage(name, of_policy, where, len(alike)), of_policy) for name in OWN]
     stages.append((plan_stage("report", sizes, where), sizes))
     plan = assemble(whole, stages, lengths, where, price)

@@ -1,31 +1,20 @@
-"""Which engine settings the models of a stage get, read in one place, and what ZeRO shards of each."""
+"""Which ZeRO stage the engines of a run have, for a machine that need not be this one."""
 
 from __future__ import annotations
 
-from core.config import Config, Engine
+from core.config import Engine
+from core.training.engine import FROZEN_SHARE
 
 
-def rm_settings(cfg: Config) -> Engine:
-    """Of the reward models in stage `rm`."""
-    return cfg.engine
+def frozen_zero(settings: Engine, together: float, gpu_memory: float | None) -> int:
+    """The stage of models that are not trained, 0 or 3, by the rule of `core.training.engine.frozen_zero_stage`.
 
-
-def actor_settings(cfg: Config) -> Engine:
-    """Of what stage `ppo` trains: actor and critic."""
-    return cfg.engine
-
-
-def frozen_settings(cfg: Config) -> Engine:
-    """Of what stage `ppo` runs without training: reference, proxy, shared frozen layers."""
-    return cfg.engine
-
-
-def zero_of(settings: Engine, *, trained: bool) -> int:
-    """The ZeRO stage of an engine: stages 1 and 2 shard only what is trained (`core.training.engine`)."""
-    return settings.zero_stage if trained or settings.zero_stage == 3 else 0
-
-
-def zeros(cfg: Config) -> list[int]:
-    """The ZeRO stages that engines of the stages rm and ppo have."""
-    found = {zero_of(settings, trained=True) for settings in (rm_settings(cfg), actor_settings(cfg))}
-    return sorted(found | {zero_of(frozen_settings(cfg), trained=False)})
+    Args:
+        together: bytes of all that a rank would hold.
+        gpu_memory: bytes of a GPU; None on CPU.
+    """
+    if settings.frozen_zero_stage != "auto":
+        return settings.frozen_zero_stage
+    if settings.zero_stage < 3 or not (settings.offload or gpu_memory):
+        return 0
+    return 3 if settings.offload or together > FROZEN_SHARE * (gpu_memory or 0.0) else 0

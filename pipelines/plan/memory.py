@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from bon.scores import CACHED_STATES
 from core.config import Engine
 from core.models.logprobs import KEPT_LOGITS
-from pipelines.plan.engines import actor_settings, rm_settings
 from pipelines.plan.pools import SCORE_TOKENS
 from pipelines.plan.shapes import Shape
 from pipelines.plan.sizes import Part, Sizes
@@ -140,7 +139,7 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
 
 def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
     """The variant that needs most; the states of frozen layers are kept in host memory."""
-    cfg, ranks, size, settings = sizes.cfg.rm, sizes.ranks, sizes.bytes_per_weight, rm_settings(sizes.cfg)
+    cfg, ranks, size, settings = sizes.cfg.rm, sizes.ranks, sizes.bytes_per_weight, sizes.cfg.engine_of("rm")
     found: list[Memory] = []
     for variant in cfg.variants.values():
         shape, part = sizes.variant_shape(variant), sizes.rm_part(variant)
@@ -168,13 +167,13 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
 
 def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     """The trainer with all its models, and vLLM beside it unless it sleeps or is a server."""
-    cfg, ranks, size, settings = sizes.cfg.ppo, sizes.ranks, sizes.bytes_per_weight, actor_settings(sizes.cfg)
+    cfg, ranks, size, settings = sizes.cfg.ppo, sizes.ranks, sizes.bytes_per_weight, sizes.cfg.engine_of("ppo")
     parts: dict[str, float] = {"process": PROCESS}
     if not cfg.vllm_servers:
         parts |= sampler(sizes, gpu_memory)
     adapters = sizes.actor_trained if cfg.lora else 0
     parts["actor"] = held(sizes.policy.params + adapters, size, sizes.actor_zero, ranks)
-    frozen = 3 if sizes.frozen_zero == 3 else None
+    frozen = sizes.frozen_zero
     if not cfg.lora:
         parts["reference"] = held(sizes.policy.params, size, frozen, ranks)
     trained = trained_bytes(sizes.actor_trained, settings, ranks, gpu=bool(gpu_memory))
@@ -228,7 +227,7 @@ def memory_warnings(sizes: Sizes, stage: str, memory: Memory, available: float, 
     Args:
         available: bytes of one GPU; on CPU of the whole machine.
     """
-    ranks = sizes.ranks if stage in ("rm", "ppo") else 1
+    ranks = sizes.ranks
     gib = lambda n: f"{n / GIB:.1f} GiB"  # noqa: E731
     if not gpu:
         need = max(memory.total, memory.whole_on_host) * ranks

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.config import Config
+from core.config import Config, EngineStage
 from pipelines.plan import pools, training
 from pipelines.plan.disk import Disk, disk_of, disk_warnings
 from pipelines.plan.lengths import Lengths
@@ -22,8 +22,6 @@ COUNTS: dict[str, Callable[[Sizes], Phases]] = {
     "prompts": pools.prompts, "preferences": pools.preferences, "rm": training.rm, "bon": pools.bon,
     "ppo": training.ppo, "eval": pools.evaluate,
 }  # fmt: skip
-PROCESSES = 2
-"""That a stage starts one after the other: the command, and the stage itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +29,8 @@ class Where:
     """The machine that is planned for."""
 
     rates: Rates
-    ranks: int
-    """Of the stages rm and ppo."""
+    ranks: Mapping[EngineStage, int]
+    """Of each stage that trains."""
     memory: float
     """Bytes of one GPU, or of the whole machine on CPU."""
     gpus: int = 0
@@ -45,9 +43,9 @@ class Where:
 class StagePlan:
     name: str
     phases: dict[str, float]
-    """Seconds of each phase; their sum is what the manifest will have as `seconds`."""
+    """Seconds of each phase of the stage's own function."""
     before: float
-    """Seconds until the stage begins: processes and imports."""
+    """Seconds until that is called: processes and imports."""
     memory: Memory
     disk: Disk
     ranks: int
@@ -85,7 +83,7 @@ class Plan:
         return None if self.price is None else seconds / 3600 * self.price * max(1, self.gpus)
 
 
-def sizes_of(cfg: Config, lengths: Lengths, ranks: int) -> Sizes:
+def sizes_of(cfg: Config, lengths: Lengths, where: Where) -> Sizes:
     """The sizes of the models of a configuration.
 
     Raises:
@@ -96,22 +94,23 @@ def sizes_of(cfg: Config, lengths: Lengths, ranks: int) -> Sizes:
     gold = None if cfg.gold.kind in ("judge", "linear") else shape_of(cfg.policy.model_copy(update={
         "path": cfg.gold.path, "revision": None,
     }))  # fmt: skip
-    return Sizes(cfg, lengths, policy, base, gold, ranks)
+    return Sizes(cfg, lengths, policy, base, gold, 1, where.memory if where.gpus else None)
 
 
 def plan_stage(name: str, sizes: Sizes, where: Where, times: int = 1) -> StagePlan:
-    distributed = STAGES[name].distributed
+    sizes = replace(sizes, ranks=where.ranks.get(name, 1))  # type: ignore[call-overload]
     phases = pools.report(where.report_seconds) if name == "report" else COUNTS[name](sizes)
     seconds = {phase: sum(where.rates.seconds(item) for item in items) for phase, items in phases.items()}
-    ranks = sizes.ranks if distributed else 1
-    before = where.rates.seconds(Start("process", PROCESSES, ranks))
+    before = where.rates.seconds(Start("command")) + where.rates.seconds(Start("process", ranks=sizes.ranks))
     gpu_memory = where.memory if where.gpus else None
-    return StagePlan(name, seconds, before, memory_of(sizes, name, gpu_memory), disk_of(sizes, name), ranks, times)
+    return StagePlan(
+        name, seconds, before, memory_of(sizes, name, gpu_memory), disk_of(sizes, name), sizes.ranks, times
+    )
 
 
 def make_plan(cfg: Config, lengths: Lengths, where: Where, price: float | None = None) -> Plan:
     """The plan of the seven stages of a run."""
-    sizes = sizes_of(cfg, lengths, where.ranks)
+    sizes = sizes_of(cfg, lengths, where)
     return assemble(cfg, [(plan_stage(name, sizes, where), sizes) for name in STAGES], lengths, where, price)
 
 
@@ -120,9 +119,12 @@ def assemble(
 ) -> Plan:
     """A plan of these stages, with its warnings."""
     warnings = [
-        f"the configuration does not fit {where.ranks} ranks: {fault}" for fault in cfg.batch_faults(where.ranks)
+        f"{stage}: the configuration does not fit {ranks} ranks: {fault}"
+        for stage, ranks in where.ranks.items()
+        for fault in cfg.batch_faults(stage, ranks)
     ]
     for stage, sizes in stages:
+        sizes = replace(sizes, ranks=stage.ranks)
         found = memory_warnings(sizes, stage.name, stage.memory, where.memory, gpu=bool(where.gpus))
         warnings += [line for line in found if line not in warnings]
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}

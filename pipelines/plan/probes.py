@@ -35,7 +35,6 @@ from core.models.logprobs import token_logprobs
 from core.models.lora import add_lora
 from core.training import distributed
 from core.training.engine import Engine
-from pipelines.plan.engines import actor_settings, frozen_settings, rm_settings, zero_of
 from pipelines.policy_kl import measure_kl
 from pipelines.prompts import read_prompts
 from ppo.policy import PolicyModule
@@ -44,7 +43,7 @@ from rm.model import RewardModel
 
 STARTED = "GRM_PLAN_STARTED"
 """Environment variable: when the process was started, in seconds since the epoch."""
-SHAPES = ((2, 96), (8, 96), (8, 384), (32, 96))
+SHAPES = ((2, 96), (8, 96), (8, 256), (24, 96))
 """Rows x tokens of the passes that are timed."""
 DEEP = 8
 """Most trained layers that are timed; deeper models are extrapolated."""
@@ -55,7 +54,7 @@ MOST_NEW = 48
 OPTIM = Optim(lr=1e-6)
 
 
-def timed(call: Callable[[], object], repeat: int = 2) -> float:
+def timed(call: Callable[[], object], repeat: int = 3) -> float:
     """Seconds of a call on the slowest rank; the least of `repeat`, so that what happens once does not count."""
     best = float("inf")
     for _ in range(repeat):
@@ -161,19 +160,20 @@ class Probes:
         response = list(range(3, 35))
         samples = [{"prompt": self.prompt, "token_ids": response} for _ in range(8)]
         call = lambda: measure_kl(lm, lm, self.tokenizer, samples, 1.0, 8)  # noqa: E731
-        self.found["kl"] = timed(call, repeat=1) / (len(samples) * len(response))
+        self.found["kl"] = timed(call, repeat=2) / (len(samples) * len(response))
 
     def engines(self) -> None:
         """Passes, optimiser steps and syncs of models under engines."""
         cfg = self.cfg
-        trained = {zero_of(s, trained=True): s for s in (rm_settings(cfg), actor_settings(cfg))}
-        for zero, settings in trained.items():
+        settings = {s.zero_stage: s for s in (cfg.engine_of("rm"), cfg.engine_of("ppo"))}
+        for zero, one in settings.items():
             for depth in (DEEP, 2):
-                self._critic(settings, zero, depth)
+                self._critic(one, zero, depth)
+        actor = cfg.engine_of("ppo")
         for depth in (DEEP, 2):
-            self._actor(actor_settings(cfg), zero_of(actor_settings(cfg), trained=True), depth)
-        if zero_of(frozen_settings(cfg), trained=False) == 3:
-            self._frozen(frozen_settings(cfg))
+            self._actor(actor, actor.zero_stage, depth)
+        if actor.frozen_zero_stage == 3:
+            self._frozen(actor)
 
     def _critic(self, settings: Settings, zero: int, depth: int) -> None:
         lm = self._load(None)
@@ -225,8 +225,8 @@ class Probes:
             seconds, _ = in_turn(lambda: self._back(engine, call()))  # noqa: B023
             self._pass("lora", zero, rows, length, depth, seconds, logits=rows)
         if depth > 2:
-            gather = timed(lambda: [weight for _, weight in engine.named_weights(lm)], repeat=1)
-            sync = timed(lambda: self.generator.sync(engine.named_weights(lm)))
+            gather = timed(lambda: [weight for _, weight in engine.named_weights(lm)], repeat=2)
+            sync = timed(lambda: self.generator.sync(engine.named_weights(lm)), repeat=2)
             self.found["gather"] = {str(zero): gather / self._params(lm)}
             self.found["sync"] = self.found.get("sync", {}) | {str(zero): sync / self._params(lm)}
 
@@ -276,7 +276,7 @@ class Probes:
 
         file = Path(sys.argv[2]).with_suffix(".safetensors")
         weights = {name: w.detach().clone() for name, w in lm.named_parameters()}
-        seconds = timed(lambda: save_file(weights, file))
+        seconds = timed(lambda: save_file(weights, file), repeat=2)
         self.found["write"] = seconds / file.stat().st_size
         file.unlink()
 

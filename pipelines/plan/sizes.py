@@ -8,7 +8,7 @@ from statistics import mean
 
 from core.batching import balanced
 from core.config import Config, RewardVariant
-from pipelines.plan.engines import actor_settings, frozen_settings, rm_settings, zero_of
+from pipelines.plan.engines import frozen_zero
 from pipelines.plan.lengths import Lengths
 from pipelines.plan.shapes import Shape
 from pipelines.plan.work import Trained
@@ -38,7 +38,9 @@ class Sizes:
     gold: Shape | None
     """None for the built-in judge, which has a rate of its own."""
     ranks: int
-    """Of the stages rm and ppo."""
+    """Of the stage that is counted."""
+    gpu_memory: float | None = None
+    """Bytes of a GPU; None on CPU, where passes leave padding out (`core.models.unpadded`)."""
 
     @property
     def bytes_per_weight(self) -> int:
@@ -50,15 +52,20 @@ class Sizes:
 
     @property
     def rm_zero(self) -> int:
-        return zero_of(rm_settings(self.cfg), trained=True)
+        return self.cfg.engine_of("rm").zero_stage
 
     @property
     def actor_zero(self) -> int:
-        return zero_of(actor_settings(self.cfg), trained=True)
+        return self.cfg.engine_of("ppo").zero_stage
 
     @property
-    def frozen_zero(self) -> int:
-        return zero_of(frozen_settings(self.cfg), trained=False)
+    def frozen_zero(self) -> int | None:
+        """Of the models of stage ppo that are not trained: 3 or None for whole ones."""
+        ppo = self.cfg.ppo
+        shapes = [] if ppo.reward_server else [self.variant_shape(self.cfg.rm.variants[name]) for name in ppo.members]
+        together = sum(shape.params for shape in shapes) + self.policy.params * ((not ppo.lora) + (self.shared > 0))
+        stage = frozen_zero(self.cfg.engine_of("ppo"), together * self.bytes_per_weight, self.gpu_memory)
+        return 3 if stage == 3 else None
 
     def variant_shape(self, variant: RewardVariant) -> Shape:
         return self.base.cut(num_layers(self.cfg.rm, variant))
@@ -141,7 +148,11 @@ class Sizes:
         return [rng.choice(prompt) + sum(rng.choice(response) for _ in range(responses)) for _ in range(count)]
 
     def padded(self, rows: int, parts: int, *, responses: int = 1) -> float:
-        """Mean padded tokens of one of `parts` micro-batches into which `rows` rows are balanced."""
+        """Mean tokens of one of `parts` micro-batches into which `rows` rows are balanced, padding included where it is
+        computed."""
+        if self.gpu_memory is None:
+            prompt, response = self.lengths.prompt_tokens, self.lengths.response_tokens
+            return rows / parts * (prompt + responses * response)
         sizes = []
         for seed in range(DRAWS):
             lengths = self.draw(rows, responses=responses, seed=seed)
@@ -171,7 +182,8 @@ class Sizes:
 
 
 def batches(total: float, budget: float, ranks: int = 1) -> tuple[float, float]:
-    """(calls of one rank, tokens of a call) for `total` tokens in batches of at most `budget`, dealt out to the ranks;
-    the last batch is repeated for ranks that have one less (`rm.score`)."""
+    """(calls of one rank, tokens of a call) for `total` tokens in batches of at most `budget`, equally many on every
+    rank (`core.batching.evenly_on_ranks`)."""
     count = max(1, -(-total // budget))
-    return float(-(-count // ranks)), total / count
+    count += -count % ranks
+    return float(count // ranks), total / count

@@ -73,7 +73,8 @@ def _row(plan: Plan, stage: StagePlan) -> list[str]:
 def check(plan: Plan, folder: Path) -> str:
     """Predicted and actual seconds of the finished stages of a run, and of the phases of PPO.
 
-    Processes and imports before a stage are not in its manifest, and are left out here.
+    Where the manifest says how long the stage took to start, its seconds are counted from the command on; else from the
+    moment when the stage's own function was called, and processes and imports are left out.
     """
     rows = [["stage", "predicted", "actual", "predicted / actual"]]
     sums = [0.0, 0.0]
@@ -82,8 +83,9 @@ def check(plan: Plan, folder: Path) -> str:
         if manifest is None:
             continue
         actual = manifest["seconds"]
-        rows.append(_compared(stage.name, stage.seconds, actual))
-        sums = [sums[0] + stage.seconds, sums[1] + actual]
+        predicted = stage.seconds + ("seconds_start" in manifest) * stage.before
+        rows.append(_compared(stage.name, predicted, actual))
+        sums = [sums[0] + predicted, sums[1] + actual]
         if stage.name == "ppo":
             rows += _phases(stage, folder / "ppo" / "metrics.jsonl", actual)
         if stage.name == "rm":

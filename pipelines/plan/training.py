@@ -6,6 +6,7 @@ from core.config import RewardVariant
 from pipelines.plan.pools import SCORE_TOKENS, Phases, checkpoints
 from pipelines.plan.sizes import Part, Sizes, batches
 from pipelines.plan.work import Gather, Item, Load, Logits, Pass, Read, Sample, Start, Trained, Update, Write
+from ppo.forward import WIDER
 
 
 def rm(sizes: Sizes) -> Phases:
@@ -116,17 +117,17 @@ def ppo(sizes: Sizes) -> Phases:
         "start": _starting(sizes),
         "generate": [_sampling(sizes, steps)] if not cfg.vllm_servers else [],
         "score": [] if cfg.reward_server else _scoring(sizes, steps),
-        "logprobs": _reading(sizes, steps, sizes.rollouts // cfg.micro_batch),
+        "logprobs": _reading(sizes, steps),
         "train": _updating(sizes, steps),
         "sync": [Gather(sizes.policy, steps, sizes.actor_zero, ranks, to_vllm=True)],
         "probe": [],
         "save": [],
     }
-    tokens = cfg.micro_batch * sizes.row()
-    phases["generate"].append(Read(sizes.policy, steps, tokens, ranks))
-    phases["probe"] += [
-        *_actor(sizes, 2 * steps, reference=False), *_shared(sizes, steps), Read(sizes.policy, steps, tokens, ranks)
-    ]  # fmt: skip
+    # At temperature 1 the log-probs of the rollout serve the probe too.
+    again = sizes.cfg.generation.temperature != 1
+    read = Read(sizes.policy, steps, cfg.micro_batch * sizes.row(), ranks)
+    phases["generate"] += [read] if again else []
+    phases["probe"] += [*_actor(sizes, steps * (1 + again), ppo_micro(sizes), reference=False), read]
     size = sizes.bytes_per_weight
     policy = sizes.actor_trained * size
     states = len(range(cfg.save_every, steps, cfg.save_every)) + cfg.keep_state
@@ -171,22 +172,40 @@ def _sampling(sizes: Sizes, calls: float) -> Sample:
 
 
 def _scoring(sizes: Sizes, steps: float) -> list[Item]:
-    """The proxies on the responses of all ranks, in batches that the ranks divide among themselves."""
+    """The proxies on the responses of all ranks, in batches that the ranks divide among themselves; or on this rank's,
+    from the states of the shared layers, where a proxy has these layers too."""
     cfg, n = sizes.cfg.ppo, sizes.cfg.ppo.samples_per_prompt
-    calls, tokens = batches(cfg.rollouts / n * sizes.row(n), SCORE_TOKENS, sizes.ranks)
-    shapes = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.members]
-    return [
-        Pass(shape, steps * calls, tokens, sizes.row(n), shape.layers, zero=_frozen(sizes), ranks=sizes.ranks)
-        for shape in shapes
-    ]
+    items: list[Item] = []
+    for variant in (sizes.cfg.rm.variants[name] for name in cfg.members):
+        shape, zero = sizes.variant_shape(variant), sizes.frozen_zero
+        if sizes.shared and sizes.untouched(variant) >= sizes.shared and sizes.base.name == sizes.policy.name:
+            calls, tokens = _wide(sizes)
+            layers = shape.layers - sizes.shared
+            items.append(Pass(shape, steps * calls, tokens, sizes.row(), layers, zero=zero, ranks=sizes.ranks))
+        else:
+            calls, tokens = batches(cfg.rollouts / n * sizes.row(n), SCORE_TOKENS, sizes.ranks)
+            items.append(Pass(shape, steps * calls, tokens, sizes.row(n), shape.layers, zero=zero, ranks=sizes.ranks))
+    return items
 
 
-def _reading(sizes: Sizes, steps: float, micros: float) -> list[Item]:
+def _wide(sizes: Sizes) -> tuple[float, float]:
+    """(passes, tokens of a pass) without gradients over a rank's rollout (`ppo.forward`)."""
+    micros = sizes.rollouts // sizes.cfg.ppo.micro_batch
+    calls = max(1, micros // WIDER["cpu" if sizes.gpu_memory is None else "cuda"])
+    return float(calls), sizes.padded(sizes.rollouts, calls)
+
+
+def _reading(sizes: Sizes, steps: float) -> list[Item]:
     """Frozen layers, log-probs of actor and reference, values of the critic, for one rank's rollout."""
-    calls = steps * micros
-    items = [*_shared(sizes, calls), *_actor(sizes, calls, reference=False), *_actor(sizes, calls, reference=True)]
+    micros, (calls, tokens) = sizes.rollouts // sizes.cfg.ppo.micro_batch, _wide(sizes)
+    items: list[Item] = []
+    if sizes.shared:
+        zero = sizes.frozen_zero
+        items.append(Pass(sizes.policy, steps * calls, tokens, sizes.row(), sizes.shared, zero=zero, ranks=sizes.ranks))
+    items += _actor(sizes, steps * micros, ppo_micro(sizes), reference=False)
+    items += _actor(sizes, steps * calls, tokens, reference=True)
     if sizes.critic:
-        items += _trunk(sizes, calls, "critic", None)
+        items += _trunk(sizes, steps * calls, tokens, "critic", None)
     return items
 
 
@@ -196,12 +215,12 @@ def _updating(sizes: Sizes, steps: float) -> list[Item]:
     updates = steps * cfg.epochs * cfg.minibatches
     policy = (steps - cfg.critic_warmup_steps) / steps  # the actor rests in the critic's first steps
     part = sizes.actor_part
-    items = _trunk(sizes, calls * policy, "actor", part.kind)
+    items = _trunk(sizes, calls * policy, ppo_micro(sizes), "actor", part.kind)
     head = sizes.cfg.ppo.lora is None
     items.append(Logits(sizes.policy, calls * policy, _responses(sizes), True, head, zero, ranks))
     items.append(Update(updates * policy, sizes.actor_trained, zero, ranks))
     if sizes.critic:
-        items += _trunk(sizes, calls, "critic", "weights")
+        items += _trunk(sizes, calls, ppo_micro(sizes), "critic", "weights")
         items.append(Update(updates, sizes.critic_trained, zero, ranks))
     return items
 
@@ -218,30 +237,18 @@ def ppo_micro(sizes: Sizes) -> float:
     return sizes.padded(rows, max(1, rows // cfg.micro_batch))
 
 
-def _frozen(sizes: Sizes) -> int | None:
-    """How an engine that does not train shards its weights."""
-    return 3 if sizes.frozen_zero == 3 else None
-
-
-def _shared(sizes: Sizes, calls: float) -> list[Item]:
-    if not sizes.shared:
-        return []
-    return [
-        Pass(sizes.policy, calls, ppo_micro(sizes), sizes.row(), sizes.shared, zero=_frozen(sizes), ranks=sizes.ranks)
-    ]
-
-
-def _actor(sizes: Sizes, calls: float, *, reference: bool) -> list[Item]:
+def _actor(sizes: Sizes, calls: float, tokens: float, *, reference: bool) -> list[Item]:
     """A forward pass of actor or reference above the shared layers, with log-probs of the responses."""
-    zero = _frozen(sizes) if reference and sizes.cfg.ppo.lora is None else sizes.actor_zero
+    zero = sizes.frozen_zero if reference and sizes.cfg.ppo.lora is None else sizes.actor_zero
     layers = sizes.policy.layers - sizes.shared
+    responses = tokens * sizes.lengths.response_tokens / sizes.row()
     return [
-        Pass(sizes.policy, calls, ppo_micro(sizes), sizes.row(), layers, zero=zero, ranks=sizes.ranks),
-        Logits(sizes.policy, calls, _responses(sizes), zero=zero, ranks=sizes.ranks),
+        Pass(sizes.policy, calls, tokens, sizes.row(), layers, zero=zero, ranks=sizes.ranks),
+        Logits(sizes.policy, calls, responses, zero=zero, ranks=sizes.ranks),
     ]
 
 
-def _trunk(sizes: Sizes, calls: float, which: str, trained: Trained | None) -> list[Item]:
+def _trunk(sizes: Sizes, calls: float, tokens: float, which: str, trained: Trained | None) -> list[Item]:
     """The layers of actor or critic above the shared ones; `trained` is what is trained, None a forward pass."""
     if which == "actor":
         shape, part = sizes.policy, sizes.actor_part
@@ -249,7 +256,7 @@ def _trunk(sizes: Sizes, calls: float, which: str, trained: Trained | None) -> l
         assert sizes.critic is not None
         shape, part = sizes.critic, sizes.critic_part
     make = lambda layers, kind: Pass(  # noqa: E731
-        shape, calls, ppo_micro(sizes), sizes.row(), layers, kind, sizes.actor_zero, sizes.ranks
+        shape, calls, tokens, sizes.row(), layers, kind, sizes.actor_zero, sizes.ranks
     )
     if trained is None:
         return [make(shape.layers - sizes.shared, None)]

@@ -164,7 +164,8 @@ class Load:
 class Start:
     """Something that is started once: a library, an engine."""
 
-    what: Literal["process", "vllm", "deepspeed", "engine", "judge"]
+    what: Literal["command", "process", "vllm", "deepspeed", "engine", "judge"]
+    """command: what `grm` does itself before it starts a stage. process: a stage's process up to its imports."""
     count: float = 1
     ranks: int = 1
 

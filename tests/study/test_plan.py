@@ -144,8 +144,10 @@ def test_the_cache_is_keyed_by_what_a_measurement_depends_on(monkeypatch):
 
 def test_engines_of_other_zero_stages_are_measured_by_themselves(tmp_path):
     cfg = load(["configs/offline.yaml"], ["engine.zero_stage=2"])
-    assert groups(cfg, 2) == {"1": 1, "2 ranks, zero 0, 2": 2}
-    assert groups(load(["configs/offline.yaml"], []), 1) == {"1 ranks, zero 3": 1}
+    assert groups(cfg, {"rm": 2, "ppo": 2}) == {"1": (1, False), "2 ranks, zero 2": (2, True)}
+    other = load(["configs/offline.yaml"], ["ppo.engine.zero_stage=0", "rm.engine.zero_stage=3"])
+    assert groups(other, {"rm": 2, "ppo": 2}) == {"1": (1, False), "2 ranks, zero 0, 3": (2, True)}
+    assert groups(other, {"rm": 1, "ppo": 2}) == {"1 ranks, zero 3": (1, True), "2 ranks, zero 0": (2, True)}
     file = tmp_path / "kept.json"
     write_json(file, {"groups": {"1": {"ranks": 1}}, "code": {"git_sha": "abc"}})
     assert measured.read(file, ["1", "2 ranks, zero 3"]) == ({1: {"ranks": 1}}, ["2 ranks, zero 3"], "abc")

@@ -32,10 +32,13 @@ def lengths(**changes: Any) -> Lengths:
     return Lengths(**values | changes)
 
 
-def sizes(shape: Shape | None = None, ranks: int = 2, known: Lengths | None = None, **sections: Any) -> Sizes:
+def sizes(
+    shape: Shape | None = None, ranks: int = 2, known: Lengths | None = None, gpu_memory: float | None = None,
+    **sections: Any,
+) -> Sizes:  # fmt: skip
     """Of a configuration with these sections."""
     shape = shape or tiny_shape()
     names = list(sections.get("rm", {}).get("variants", {"grm": None}))
     sections["ppo"] = {"proxy": names[0]} | sections.get("ppo", {})
     cfg = Config.model_validate({"engine": ENGINE | {"processes": ranks}, **sections})
-    return Sizes(cfg, known or lengths(), shape, shape, None, ranks)
+    return Sizes(cfg, known or lengths(), shape, shape, None, ranks, gpu_memory)

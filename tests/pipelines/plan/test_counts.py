@@ -3,9 +3,8 @@
 import random
 
 import pytest
-import torch
 
-from core.batching import by_length
+from core.batching import by_length_on_ranks, evenly_on_ranks
 from core.config import RewardVariant
 from core.generation.local import Completion
 from pipelines.plan import pools, training
@@ -71,11 +70,17 @@ def test_micro_batches_of_ppo_are_those_that_it_makes():
     draw = random.Random(1)
     prompts = [[1] * draw.randint(5, 30) for _ in range(16)]
     answers = [Completion([1] * (k := draw.randint(1, 12)), [0.0] * k, "", True) for _ in range(16)]
-    made = make_minibatches(prompts, answers, torch.zeros(16), list(range(16)), 0, minibatches=2, micro_batch=4, seed=0)
-    known = lengths(prompt_draws=[len(p) for p in prompts], response_draws=[len(a.token_ids) for a in answers])
-    found = sizes(ppo=ppo, known=known)
-    tokens = [micro.input_ids.numel() for minibatch in made for micro in minibatch]
-    assert training.ppo_micro(found) == pytest.approx(sum(tokens) / len(tokens), rel=0.15)
+    made = make_minibatches(prompts, answers, list(range(16)), 0, minibatches=2, micro_batch=4, seed=0)
+    known = lengths(
+        prompt_draws=[len(p) for p in prompts], response_draws=[len(a.token_ids) for a in answers],
+        prompt_tokens=sum(map(len, prompts)) / 16, response_tokens=sum(len(a.token_ids) for a in answers) / 16,
+    )  # fmt: skip
+    padded = [micro.input_ids.numel() for minibatch in made for micro in minibatch]
+    real = [int(micro.attention_mask.sum()) for minibatch in made for micro in minibatch]
+    on_gpu, found = sizes(ppo=ppo, known=known, gpu_memory=1e9), sizes(ppo=ppo, known=known)
+    assert training.ppo_micro(on_gpu) == pytest.approx(sum(padded) / len(padded), rel=0.1)
+    assert training.ppo_micro(found) == pytest.approx(sum(real) / len(real))
+    tokens = real
     critics = [p for p in of_kind(training.ppo(found), "train", Pass) if p.trained == "weights"]
     assert [p.calls for p in critics] == [found.cfg.ppo.steps * len(tokens)]
 
@@ -88,11 +93,13 @@ def test_layers_of_ppo_are_run_once_where_they_are_shared():
     assert (found.actor_part, found.critic_part, found.shared) == (Part(2, 2, "lora"), Part(3, 1, "weights"), 2)
     phases = training.ppo(found)
     reading = [(p.layers, p.zero) for p in of_kind(phases, "logprobs", Pass)]
-    assert reading == [(2, 3), (2, 3), (2, 3), (2, 3)]  # shared, actor, reference, critic
+    assert reading == [(2, None), (2, 3), (2, 3), (2, 3)]  # shared, actor, reference, critic
+    assert [p.layers for p in of_kind(phases, "score", Pass)] == [2]  # the proxy goes on from the shared layers
     assert [(p.layers, p.trained) for p in of_kind(phases, "train", Pass)] == [(2, "lora"), (1, None), (1, "weights")]
     alone = sizes(rm=RM, ppo=found.cfg.ppo.model_dump() | {"reuse_frozen_layers": False})
     assert alone.shared == 0
     assert [p.layers for p in of_kind(training.ppo(alone), "logprobs", Pass)] == [4, 4, 4]
+    assert [p.layers for p in of_kind(training.ppo(alone), "score", Pass)] == [4]
 
 
 def test_a_reward_model_with_adapters_shares_no_layer():
@@ -100,12 +107,14 @@ def test_a_reward_model_with_adapters_shares_no_layer():
     assert found.shared == 0
 
 
-def test_batches_are_those_of_scoring():
-    """Equal rows: as many batches as `by_length` makes, dealt out to the ranks with the last one repeated."""
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_batches_are_those_of_scoring(ranks):
     rows, length, budget = 50, 32, 320
-    count = len(by_length([length] * rows, budget))
-    assert batches(rows * length, budget) == (count, rows * length / count)
-    assert batches(rows * length, budget, ranks=2)[0] == -(-count // 2)
+    for divided in (by_length_on_ranks, evenly_on_ranks):
+        groups = divided([length] * rows, budget, ranks)
+        mine = groups[0::ranks]
+        calls, tokens = batches(rows * length, budget, ranks)
+        assert calls == len(mine) and tokens == pytest.approx(length * sum(map(len, mine)) / len(mine), rel=0.1)
 
 
 def test_samples_of_the_stages():

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.config import Engine, Lora
 from core.models.layers import hidden_states
 from core.models.lora import add_lora
+from pipelines.plan.engines import frozen_zero
 from pipelines.plan.memory import GIB, activation_bytes, held, memory_of, memory_warnings, trained_bytes
 from tests.builders.plan.sizes import TINY, sizes, tiny_shape
 from tests.builders.processes import run_program
@@ -115,3 +116,18 @@ def test_weights_that_leave_vllm_no_cache_are_warned_of():
     available = 2.0 * shape.params * 2
     lines = memory_warnings(found, "ppo", memory_of(found, "ppo", available), available, gpu=True)
     assert any("has no room for one sequence" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "together", "gpu_memory", "stage"),
+    [
+        (Engine(zero_stage=3), 1e9, None, 0),
+        (Engine(zero_stage=3), 1e9, 8e10, 0),
+        (Engine(zero_stage=3), 1e10, 8e10, 3),
+        (Engine(zero_stage=2), 1e10, 8e10, 0),
+        (Engine(zero_stage=3, offload=True), 1e9, 8e10, 3),
+        (Engine(zero_stage=0, frozen_zero_stage=3), 1e9, None, 3),
+    ],
+)
+def test_frozen_models_are_sharded_by_the_rule_of_engines(settings, together, gpu_memory, stage):
+    assert frozen_zero(settings, together, gpu_memory) == stage
