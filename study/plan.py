@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from core.artefacts import device_name, read_manifest
+from core.artefacts import read_manifest
 from core.config import ENGINE_STAGES, Config, EngineStage, Study
 from core.config.load import load
 from core.errors import ConfigError
@@ -26,7 +26,17 @@ from pipelines import launch, runs
 from pipelines.plan import measured, table
 from pipelines.plan.lengths import Lengths, lengths_of
 from pipelines.plan.measure import groups, measure
-from pipelines.plan.plan import Plan, StagePlan, Where, as_json, assemble, make_plan, plan_stage, sizes_of
+from pipelines.plan.plan import (
+    Plan,
+    StagePlan,
+    Where,
+    as_json,
+    assemble,
+    finished_seconds,
+    make_plan,
+    plan_stage,
+    sizes_of,
+)
 from pipelines.plan.rates import GPUS, ON_GPU, FromPeaks, rough
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
@@ -54,7 +64,7 @@ def main(argv: list[str]) -> int:
         where, known = on_gpus(cfg, options.gpus), None
     else:
         where, known = on_this_machine(cfg, file, ranks)
-    lengths = lengths_of(cfg, options.share, known if known is not None else finished_responses(cfg))
+    lengths = lengths_of(cfg, options.share, finished_responses(cfg) or known)
     plan = of_configuration(cfg, lengths, where, options.price)
     if options.check:
         print(table.check(plan, runs.folder_of(options.check)))
@@ -118,19 +128,22 @@ def on_this_machine(cfg: Config, file: Path, ranks: Mapping[EngineStage, int]) -
 def finished_report(cfg: Config) -> float | None:
     """Seconds of a finished stage `report` of this machine, of this run or of one beside it."""
     for folder in (cfg.run_dir, *sorted(cfg.run.dir.glob("*"))):
-        manifest = read_manifest(folder / "report")
-        if manifest and manifest["device"] == device_name():
-            return manifest["seconds"]
+        if (seconds := finished_seconds(folder / "report")) is not None:
+            return seconds
     return None
 
 
 def finished_responses(cfg: Config) -> list[int] | None:
-    """Mean length of responses in this run's finished stage `preferences`, as a list of one."""
+    """Mean length of responses in this run's finished stage `preferences`, as a list of one; None where it was sampled
+    from another policy or cut off elsewhere."""
     manifest = read_manifest(cfg.run_dir / "preferences")
-    try:
-        return [round(manifest["metrics"]["response_tokens"])] if manifest else None
-    except KeyError:  # of an earlier version
+    if manifest is None or "response_tokens" not in manifest["metrics"]:
         return None
+    was = manifest["config"]
+    same = was["generation"]["max_new_tokens"] == cfg.generation.max_new_tokens
+    return (
+        [round(manifest["metrics"]["response_tokens"])] if same and was["policy"]["path"] == cfg.policy.path else None
+    )
 
 
 def of_configuration(cfg: Config, lengths: Lengths, where: Where, price: float | None) -> Plan:

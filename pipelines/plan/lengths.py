@@ -68,7 +68,8 @@ def lengths_of(cfg: Config, share: float | None, known: Sequence[int] | None) ->
     elif known:
         draws = [min(n, most) for n in known]
         response = sum(draws) / len(draws)
-        why = f"mean of {len(known)} responses of this policy that were sampled before"
+        why = f"{len(known)} responses of this policy that were sampled before"
+        why = "mean of this run's own samples" if len(known) == 1 else f"mean of {why}"
     else:
         response, why = SHARE * most, f"assumed: {SHARE:g} of generation.max_new_tokens; --share sets it"
     draws = draws or [round(response)]

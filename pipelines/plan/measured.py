@@ -68,11 +68,14 @@ class Measured:
                 features = pass_features(item.tokens, item.length, item.layers)
                 return item.calls * predicted(k, features) * self._scale(item.shape, item.shape.linear_params)
             case work.Logits():
-                kind = "backward" if item.backward else "forward"
-                k = self._logits.get((item.ranks, kind, item.zero)) or self._logits.get((item.ranks, kind, None))
+                k = self._logits.get((item.ranks, "backward" if item.backward else "forward"))
                 if k is None:
                     return None
-                return item.calls * predicted(k, [1, item.tokens]) * self._scale(item.shape, item.shape.head_params)
+                one = predicted(k, [1, item.tokens]) * self._scale(item.shape, item.shape.head_params)
+                if item.zero == 3:  # the head is gathered, once more for the backward pass
+                    gather = _of_zero(group.get("gather", {}), 3) or 0.0
+                    one += (1 + item.backward) * item.shape.head_params * gather
+                return item.calls * one
             case work.Update():
                 rate = _of_zero(group.get("update", {}), item.zero)
                 return None if rate is None else item.calls * item.params * rate
@@ -125,27 +128,17 @@ class Measured:
         found: dict[tuple[int, str, int | None], list[dict]] = {}
         for ranks, group in self.groups.items():
             for point in group["passes"]:
-                head = self._head_seconds(ranks, point)
-                point = dict(point, seconds=max(point["seconds"] - head, 0.1 * point["seconds"]))
                 found.setdefault((ranks, point["kind"], point["zero"]), []).append(point)
         return {key: fit_passes(points) for key, points in found.items()}
 
-    def _head_seconds(self, ranks: int, point: Mapping[str, Any]) -> float:
-        """What the LM head took of a pass that was timed with it."""
-        if not point.get("logits"):
-            return 0.0
-        kind = "forward" if point["kind"] == "forward" else "backward"
-        k = self._logits.get((ranks, kind, point["zero"]))
-        return predicted(k, [1, point["logits"]]) if k else 0.0
-
     @cached_property
-    def _logits(self) -> dict[tuple[int, str, int | None], list[float]]:
-        found: dict[tuple[int, str, int | None], list[dict]] = {}
+    def _logits(self) -> dict[tuple[int, str], list[float]]:
+        found: dict[tuple[int, str], list[dict]] = {}
         for ranks, group in self.groups.items():
             for point in group["logits"]:
-                found.setdefault((ranks, point["kind"], point["zero"]), []).append(point)
+                found.setdefault((ranks, point["kind"]), []).append(point)
         return {
-            key: non_negative([[1, p["tokens"]] for p in points], [max(p["seconds"], 1e-6) for p in points])
+            key: non_negative([[1, p["tokens"]] for p in points], [p["seconds"] for p in points])
             for key, points in found.items()
         }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from core.artefacts import device_name, read_manifest
 from core.config import Config, EngineStage
 from pipelines.plan import pools, training
 from pipelines.plan.disk import Disk, disk_of, disk_warnings
@@ -51,6 +53,8 @@ class StagePlan:
     ranks: int
     times: int = 1
     """How often it runs; seconds are of one time, disk too."""
+    ran: float | None = None
+    """Seconds in the manifest of this run, if the stage is finished and was run on this machine."""
 
     @property
     def seconds(self) -> float:
@@ -103,9 +107,15 @@ def plan_stage(name: str, sizes: Sizes, where: Where, times: int = 1) -> StagePl
     seconds = {phase: sum(where.rates.seconds(item) for item in items) for phase, items in phases.items()}
     before = where.rates.seconds(Start("command")) + where.rates.seconds(Start("process", ranks=sizes.ranks))
     gpu_memory = where.memory if where.gpus else None
-    return StagePlan(
-        name, seconds, before, memory_of(sizes, name, gpu_memory), disk_of(sizes, name), sizes.ranks, times
-    )
+    memory, disk = memory_of(sizes, name, gpu_memory), disk_of(sizes, name)
+    ran = None if where.gpus or times > 1 else finished_seconds(sizes.cfg.run_dir / name)
+    return StagePlan(name, seconds, before, memory, disk, sizes.ranks, times, ran)
+
+
+def finished_seconds(folder: Path) -> float | None:
+    """Seconds of a finished stage of this machine."""
+    manifest = read_manifest(folder)
+    return manifest["seconds"] if manifest and manifest.get("device") == device_name() else None
 
 
 def make_plan(cfg: Config, lengths: Lengths, where: Where, price: float | None = None) -> Plan:
@@ -167,6 +177,7 @@ def _stage_json(plan: Plan, stage: StagePlan) -> Mapping[str, Any]:
         "times": stage.times,
         "seconds": round(stage.seconds, 1),
         "seconds_before": round(stage.before, 1),
+        "seconds_of_finished_run": stage.ran,
         "seconds_of_phases": {name: round(value, 2) for name, value in stage.phases.items()},
         "cost": plan.cost(stage.total),
         "ranks": stage.ranks,

@@ -35,9 +35,9 @@ from core.models.logprobs import token_logprobs
 from core.models.lora import add_lora
 from core.training import distributed
 from core.training.engine import Engine
+from pipelines.plan.work import Trained
 from pipelines.policy_kl import measure_kl
 from pipelines.prompts import read_prompts
-from ppo.policy import PolicyModule
 from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
 
@@ -47,6 +47,8 @@ SHAPES = ((2, 96), (8, 96), (8, 256), (24, 96))
 """Rows x tokens of the passes that are timed."""
 DEEP = 8
 """Most trained layers that are timed; deeper models are extrapolated."""
+FEW = 2
+"""Layers of the passes that show what a call costs by itself."""
 SEQUENCES = (4, 16, 64)
 """Sequences that are sampled together."""
 MOST_NEW = 48
@@ -54,7 +56,12 @@ MOST_NEW = 48
 OPTIM = Optim(lr=1e-6)
 
 
-def timed(call: Callable[[], object], repeat: int = 3) -> float:
+def shapes_of(depth: int) -> tuple[tuple[int, int], ...]:
+    """What is timed of so many layers: few of them only show what a call costs by itself."""
+    return SHAPES if depth > FEW else SHAPES[:2]
+
+
+def timed(call: Callable[[], object], repeat: int = 2) -> float:
     """Seconds of a call on the slowest rank; the least of `repeat`, so that what happens once does not count."""
     best = float("inf")
     for _ in range(repeat):
@@ -137,17 +144,13 @@ class Probes:
         lm = lm.to(where).requires_grad_(False)
         depth = min(DEEP, self.layers(lm))
         with torch.no_grad():
-            for (rows, length), layers in [(shape, depth) for shape in SHAPES] + [(SHAPES[1], 2)]:
+            for (rows, length), layers in [(shape, depth) for shape in SHAPES] + [(SHAPES[1], FEW)]:
                 ids, mask, states = self._inputs(lm, rows, length)
                 frozen = FrozenStates(self.layers(lm) - layers, states)
                 seconds = timed(lambda: hidden_states(lm, ids, mask, frozen=frozen))  # noqa: B023
                 self._pass("forward", None, rows, length, layers, seconds)
-            head = LmHead.of(lm)
-            for tokens in (32, 384):
-                hidden = torch.randn(tokens, states.shape[-1], dtype=states.dtype, device=where)
-                targets = torch.zeros(tokens, dtype=torch.long, device=where)
-                seconds = timed(lambda: token_logprobs(head, hidden, targets))  # noqa: B023
-                self._logits("forward", None, tokens, seconds)
+        for tokens in (32, 384):
+            self._head(lm, tokens)
         if self.ranks == 1:
             names = list(lm.named_parameters())
             self.found["sync"] = {"none": timed(lambda: self.generator.sync(names)) / self._params(lm)}
@@ -162,83 +165,61 @@ class Probes:
         call = lambda: measure_kl(lm, lm, self.tokenizer, samples, 1.0, 8)  # noqa: E731
         self.found["kl"] = timed(call, repeat=2) / (len(samples) * len(response))
 
+    def _head(self, lm: CausalLM, tokens: int) -> None:
+        """Log-probs of some tokens, with and without a backward pass to the hidden states; the head is frozen."""
+        head, where = LmHead.of(lm), distributed.device()
+        hidden = self._inputs(lm, 1, tokens)[2][0].requires_grad_()
+        targets = torch.zeros(tokens, dtype=torch.long, device=where)
+        with torch.no_grad():
+            forward = timed(lambda: token_logprobs(head, hidden, targets))
+        both = timed(lambda: token_logprobs(head, hidden, targets)[0].sum().backward())
+        for kind, seconds in (("forward", forward), ("backward", both)):
+            self.found["logits"].append({"kind": kind, "tokens": tokens, "seconds": seconds})
+
     def engines(self) -> None:
         """Passes, optimiser steps and syncs of models under engines."""
         cfg = self.cfg
         settings = {s.zero_stage: s for s in (cfg.engine_of("rm"), cfg.engine_of("ppo"))}
         for zero, one in settings.items():
-            for depth in (DEEP, 2):
-                self._critic(one, zero, depth)
-        actor = cfg.engine_of("ppo")
-        for depth in (DEEP, 2):
-            self._actor(actor, actor.zero_stage, depth)
-        if actor.frozen_zero_stage == 3:
-            self._frozen(actor)
+            for depth in (DEEP, FEW):
+                self._engine(one, zero, depth, "weights")
+            if cfg.ppo.lora or cfg.rm.lora:
+                for depth in (DEEP, FEW):
+                    self._engine(one, zero, depth, "lora")
 
-    def _critic(self, settings: Settings, zero: int, depth: int) -> None:
+    def _engine(self, settings: Settings, zero: int, depth: int, kind: Trained) -> None:
+        """Passes of the top layers, continued from states of the others, as after frozen layers that are shared."""
         lm = self._load(None)
-        depth = min(depth, self.layers(lm))
-        train_top_layers(lm, depth)
+        below = max(self.layers(lm) - depth, 0)
+        depth = self.layers(lm) - below
+        if kind == "lora":
+            lora = self.cfg.ppo.lora or self.cfg.rm.lora or Lora()
+            lm = add_lora(lm, lora.model_copy(update={"top_layers": depth, "dropout": 0.0}))
+        else:
+            train_top_layers(lm, depth)
         model = RewardModel(lm, "mlp", self.tokenizer)
-        below = self.layers(lm) - depth
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         seconds, engine = once(lambda: Engine(model, settings, micro_batch=8, optim=OPTIM, accumulation=2))
         self.found["starts"].setdefault("engine", seconds)
         updates: list[float] = []
-        for rows, length in SHAPES:
+        for rows, length in shapes_of(depth):
             batch, states = self._batch(lm, rows, length)
-            frozen = FrozenStates(below, states)
-            arguments = (batch.input_ids, batch.attention_mask)
-            call = lambda **more: engine(*arguments, read=batch.ends, frozen=frozen, **more)  # noqa: B023, E731
+            frozen = FrozenStates(below, states) if below else None
+            inputs = (batch.input_ids, batch.attention_mask)
+            call = lambda: engine(*inputs, read=batch.ends, frozen=frozen)[0]  # noqa: B023, E731
             with torch.no_grad():
                 self._pass("forward", zero, rows, length, depth, timed(call))
-            seconds, update = in_turn(lambda: self._back(engine, call()[0]))  # noqa: B023
-            self._pass("weights", zero, rows, length, depth, seconds)
+            seconds, update = in_turn(lambda: self._back(engine, call()))  # noqa: B023
+            self._pass(kind, zero, rows, length, depth, seconds)
             updates.append(update)
-            if depth > 2 and rows == 8 and length == SHAPES[0][1]:
-                for tokens in (1, 48):
-                    targets = batch.targets(range(rows))
-                    kept = torch.arange(len(targets.token)) % (length // 2) < tokens
-                    targets = type(targets)(*(part[kept] for part in targets))
-                    with torch.no_grad():
-                        seconds = timed(lambda: call(targets=targets))  # noqa: B023
-                    self._logits("forward", zero, len(targets.token), seconds - self._last("forward", zero))
-                    seconds, _ = in_turn(lambda: self._back(engine, call(targets=targets)[1]))  # noqa: B023
-                    self._logits("backward", zero, len(targets.token), seconds - self._last("weights", zero))
-        if depth > 2:
-            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-            self.found["update"] = self.found.get("update", {}) | {str(zero): median(updates) / trained}
-
-    def _actor(self, settings: Settings, zero: int, depth: int) -> None:
-        lora = self.cfg.ppo.lora or self.cfg.rm.lora or Lora()
-        lm = self._load(None)
-        depth, below = min(depth, self.layers(lm)), self.layers(lm) - min(depth, self.layers(lm))
-        lm = add_lora(lm, lora.model_copy(update={"top_layers": depth, "dropout": 0.0}))
-        module = PolicyModule(lm, 1.0)
-        engine = Engine(module, settings, micro_batch=8, optim=OPTIM, accumulation=2)
-        for rows, length in SHAPES:
-            ids, mask, states = self._inputs(lm, rows, length)
-            frozen, read = FrozenStates(below, states), torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
-            read[:, 0] = True
-            call = lambda: engine(ids, mask, read, frozen=frozen)[0]  # noqa: B023, E731
-            with torch.no_grad():
-                self._pass("forward", zero, rows, length, depth, timed(call), logits=rows)
-            seconds, _ = in_turn(lambda: self._back(engine, call()))  # noqa: B023
-            self._pass("lora", zero, rows, length, depth, seconds, logits=rows)
-        if depth > 2:
-            gather = timed(lambda: [weight for _, weight in engine.named_weights(lm)], repeat=2)
-            sync = timed(lambda: self.generator.sync(engine.named_weights(lm)), repeat=2)
-            self.found["gather"] = {str(zero): gather / self._params(lm)}
-            self.found["sync"] = self.found.get("sync", {}) | {str(zero): sync / self._params(lm)}
-
-    def _frozen(self, settings: Settings) -> None:
-        lm = self._load(DEEP)
-        module = RewardModel(lm, "mlp", self.tokenizer)
-        engine = Engine(module, settings, micro_batch=8)
-        with torch.no_grad():
-            for rows, length in SHAPES:
-                batch, _ = self._batch(lm, rows, length)
-                call = lambda: engine(batch.input_ids, batch.attention_mask, read=batch.ends)  # noqa: B023, E731
-                self._pass("forward", 3, rows, length, self.layers(lm), timed(call), whole=True)
+        if depth <= FEW:
+            return
+        if kind == "weights":
+            self.found.setdefault("update", {})[str(zero)] = median(updates) / trained
+        gather = timed(lambda: [weight for _, weight in engine.named_weights(lm)])
+        sync = timed(lambda: self.generator.sync(engine.named_weights(lm)))
+        self.found.setdefault("gather", {})[str(zero)] = gather / self._params(lm)
+        self.found.setdefault("sync", {})[str(zero)] = sync / self._params(lm)
 
     @staticmethod
     def _back(engine: Engine, values: torch.Tensor) -> None:
@@ -261,15 +242,9 @@ class Probes:
         half = length // 2
         return pack([(row[:half], [row[half:]]) for row in ids.tolist()], 0, distributed.device()), states
 
-    def _pass(self, kind: str, zero: int | None, rows: int, length: int, layers: int, seconds: float, **more) -> None:
+    def _pass(self, kind: str, zero: int | None, rows: int, length: int, layers: int, seconds: float) -> None:
         point = {"kind": kind, "zero": zero, "rows": rows, "length": length, "layers": layers, "seconds": seconds}
-        self.found["passes"].append(point | more)
-
-    def _last(self, kind: str, zero: int | None) -> float:
-        return next(p["seconds"] for p in reversed(self.found["passes"]) if (p["kind"], p["zero"]) == (kind, zero))
-
-    def _logits(self, kind: str, zero: int | None, tokens: int, seconds: float) -> None:
-        self.found["logits"].append({"kind": kind, "zero": zero, "tokens": tokens, "seconds": max(seconds, 0.0)})
+        self.found["passes"].append(point)
 
     def _write(self, lm: CausalLM) -> None:
         from safetensors.torch import save_file

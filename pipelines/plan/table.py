@@ -43,15 +43,16 @@ def as_text(plan: Plan, *, phases: bool = False) -> str:
         phases: show what each stage consists of.
     """
     head = ["stage", "time", "of it start", "ranks", "memory a rank", "disk", "disk at most"]
-    rows = [head + (["cost"] if plan.price else [])]
+    ran = any(stage.ran is not None for stage in plan.stages)
+    rows = [head + (["cost"] if plan.price else []) + (["last run"] if ran else [])]
     for stage in plan.stages:
-        rows.append(_row(plan, stage))
+        rows.append(_row(plan, stage) + ([duration(stage.ran) if stage.ran is not None else ""] if ran else []))
         if phases:
             rows += [[f"    {name}", duration(seconds), *[""] * (len(rows[0]) - 2)]
                      for name, seconds in stage.phases.items()]  # fmt: skip
     left = sum(stage.times * stage.disk.left for stage in plan.stages)
     total = ["all", duration(plan.seconds), "", "", "", size(left), size(plan.peak_disk)]
-    rows.append(total + ([f"{plan.cost(plan.seconds):.2f}"] if plan.price else []))
+    rows.append(total + ([f"{plan.cost(plan.seconds):.2f}"] if plan.price else []) + ([""] if ran else []))
     lines = [f"plan of {plan.run}" + (f" on {plan.gpus} GPUs" if plan.gpus else ""), *rows_as_text(rows), ""]
     for title, notes in (("rests on", [plan.basis, *plan.notes]), ("warnings", plan.warnings)):
         if notes:

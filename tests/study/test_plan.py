@@ -102,7 +102,8 @@ FOUND = {
     "passes": [{"kind": kind, "zero": 3, "rows": r, "length": n, "layers": layers,
                 "seconds": layers * (0.001 + 1e-5 * r * n)}
                for kind in ("forward", "weights") for r, n in ((2, 96), (8, 96), (8, 384)) for layers in (2, 8)],
-    "logits": [{"kind": "backward", "zero": 3, "tokens": n, "seconds": 0.2 + 0.001 * n} for n in (8, 384)],
+    "logits": [{"kind": "backward", "tokens": n, "seconds": 0.2 + 0.001 * n} for n in (8, 384)],
+    "gather": {"3": 1e-6},
 }  # fmt: skip
 
 
@@ -111,7 +112,9 @@ def test_measured_rates_are_used_for_what_was_measured():
     rates = measured.Measured({2: FOUND}, "measured", shape, FromPeaks(GPUS["H100"], ON_GPU, ""))
     work = Pass(shape, 5, 400, 100, 4, "weights", 3, 2)
     assert rates.seconds(work) == pytest.approx(5 * 4 * (0.001 + 1e-5 * 400), rel=1e-3)
-    assert rates.seconds(Logits(shape, 2, 100, True, zero=3, ranks=2)) == pytest.approx(2 * 0.3, rel=1e-3)
+    whole = 2 * shape.head_params * 1e-6  # gathered forward and backward
+    assert rates.seconds(Logits(shape, 2, 100, True, zero=3, ranks=2)) == pytest.approx(2 * (0.3 + whole), rel=1e-3)
+    assert rates.seconds(Logits(shape, 2, 100, True, zero=2, ranks=2)) == pytest.approx(2 * 0.3, rel=1e-3)
     assert rates.seconds(Update(3, 1e6, 3, 2)) == pytest.approx(3 * 1e6 * 2e-9)
     assert rates.seconds(Start("engine", 2, 2)) == 6 and rates.seconds(Fixed(4.0, "")) == 4
     assert not rates.missing
