@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print(write_curves(file, options.curves))
         return 0
     if options.gpus:
-        where, known = on_gpus(cfg, options.gpus), None
+        where, known = on_gpus(cfg, options.gpus, options.host_gib), None
     else:
         where, known = on_this_machine(cfg, file, ranks)
     lengths = lengths_of(cfg, options.share, finished_responses(cfg) or known)
@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="a.b=value", help="config values, laid over the files")
     made.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
     made.add_argument("--gpus", metavar="NxKIND", help=f"plan for GPUs, such as 8xH100; kinds: {', '.join(GPUS)}")
+    made.add_argument("--host-gib", type=float, metavar="GIB", help="with --gpus: host memory, to be checked too")
     made.add_argument("--measure", action="store_true", help="measure this machine with the configuration's policy")
     made.add_argument("--cache", type=Path, help="folder of measurements (default: grm/plan in the XDG cache folder)")
     made.add_argument("--share", type=float, help="mean length of responses, as a share of generation.max_new_tokens")
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def on_gpus(cfg: Config, text: str) -> Where:
+def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
     """A machine with GPUs from published peaks; ConfigError for a kind that is not known."""
     count, _, kind = text.rpartition("x")
     known = {name.lower(): device for name, device in GPUS.items()}
@@ -105,7 +106,8 @@ def on_gpus(cfg: Config, text: str) -> Where:
     )
     processes = {stage: cfg.engine_of(stage).processes for stage in ENGINE_STAGES}
     ranks = {stage: gpus if count == "auto" else count for stage, count in processes.items()}
-    return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, device)
+    host = None if host_gib is None else host_gib * 2**30
+    return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, host)
 
 
 def on_this_machine(cfg: Config, file: Path, ranks: Mapping[EngineStage, int]) -> tuple[Where, list[int] | None]:

@@ -221,11 +221,14 @@ def resident(memory: Memory) -> float:
     return sum(n for name, n in memory.parts.items() if "vLLM" not in name and name not in PASSING)
 
 
-def memory_warnings(sizes: Sizes, stage: str, memory: Memory, available: float, *, gpu: bool) -> list[str]:
+def memory_warnings(
+    sizes: Sizes, stage: str, memory: Memory, available: float, *, gpu: bool, host: float | None = None
+) -> list[str]:
     """What will not do, one line each.
 
     Args:
         available: bytes of one GPU; on CPU of the whole machine.
+        host: bytes of the host memory of a machine with GPUs; None: not known, and not checked.
     """
     ranks = sizes.ranks
     gib = lambda n: f"{n / GIB:.1f} GiB"  # noqa: E731
@@ -235,6 +238,11 @@ def memory_warnings(sizes: Sizes, stage: str, memory: Memory, available: float, 
             return [f"{stage}: {ranks} rank(s) need {gib(need)} of host memory and the machine has {gib(available)}"]
         return []
     found = []
+    if host is not None and (need := ranks * (memory.whole_on_host + PROCESS)) > host:
+        found.append(
+            f"{stage}: {ranks} rank(s) read models whole before they are sharded: {gib(need)} of host memory, "
+            f"and there are {gib(host)}: start fewer ranks, or take smaller models"
+        )
     ours = sum(n for name, n in memory.parts.items() if "vLLM" not in name)
     vllm = memory.total - ours
     if stage == "ppo" and vllm:

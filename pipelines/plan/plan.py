@@ -14,7 +14,7 @@ from pipelines.plan.disk import Disk, disk_of, disk_warnings
 from pipelines.plan.lengths import Lengths
 from pipelines.plan.memory import Memory, memory_of, memory_warnings
 from pipelines.plan.pools import Phases
-from pipelines.plan.rates import Device, Rates
+from pipelines.plan.rates import Rates
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
 from pipelines.plan.work import Start
@@ -36,7 +36,8 @@ class Where:
     memory: float
     """Bytes of one GPU, or of the whole machine on CPU."""
     gpus: int = 0
-    device: Device | None = None
+    host: float | None = None
+    """Bytes of host memory beside GPUs; None: not known."""
     report_seconds: float | None = None
     """Of a finished report on this machine."""
 
@@ -135,7 +136,7 @@ def assemble(
     ]
     for stage, sizes in stages:
         sizes = replace(sizes, ranks=stage.ranks)
-        found = memory_warnings(sizes, stage.name, stage.memory, where.memory, gpu=bool(where.gpus))
+        found = memory_warnings(sizes, stage.name, stage.memory, where.memory, gpu=bool(where.gpus), host=where.host)
         warnings += [line for line in found if line not in warnings]
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}
     peak, lines = disk_warnings(disks, cfg.run.dir)

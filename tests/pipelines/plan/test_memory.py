@@ -10,7 +10,7 @@ from core.config import Engine, Lora
 from core.models.layers import hidden_states
 from core.models.lora import add_lora
 from pipelines.plan.engines import frozen_zero
-from pipelines.plan.memory import GIB, activation_bytes, held, memory_of, memory_warnings, trained_bytes
+from pipelines.plan.memory import GIB, PROCESS, activation_bytes, held, memory_of, memory_warnings, trained_bytes
 from tests.builders.plan.sizes import TINY, sizes, tiny_shape
 from tests.builders.processes import run_program
 
@@ -108,6 +108,14 @@ def test_vllm_and_trainer_that_do_not_fit_together_are_warned_of():
         assert ("or set generation.vllm.sleep" in lines[0]) == (not sleep)
     roomy = sizes(generation={"vllm": {"gpu_memory_utilization": 0.2}})
     assert not memory_warnings(roomy, "ppo", memory_of(roomy, "ppo", 10 * GIB), 10 * GIB, gpu=True)
+
+
+def test_host_memory_that_whole_models_do_not_fit_into_is_warned_of():
+    found = sizes(generation={"vllm": {"gpu_memory_utilization": 0.2}})
+    memory = memory_of(found, "ppo", 10 * GIB)
+    need = 2 * (memory.whole_on_host + PROCESS)
+    for host, lines in ((1.01 * need, 0), (0.99 * need, 1)):
+        assert len(memory_warnings(found, "ppo", memory, 10 * GIB, gpu=True, host=host)) == lines
 
 
 def test_weights_that_leave_vllm_no_cache_are_warned_of():
