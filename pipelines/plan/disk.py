@@ -26,7 +26,7 @@ class Disk:
 
 
 def disk_of(sizes: Sizes, stage: str) -> Disk:
-    cfg, lengths, size = sizes.cfg, sizes.lengths, sizes.bytes_per_weight
+    cfg, lengths = sizes.cfg, sizes.lengths
     if stage == "prompts":
         return _same(sum(lengths.prompts.values()) * PROMPT)
     if stage == "preferences":
@@ -46,7 +46,7 @@ def disk_of(sizes: Sizes, stage: str) -> Disk:
     if stage == "eval":
         samples = (1 + checkpoints(sizes)) * eval_prompts(sizes) * cfg.eval.samples
         return _same(2 * pool_bytes(sizes, samples))
-    return _same(REPORT + 0 * size)
+    return _same(REPORT)
 
 
 def _same(left: float) -> Disk:

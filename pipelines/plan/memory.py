@@ -1,4 +1,4 @@
-"""Bytes that one rank of a stage needs at most, part by part, and what does not fit."""
+"""Bytes that one rank of a stage needs at most, part by part."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ PASSING = ("activations", "logits", "gradients", "optimiser step")
 """Parts that a trainer needs while it trains only."""
 
 
+Parts = dict[str, float]
+"""What is in memory -> bytes."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Of one rank in bytes: host memory on CPU, memory of its GPU on GPUs."""
 
-    parts: dict[str, float]
-    """Of the moment that needs most."""
+    moments: tuple[Parts, ...]
+    """One for each state of the stage that may be the largest."""
     whole_on_host: float = 0.0
     """Host memory that one rank needs while models are read whole, before they are sharded or moved to a GPU."""
+
+    @property
+    def parts(self) -> Parts:
+        """Of the moment that needs most."""
+        return max(self.moments, key=lambda parts: sum(parts.values()))
 
     @property
     def total(self) -> float:
@@ -105,13 +114,6 @@ def sampler(sizes: Sizes, gpu_memory: float | None) -> dict[str, float]:
     }
 
 
-def kv_sequences(sizes: Sizes, room: float) -> float:
-    """Sequences whose keys and values fit into `room` bytes."""
-    shape = sizes.policy
-    one = 2 * shape.layers * shape.kv_heads * shape.head_dim * sizes.bytes_per_sampler_weight
-    return room / (one * (sizes.lengths.prompt_tokens + sizes.cfg.generation.max_new_tokens))
-
-
 def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
     """preferences, bon, eval: the sampler (in eval beside policy and reference), later the models that score."""
     size = sizes.bytes_per_weight
@@ -120,7 +122,7 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
     if stage == "eval":
         first["policy and reference"] = 2 * sizes.policy.params * size
     if stage == "preferences":
-        return Memory(first, sizes.policy.params * size)
+        return Memory((first,), sizes.policy.params * size)
     second = {
         "process": PROCESS,
         "reward models": min(2, len(members)) * sizes.base.params * size,
@@ -133,8 +135,7 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
         second["states of shared layers"] = min(second["states of shared layers"], states)
     if sizes.gold:
         second["gold"] = sizes.gold.params * size
-    most = max(first, second, key=lambda parts: sum(parts.values()))
-    return Memory(most, 2 * sizes.policy.params * size)
+    return Memory((first, second), 2 * sizes.policy.params * size)
 
 
 def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
@@ -161,16 +162,14 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
             states = (rows * sizes.pair_row + sizes.lengths.calibration * sizes.row(2) / ranks) * shape.hidden * size
             if not gpu_memory:
                 parts["states of frozen layers"] = states
-        found.append(Memory(parts, shape.params * size + (states if gpu_memory else 0.0)))
+        found.append(Memory((parts,), shape.params * size + (states if gpu_memory else 0.0)))
     return max(found, key=lambda memory: memory.total)
 
 
 def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     """The trainer with all its models, and vLLM beside it unless it sleeps or is a server."""
     cfg, ranks, size, settings = sizes.cfg.ppo, sizes.ranks, sizes.bytes_per_weight, sizes.cfg.engine_of("ppo")
-    parts: dict[str, float] = {"process": PROCESS}
-    if not cfg.vllm_servers:
-        parts |= sampler(sizes, gpu_memory)
+    parts: Parts = {"process": PROCESS}
     adapters = sizes.actor_trained if cfg.lora else 0
     parts["actor"] = held(sizes.policy.params + adapters, size, sizes.actor_zero, ranks)
     frozen = sizes.frozen_zero
@@ -198,7 +197,13 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     shapes = [sizes.policy, *([sizes.critic] if sizes.critic else []), *members]
     if not cfg.lora:
         shapes.append(sizes.policy)
-    return Memory(parts, sum(shape.params for shape in shapes) * size)
+    whole = sum(shape.params for shape in shapes) * size
+    if cfg.vllm_servers:
+        return Memory((parts,), whole)
+    vllm = sampler(sizes, gpu_memory)
+    if gpu_memory and sizes.cfg.generation.vllm.sleep:
+        return Memory((parts, vllm | {name: n for name, n in parts.items() if name not in PASSING}), whole)
+    return Memory((vllm | parts,), whole)
 
 
 def memory_of(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
@@ -208,63 +213,9 @@ def memory_of(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
         gpu_memory: bytes of a GPU; None on CPU.
     """
     if stage in ("prompts", "report"):
-        return Memory({"process": PROCESS / 2})
+        return Memory(({"process": PROCESS / 2},))
     if stage == "rm":
         return of_rm(sizes, gpu_memory)
     if stage == "ppo":
         return of_ppo(sizes, gpu_memory)
     return of_pools(sizes, stage, gpu_memory)
-
-
-def resident(memory: Memory) -> float:
-    """Bytes of a PPO trainer while vLLM is awake."""
-    return sum(n for name, n in memory.parts.items() if "vLLM" not in name and name not in PASSING)
-
-
-def memory_warnings(
-    sizes: Sizes, stage: str, memory: Memory, available: float, *, gpu: bool, host: float | None = None
-) -> list[str]:
-    """What will not do, one line each.
-
-    Args:
-        available: bytes of one GPU; on CPU of the whole machine.
-        host: bytes of the host memory of a machine with GPUs; None: not known, and not checked.
-    """
-    ranks = sizes.ranks
-    gib = lambda n: f"{n / GIB:.1f} GiB"  # noqa: E731
-    if not gpu:
-        need = max(memory.total, memory.whole_on_host) * ranks
-        if need > available:
-            return [f"{stage}: {ranks} rank(s) need {gib(need)} of host memory and the machine has {gib(available)}"]
-        return []
-    found = []
-    if host is not None and (need := ranks * (memory.whole_on_host + PROCESS)) > host:
-        found.append(
-            f"{stage}: {ranks} rank(s) read models whole before they are sharded: {gib(need)} of host memory, "
-            f"and there are {gib(host)}: start fewer ranks, or take smaller models"
-        )
-    ours = sum(n for name, n in memory.parts.items() if "vLLM" not in name)
-    vllm = memory.total - ours
-    if stage == "ppo" and vllm:
-        sleeps = sizes.cfg.generation.vllm.sleep
-        together = vllm + (resident(memory) if sleeps else ours)
-        if together > available:
-            found.append(
-                f"ppo: vLLM ({gib(vllm)}) and the trainer ({gib(together - vllm)}"
-                f"{' while it samples' if sleeps else ''}) do not fit together into {gib(available)}: lower "
-                "generation.vllm.gpu_memory_utilization" + ("" if sleeps else " or set generation.vllm.sleep")
-            )
-        peak = ours
-    else:
-        peak = max(ours, vllm) if stage in ("bon", "eval") else memory.total
-    if peak > available:
-        found.append(f"{stage}: a rank needs {gib(peak)} and a GPU has {gib(available)}")
-    if vllm:
-        room = vllm - sizes.policy.params * sizes.bytes_per_sampler_weight
-        if kv_sequences(sizes, max(room, 0.0)) < 1:
-            found.append(
-                f"{stage}: vLLM's share of {gib(vllm)} has no room for one sequence beside weights of "
-                f"{gib(sizes.policy.params * sizes.bytes_per_sampler_weight)}: raise "
-                "generation.vllm.gpu_memory_utilization"
-            )
-    return found

@@ -12,9 +12,10 @@ from core.config import Config, EngineStage
 from pipelines.plan import pools, training
 from pipelines.plan.disk import Disk, disk_of, disk_warnings
 from pipelines.plan.lengths import Lengths
-from pipelines.plan.memory import Memory, memory_of, memory_warnings
+from pipelines.plan.memory import Memory, memory_of
 from pipelines.plan.pools import Phases
 from pipelines.plan.rates import Rates
+from pipelines.plan.room import memory_warnings
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
 from pipelines.plan.work import Start

@@ -13,21 +13,17 @@ def rm(sizes: Sizes) -> Phases:
     """Every variant: load, train, measure on the validation pairs, save."""
     phases: Phases = {"start": [Start("deepspeed", ranks=sizes.ranks)], "train": [], "measure": [], "save": []}
     cfg, ranks = sizes.cfg.rm, sizes.ranks
-    cached: dict[int, int] = {}  # frozen layers -> how many orders of the pairs have filled their cache
-    seeds: set[int] = set()
-    depths = {sizes.variant_shape(variant).layers for variant in cfg.variants.values()}
+    seeds: dict[int, set[int]] = {}  # layers of the backbone -> seeds whose orders have filled the cache of its states
     if cfg.cache_frozen_layers:
+        depths = {sizes.variant_shape(variant).layers for variant in cfg.variants.values()}
         phases["start"].append(Load(len(depths), sizes.base.params, ranks))
     for variant in cfg.variants.values():
         shape, part = sizes.variant_shape(variant), sizes.rm_part(variant)
         phases["start"] += [Load(1, shape.params, ranks), Start("engine", ranks=ranks)]
-        first = variant.seed not in seeds if rm_caches(sizes, variant) else False
-        orders = len(seeds) if rm_caches(sizes, variant) else 0
-        phases["train"] += _training(sizes, variant, part, new_order=first, orders=orders)
-        phases["measure"] += _measuring(sizes, variant, part, cached.setdefault(shape.layers, 0) == 0)
-        if rm_caches(sizes, variant):
-            seeds.add(variant.seed)
-            cached[shape.layers] += 1
+        known = seeds.setdefault(shape.layers, set()) if rm_caches(sizes, variant) else set()
+        phases["train"] += _training(sizes, variant, part, orders=len(known), new_order=variant.seed not in known)
+        phases["measure"] += _measuring(sizes, variant, first=not known)
+        known.add(variant.seed)
         size = sizes.rm_trained(variant) if cfg.save == "adapter" and part.kind == "lora" else shape.params
         phases["save"] += [Gather(shape, 1, sizes.rm_zero, ranks), Write(size * sizes.bytes_per_weight)]
     return phases
@@ -51,13 +47,13 @@ def rm_caches(sizes: Sizes, variant: RewardVariant) -> bool:
     return own <= rm.trainable_layers < sizes.variant_shape(variant).layers
 
 
-def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, new_order: bool, orders: int) -> list[Item]:
+def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, new_order: bool) -> list[Item]:
     """All passes of a variant on one rank.
 
     Args:
+        orders: by how many seeds the cache was filled before.
         new_order: the variant sees the pairs in an order that no variant before it saw: a rank then gets pairs whose
             states it does not have yet.
-        orders: orders that filled the cache before.
     """
     cfg, ranks, zero, shape = sizes.cfg.rm, sizes.ranks, sizes.rm_zero, sizes.variant_shape(variant)
     steps, passes = rm_steps(sizes, variant), cfg.global_batch // (cfg.micro_batch * ranks)
@@ -67,13 +63,13 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, new_order: bo
     if rm_caches(sizes, variant):
         assert cfg.trainable_layers is not None
         depth = shape.layers - cfg.trainable_layers
-        fresh = 0.0
-        if new_order or orders == 0:
-            # A rank lacks the pairs that it did not get in one of the orders before; each epoch has one of its own. One
-            # missing pair makes it compute the whole micro-batch.
-            missing = [(1 - 1 / ranks) ** k for k in range(orders * cfg.epochs, (orders + 1) * cfg.epochs)]
-            fresh = sum(1 - (1 - share) ** cfg.micro_batch for share in missing) / cfg.epochs
-        items.append(Pass(shape, calls * fresh, tokens, length, depth, ranks=ranks))
+        if new_order:
+            # A rank lacks the pairs that it did not get in one of the orders before; each epoch has one of its own.
+            for k in range(orders * cfg.epochs, (orders + 1) * cfg.epochs):
+                lacks = (1 - 1 / ranks) ** k
+                some = 1 - (1 - lacks) ** cfg.micro_batch  # of the micro-batches lack a pair
+                of_epoch = Pass(shape, calls / cfg.epochs * some, tokens * lacks / some, length, depth, ranks=ranks)
+                items.append(of_epoch)
         between = part.frozen - depth
     else:
         between = part.frozen
@@ -96,7 +92,7 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, new_order: bo
     return items
 
 
-def _measuring(sizes: Sizes, variant: RewardVariant, part: Part, first: bool) -> list[Item]:
+def _measuring(sizes: Sizes, variant: RewardVariant, *, first: bool) -> list[Item]:
     """The validation pairs and the calibration samples, scored by all ranks together."""
     shape, lengths = sizes.variant_shape(variant), sizes.lengths
     total = lengths.pairs["rm_val"] * sizes.pair_row + lengths.calibration * sizes.row(2)

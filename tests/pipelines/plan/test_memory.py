@@ -10,7 +10,8 @@ from core.config import Engine, Lora
 from core.models.layers import hidden_states
 from core.models.lora import add_lora
 from pipelines.plan.engines import frozen_zero
-from pipelines.plan.memory import GIB, PROCESS, activation_bytes, held, memory_of, memory_warnings, trained_bytes
+from pipelines.plan.memory import GIB, PROCESS, activation_bytes, held, memory_of, trained_bytes
+from pipelines.plan.room import memory_warnings
 from tests.builders.plan.sizes import TINY, sizes, tiny_shape
 from tests.builders.processes import run_program
 
