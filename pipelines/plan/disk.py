@@ -83,5 +83,6 @@ def disk_warnings(stages: dict[str, Disk], folder: Path) -> tuple[float, list[st
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if most > free:
-        return most, [f"disk: the run needs {most / 1e9:.1f} GB at its peak and {there} has {free / 1e9:.1f} GB free"]
+        gb = lambda count: f"{count / 1e9:.1f} GB"  # noqa: E731
+        return most, [f"disk: the run needs {gb(most)} at its peak, and {there} on this machine has {gb(free)} free"]
     return most, []
