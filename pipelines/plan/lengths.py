@@ -1,0 +1,145 @@
+"""How many prompts, pairs and tokens a run has, as far as that is known before it runs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from core.config import Config, Splits
+from core.data.chat import ChatTokenizer
+from core.errors import ArtefactError, DataError
+from core.files import count_rows
+from core.row_files import numbered_rows
+from pipelines.prompts import read_prompts
+
+SHARE = 0.8
+"""Assumed mean length of responses, as a share of generation.max_new_tokens."""
+PROMPT_SHARE = 0.5
+"""Assumed mean length of prompts that cannot be tokenised here, as a share of data.max_prompt_tokens."""
+MOST_ROWS = 5000
+"""Prompts that are tokenised to plan; of a longer file the counts are scaled."""
+ASSUMED_PAIRS = 40_000
+"""Of a preference source whose rows cannot be counted here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    prompts: Mapping[str, int]
+    """Of each split."""
+    prompt_tokens: float
+    """Mean."""
+    response_tokens: float
+    """Mean, at most `generation.max_new_tokens`."""
+    pair_tokens: tuple[float, float]
+    """Mean of prompt and response in the pairs that reward models are trained on."""
+    pairs: Mapping[str, int]
+    """Of rm_train and rm_val."""
+    prompt_draws: Sequence[int]
+    """Lengths of prompts, to see how rows are padded."""
+    response_draws: Sequence[int]
+    calibration: int
+    """Prompts of the split calibration."""
+    seconds: float
+    """That it took to read and tokenise the prompts."""
+    notes: tuple[str, ...] = field(default=())
+    """What is assumed, one line each."""
+
+
+def lengths_of(cfg: Config, share: float | None, known: Sequence[int] | None) -> Lengths:
+    """What is known of the sizes of a run.
+
+    Args:
+        share: mean length of responses as a share of `generation.max_new_tokens`; None: what `known` says, else SHARE.
+        known: lengths of responses that were sampled from this policy, cut off at no less than max_new_tokens.
+    """
+    notes: list[str] = []
+    draws: list[int] = []
+    started = time.perf_counter()
+    splits, prompts = _prompts(cfg, notes)
+    prompt_tokens = sum(prompts) / len(prompts)
+    seconds = time.perf_counter() - started
+    most = cfg.generation.max_new_tokens
+    if share is not None:
+        response, why = share * most, f"as asked: {share:g} of generation.max_new_tokens"
+    elif known:
+        draws = [min(n, most) for n in known]
+        response = sum(draws) / len(draws)
+        why = f"{len(known)} responses of this policy that were sampled before"
+        why = "mean of this run's own samples" if len(known) == 1 else f"mean of {why}"
+    else:
+        response, why = SHARE * most, f"assumed: {SHARE:g} of generation.max_new_tokens; --share sets it"
+    draws = draws or [round(response)]
+    notes.append(f"{response:.1f} tokens a response ({why})")
+    limit = lambda split, most: min(splits.get(split, 0), most or splits.get(split, 0))  # noqa: E731
+    preferences = cfg.preferences
+    if preferences.sources:
+        pairs = _imported(cfg, notes)
+        longest = cfg.rm.max_tokens
+        pair_tokens = (PROMPT_SHARE * longest / 2, PROMPT_SHARE * longest / 2)
+        notes.append(
+            f"imported pairs: prompts and responses of {pair_tokens[0]:.0f} tokens (assumed: rm.max_tokens / 4)"
+        )
+    else:
+        pairs = {
+            "rm_train": limit("rm_train", preferences.max_train_pairs),
+            "rm_val": limit("rm_val", preferences.max_val_pairs),
+        }
+        pair_tokens = (prompt_tokens, response)
+    calibration = limit("calibration", preferences.max_calibration_prompts)
+    return Lengths(
+        splits, prompt_tokens, response, pair_tokens, pairs, prompts, draws, calibration, seconds, tuple(notes)
+    )  # fmt: skip
+
+
+def _prompts(cfg: Config, notes: list[str]) -> tuple[dict[str, int], list[int]]:
+    """Prompts of each split, and lengths of prompts in tokens."""
+    try:
+        if not _is_here(cfg.policy.path):
+            raise ArtefactError("the tokenizer would have to be fetched")
+        tokenizer = ChatTokenizer(cfg.policy)
+        rows = list(islice(numbered_rows(cfg.data.prompts, lambda *_: None), MOST_ROWS + 1))
+        if len(rows) <= MOST_ROWS:
+            usable = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed).usable
+            splits = Counter(row["split"] for row in usable)
+            tokens = [row["num_tokens"] for row in usable]
+            mean = sum(tokens) / max(1, len(tokens))
+            notes.append(f"{len(tokens)} prompts of {mean:.1f} tokens on average (read and tokenised)")
+            return dict(splits), tokens
+    except (OSError, ValueError, ArtefactError, DataError):
+        rows = None
+    count = count_rows(cfg.data.prompts) if cfg.data.prompts.is_file() else None
+    total, mean = count or 0, PROMPT_SHARE * cfg.data.max_prompt_tokens
+    notes.append(
+        f"{total} prompts, all taken as usable, of {mean:.0f} tokens (assumed: {PROMPT_SHARE:g} of "
+        "data.max_prompt_tokens" + ("" if rows else ", since the tokenizer or the file cannot be read here") + ")"
+    )
+    return {name: round(total * getattr(cfg.data.splits, name)) for name in Splits.model_fields}, [round(mean)]
+
+
+def _is_here(path: str) -> bool:
+    """Whether a tokenizer is in a folder, or in the cache of the hub: a plan downloads nothing large."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(path).is_dir() or isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str)
+
+
+def _imported(cfg: Config, notes: list[str]) -> dict[str, int]:
+    """Pairs of rm_train and rm_val of imported sources."""
+    preferences, total = cfg.preferences, 0.0
+    for name, source in preferences.sources.items():
+        count = count_rows(source.path) if source.path.is_file() else None
+        if count is None and source.max_pairs is None:
+            notes.append(f"preferences.sources.{name}: {ASSUMED_PAIRS} pairs (assumed: its rows are not counted here)")
+        pairs = (ASSUMED_PAIRS if count is None else count) / source.stride
+        total += min(pairs, source.max_pairs or pairs) * source.weight
+    splits = cfg.data.splits
+    share = splits.rm_train / (splits.rm_train + splits.rm_val)
+    train, val = round(total * share), round(total * (1 - share))
+    return {
+        "rm_train": min(train, preferences.max_train_pairs or train),
+        "rm_val": min(val, preferences.max_val_pairs or val),
+    }

@@ -1,0 +1,85 @@
+"""Starts the probes and keeps what they find: `grm plan --measure`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.artefacts import code_version, package_versions
+from core.config import Config, EngineStage
+from core.environment import variables
+from core.errors import ArtefactError
+from core.files import read_json, write_json
+from pipelines.plan.measured import machine
+from pipelines.plan.probes import STARTED
+
+GroupName = str
+
+
+def groups(cfg: Config, ranks: Mapping[EngineStage, int]) -> dict[GroupName, tuple[int, bool]]:
+    """Programs whose findings a plan of this configuration rests on: name -> (ranks, whether they have engines).
+
+    One process does what preferences, bon and eval do. Ranks with engines of the stages in use do what rm and ppo do.
+    """
+    wanted: dict[int, set[int]] = {}
+    for stage, count in ranks.items():
+        wanted.setdefault(count, set()).add(cfg.engine_of(stage).zero_stage)
+    found = {
+        f"{count} ranks, zero {', '.join(map(str, sorted(zeros)))}": (count, True) for count, zeros in wanted.items()
+    }
+    return found if 1 in wanted else {"1": (1, False), **found}
+
+
+def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]) -> None:
+    """Run the programs, one after the other, and put what they find into `file`, beside what is there.
+
+    Raises:
+        ArtefactError: a program failed; with the end of its output.
+    """
+    kept: dict[str, Any] = read_json(file) if file.is_file() else {"groups": {}}
+    # DeepSpeed compiles an operation the first time; later stages find it, so that is not measured.
+    once = "from core.training.distributed import init_distributed; init_distributed()"
+    subprocess.run([sys.executable, "-c", once], env={**os.environ, **variables(1)}, capture_output=True)
+    command = _command(cfg)
+    for name, (ranks, engines) in names.items():
+        started = time.time()
+        kept["groups"][name] = _run(cfg, ranks, engines=engines) | {"took": round(time.time() - started, 1)}
+        kept["groups"][name]["starts"]["command"] = command
+    facts = {"machine": machine(), "packages": package_versions(), "code": code_version(), "model": cfg.policy.path}
+    facts |= {"dtype": [cfg.engine.dtype, cfg.generation.vllm.dtype], "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, kept | facts)
+
+
+def _command(cfg: Config) -> float:
+    """Seconds that `grm` takes itself: imports, the configuration, digests of the files that a stage depends on."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.yaml")
+        config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+        started = time.time()
+        subprocess.run([sys.executable, "-m", "pipelines", "status", "--config", str(config)], capture_output=True)
+        return time.time() - started
+
+
+def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        config, out = Path(folder, "config.yaml"), Path(folder, "found.json")
+        config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if engines else []
+        command: Sequence[str] = [sys.executable, *torchrun, "-m", "pipelines.plan.probes", str(config), str(out)]
+        done = subprocess.run(
+            command, env={**os.environ, **variables(ranks), STARTED: str(time.time())}, capture_output=True, text=True
+        )
+        if done.returncode or not out.is_file():
+            raise ArtefactError(
+                f"the measurement on {ranks} rank(s) failed:\n{done.stdout[-500:]}{done.stderr[-2000:]}"
+            )
+        return read_json(out)

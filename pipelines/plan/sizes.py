@@ -1,0 +1,189 @@
+"""What the counts of all stages start from: sizes of the models, lengths, ranks, and how rows are padded."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from statistics import mean
+
+from core.batching import balanced
+from core.config import Config, RewardVariant
+from pipelines.plan.engines import frozen_zero
+from pipelines.plan.lengths import Lengths
+from pipelines.plan.shapes import Shape
+from pipelines.plan.work import Trained
+from rm.variants import num_layers
+
+DRAWS = 50
+"""Batches that are drawn to see how many tokens are padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Layers of a model by what a training pass does with them, from the lowest on."""
+
+    frozen: int
+    """Run without gradients."""
+    trained: int
+    """From the lowest one that is trained on: gradients pass through all of these."""
+    kind: Trained
+
+
+@dataclass(frozen=True)
+class Sizes:
+    cfg: Config
+    lengths: Lengths
+    policy: Shape
+    base: Shape
+    gold: Shape | None
+    """None for the built-in judge, which has a rate of its own."""
+    ranks: int
+    """Of the stage that is counted."""
+    gpu_memory: float | None = None
+    """Bytes of a GPU; None on CPU, where passes leave padding out (`core.models.unpadded`)."""
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return 2 if self.cfg.engine.dtype == "bfloat16" else 4
+
+    @property
+    def bytes_per_sampler_weight(self) -> int:
+        return 4 if self.cfg.generation.vllm.dtype == "float32" else 2
+
+    @property
+    def rm_zero(self) -> int:
+        return self.cfg.engine_of("rm").zero_stage
+
+    @property
+    def actor_zero(self) -> int:
+        return self.cfg.engine_of("ppo").zero_stage
+
+    @property
+    def frozen_zero(self) -> int | None:
+        """Of the models of stage ppo that are not trained: 3 or None for whole ones."""
+        ppo = self.cfg.ppo
+        shapes = [] if ppo.reward_server else [self.variant_shape(self.cfg.rm.variants[name]) for name in ppo.members]
+        together = sum(shape.params for shape in shapes) + self.policy.params * ((not ppo.lora) + (self.shared > 0))
+        stage = frozen_zero(self.cfg.engine_of("ppo"), together * self.bytes_per_weight, self.gpu_memory)
+        return 3 if stage == 3 else None
+
+    def variant_shape(self, variant: RewardVariant) -> Shape:
+        return self.base.cut(num_layers(self.cfg.rm, variant))
+
+    def rm_part(self, variant: RewardVariant) -> Part:
+        """What a variant trains of its backbone (`rm.variants.build`)."""
+        rm, layers = self.cfg.rm, self.variant_shape(variant).layers
+        if rm.lora and variant.trainable_layers is None:
+            top = min(rm.lora.top_layers or layers, layers)
+            return Part(layers - top, top, "lora")
+        count = rm.trainable_layers if variant.trainable_layers is None else variant.trainable_layers
+        count = layers if count is None else min(count, layers)
+        return Part(layers - count, count, "weights")
+
+    def rm_trained(self, variant: RewardVariant) -> int:
+        """Parameters that a variant trains; its head is left out."""
+        shape, part = self.variant_shape(variant), self.rm_part(variant)
+        if part.kind == "lora":
+            assert self.cfg.rm.lora is not None
+            return shape.lora_params(self.cfg.rm.lora)
+        whole = part.frozen == 0 and self.cfg.rm.trainable_layers is None and variant.trainable_layers is None
+        return shape.params if whole else part.trained * shape.layer_params
+
+    @property
+    def actor_part(self) -> Part:
+        lora, layers = self.cfg.ppo.lora, self.policy.layers
+        if lora is None:
+            return Part(0, layers, "weights")
+        top = min(lora.top_layers or layers, layers)
+        return Part(layers - top, top, "lora")
+
+    @property
+    def actor_trained(self) -> int:
+        lora = self.cfg.ppo.lora
+        return self.policy.params if lora is None else self.policy.lora_params(lora)
+
+    @property
+    def critic(self) -> Shape | None:
+        """None for estimators without one."""
+        ppo = self.cfg.ppo
+        if ppo.estimator != "gae":
+            return None
+        return self.policy if ppo.critic_init == "policy" else self.variant_shape(self.cfg.rm.variants[ppo.proxy])
+
+    @property
+    def critic_part(self) -> Part:
+        assert self.critic is not None
+        layers = self.critic.layers
+        count = min(self.cfg.ppo.critic_trainable_layers or layers, layers)
+        return Part(layers - count, count, "weights")
+
+    @property
+    def critic_trained(self) -> int:
+        assert self.critic is not None
+        part = self.critic_part
+        return part.trained * self.critic.layer_params if part.frozen else self.critic.params
+
+    @property
+    def shared(self) -> int:
+        """The lowest layers that stage `ppo` runs once for actor, reference and critic; 0 for none."""
+        ppo, depth = self.cfg.ppo, self.actor_part.frozen
+        if not ppo.reuse_frozen_layers:
+            return 0
+        if self.critic is not None:
+            depth = min(depth, self.critic_part.frozen)
+            if ppo.critic_init == "proxy":
+                if self.base.name != self.policy.name:
+                    return 0
+                depth = min(depth, self.untouched(self.cfg.rm.variants[ppo.proxy]))
+        return depth
+
+    def untouched(self, variant: RewardVariant) -> int:
+        """The lowest layers of a trained reward model that still are those of its base."""
+        return self.rm_part(variant).frozen
+
+    def draw(self, count: int, *, responses: int, seed: int) -> list[int]:
+        """Tokens of `count` rows of a prompt and so many responses, drawn from the lengths that are known."""
+        rng = random.Random(seed)
+        prompt, response = self.lengths.prompt_draws, self.lengths.response_draws
+        return [rng.choice(prompt) + sum(rng.choice(response) for _ in range(responses)) for _ in range(count)]
+
+    def padded(self, rows: int, parts: int, *, responses: int = 1) -> float:
+        """Mean tokens of one of `parts` micro-batches into which `rows` rows are balanced, padding included where it is
+        computed."""
+        if self.gpu_memory is None:
+            prompt, response = self.lengths.prompt_tokens, self.lengths.response_tokens
+            return rows / parts * (prompt + responses * response)
+        sizes = []
+        for seed in range(DRAWS):
+            lengths = self.draw(rows, responses=responses, seed=seed)
+            sizes += [len(group) * max(lengths[i] for i in group) for group in balanced(lengths, parts)]
+        return mean(sizes)
+
+    @property
+    def rollouts(self) -> int:
+        """Responses of one rank in a step of PPO."""
+        return max(1, self.cfg.ppo.rollouts // self.ranks)
+
+    @property
+    def pair_row(self) -> float:
+        """Mean tokens of a row that holds a prompt and both responses of a pair."""
+        prompt, response = self.lengths.pair_tokens
+        return prompt + 2 * response
+
+    def pair_batch(self, pairs: int, parts: int) -> float:
+        """Mean padded tokens of one of `parts` micro-batches of so many pairs."""
+        if self.cfg.preferences.sources:
+            return pairs / parts * self.pair_row
+        return self.padded(pairs, parts, responses=2)
+
+    def row(self, responses: float = 1) -> float:
+        """Mean tokens of a prompt and so many responses."""
+        return self.lengths.prompt_tokens + responses * self.lengths.response_tokens
+
+
+def batches(total: float, budget: float, ranks: int = 1) -> tuple[float, float]:
+    """(calls of one rank, tokens of a call) for `total` tokens in batches of at most `budget`, equally many on every
+    rank (`core.batching.evenly_on_ranks`)."""
+    count = max(1, -(-total // budget))
+    count += -count % ranks
+    return float(count // ranks), total / count

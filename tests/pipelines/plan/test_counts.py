@@ -1,0 +1,131 @@
+"""Counts of the stages against the functions that the stages themselves call."""
+
+import random
+
+import pytest
+
+from core.batching import by_length_on_ranks, evenly_on_ranks
+from core.config import RewardVariant
+from core.generation.local import Completion
+from pipelines.plan import pools, training
+from pipelines.plan.sizes import Part, batches
+from pipelines.plan.work import Logits, Pass, Sample, Update
+from ppo.records import make_minibatches
+from rm.pairs import Pair, batch_plan
+from tests.builders.plan.sizes import lengths, sizes, tiny_shape
+
+RM = {"epochs": 2, "global_batch": 16, "micro_batch": 4, "trainable_layers": 1, "cache_frozen_layers": True}
+
+
+def of_kind(phases, phase, kind):
+    return [item for item in phases[phase] if isinstance(item, kind)]
+
+
+def test_steps_of_a_reward_model_are_those_of_its_plan():
+    found = sizes(rm=RM)
+    variant = RewardVariant()
+    pairs = [Pair([1], [2], [3])] * found.lengths.pairs["rm_train"]
+    assert training.rm_steps(found, variant) == len(batch_plan(pairs, found.cfg.rm, variant, 0))
+
+
+def test_passes_of_reward_models():
+    """Two variants of one seed: the second finds all states of the frozen layers."""
+    found = training.rm(sizes(rm=RM))
+    steps, micros = 8, 2  # 64 pairs twice in batches of 16; 16 pairs are 2 micro-batches of 4 on each of 2 ranks
+    trained = [p for p in of_kind(found, "train", Pass) if p.trained]
+    assert [(p.layers, p.calls, p.zero, p.ranks) for p in trained] == [(1, steps * micros, 3, 2)] * 2
+    assert trained[0].tokens == 4 * (20 + 2 * 12)
+    frozen = [p for p in of_kind(found, "train", Pass) if not p.trained]
+    assert [(p.layers, p.calls, p.tokens) for p in frozen] == [(3, 8, 176), (3, 7.5, 176 / 2 / 0.9375)]  # two epochs
+    (logits,) = of_kind(found, "train", Logits)  # of `grm`, for the chosen responses
+    assert (logits.tokens, logits.calls, logits.backward) == (4 * 12, steps * micros, True)
+    assert [u.params for u in of_kind(found, "train", Update)] == [tiny_shape().layer_params] * 2
+
+
+def test_states_that_a_rank_has_are_not_computed_again():
+    """Pairs go to ranks at random in every order; of a micro-batch the pairs are computed that are new to its rank."""
+    ranks, micro, count, orders, draws = 2, 4, 64, 4, 200
+    rng, calls, rows = random.Random(0), [0.0] * orders, [0.0] * orders
+    for _ in range(draws):
+        known: list[set[int]] = [set() for _ in range(ranks)]
+        for k in range(orders):
+            order = rng.sample(range(count), count)
+            for number, start in enumerate(range(0, count, micro)):
+                new = set(order[start : start + micro]) - known[number % ranks]
+                calls[k] += bool(new) / draws / ranks
+                rows[k] += len(new) / draws / ranks
+                known[number % ranks] |= new
+    found = training.rm(sizes(rm=RM | {"variants": {"a": {"seed": 0}, "b": {"seed": 1}}}))
+    frozen = [p for p in of_kind(found, "train", Pass) if not p.trained]
+    assert [p.calls for p in frozen] == pytest.approx(calls, rel=0.1)
+    assert [p.calls * p.tokens for p in frozen] == pytest.approx([n * (20 + 2 * 12) for n in rows], rel=0.05)
+
+
+def test_micro_batches_of_ppo_are_those_that_it_makes():
+    ppo = {"rollouts": 32, "minibatches": 2, "micro_batch": 4}
+    draw = random.Random(1)
+    prompts = [[1] * draw.randint(5, 30) for _ in range(16)]
+    answers = [Completion([1] * (k := draw.randint(1, 12)), [0.0] * k, "", True) for _ in range(16)]
+    made = make_minibatches(prompts, answers, list(range(16)), 0, minibatches=2, micro_batch=4, seed=0)
+    known = lengths(
+        prompt_draws=[len(p) for p in prompts], response_draws=[len(a.token_ids) for a in answers],
+        prompt_tokens=sum(map(len, prompts)) / 16, response_tokens=sum(len(a.token_ids) for a in answers) / 16,
+    )  # fmt: skip
+    padded = [micro.input_ids.numel() for minibatch in made for micro in minibatch]
+    real = [int(micro.attention_mask.sum()) for minibatch in made for micro in minibatch]
+    on_gpu, found = sizes(ppo=ppo, known=known, gpu_memory=1e9), sizes(ppo=ppo, known=known)
+    assert training.ppo_micro(on_gpu) == pytest.approx(sum(padded) / len(padded), rel=0.1)
+    assert training.ppo_micro(found) == pytest.approx(sum(real) / len(real))
+    tokens = real
+    critics = [p for p in of_kind(training.ppo(found), "train", Pass) if p.trained == "weights"]
+    assert [p.calls for p in critics] == [found.cfg.ppo.steps * len(tokens)]
+
+
+def test_layers_of_ppo_are_run_once_where_they_are_shared():
+    found = sizes(
+        rm=RM,
+        ppo={"lora": {"rank": 2, "top_layers": 2}, "critic_trainable_layers": 1, "rollouts": 16, "minibatches": 1},
+    )
+    assert (found.actor_part, found.critic_part, found.shared) == (Part(2, 2, "lora"), Part(3, 1, "weights"), 2)
+    phases = training.ppo(found)
+    reading = [(p.layers, p.zero) for p in of_kind(phases, "logprobs", Pass)]
+    assert reading == [(2, None), (2, 3), (2, 3), (2, 3)]  # shared, actor, reference, critic
+    assert [p.layers for p in of_kind(phases, "score", Pass)] == [2]  # the proxy goes on from the shared layers
+    assert [(p.layers, p.trained) for p in of_kind(phases, "train", Pass)] == [(2, "lora"), (1, None), (1, "weights")]
+    alone = sizes(rm=RM, ppo=found.cfg.ppo.model_dump() | {"reuse_frozen_layers": False})
+    assert alone.shared == 0
+    assert [p.layers for p in of_kind(training.ppo(alone), "logprobs", Pass)] == [4, 4, 4]
+    assert [p.layers for p in of_kind(training.ppo(alone), "score", Pass)] == [4]
+
+
+def test_a_reward_model_with_adapters_shares_no_layer():
+    found = sizes(rm={"lora": {"rank": 2}}, ppo={"lora": {"rank": 2, "top_layers": 2}, "critic_trainable_layers": 1})
+    assert found.shared == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_batches_are_those_of_scoring(ranks):
+    rows, length, budget = 50, 32, 320
+    for divided in (by_length_on_ranks, evenly_on_ranks):
+        groups = divided([length] * rows, budget, ranks)
+        mine = groups[0::ranks]
+        calls, tokens = batches(rows * length, budget, ranks)
+        assert calls == len(mine) and tokens == pytest.approx(length * sum(map(len, mine)) / len(mine), rel=0.1)
+
+
+def test_samples_of_the_stages():
+    found = sizes(preferences={"max_train_pairs": None}, bon={"samples": 16, "prompts": 8, "shard_prompts": 4})
+    (preferences,) = of_kind(pools.preferences(found), "sample", Sample)
+    assert preferences.calls * preferences.sequences == 2 * (64 + 10 + 10)
+    (bon,) = of_kind(pools.bon(found), "sample", Sample)
+    assert (bon.calls, bon.sequences, bon.prompts) == (2, 64, 4)
+    (ppo,) = of_kind(training.ppo(found), "generate", Sample)
+    assert ppo.calls * ppo.sequences * found.ranks == found.cfg.ppo.steps * found.cfg.ppo.rollouts
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "keep", "count"), [(12, 4, None, 3), (7, 4, None, 2), (3, 4, None, 1), (12, 2, 2, 3)]
+)
+def test_policies_that_are_evaluated(steps, every, keep, count):
+    found = sizes(ppo={"steps": steps, "checkpoint_every": every, "keep_policies": keep})
+    assert pools.checkpoints(found) == count
