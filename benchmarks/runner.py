@@ -1,0 +1,124 @@
+"""Measuring a row: both sides prepared and warmed up, then runs of the two in turn, A B A B."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import machine
+from benchmarks.records import Agreement, Record, Side
+from benchmarks.statistics import Ratio, Run, rate, ratios, spread
+from benchmarks.workers import Program, Worker, WorkerError
+
+WARM_UP = 1
+"""Runs of each side before the timed ones: the first one allocates, compiles and fills caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the two sides of a row are given."""
+
+    ours: dict[str, Any]
+    """The job of our worker."""
+    theirs: dict[str, Any]
+    inputs: str
+    """What the inputs are, for the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    title: str
+    unit: str
+    """Of the work of a run, in the plural."""
+    reach: float
+    """The ratio to reach: at least, or for a cost at most."""
+    ours: Program
+    theirs: Program
+    theirs_name: str
+    """For the reader, as `TRL 1.16 RewardTrainer`."""
+    task: Callable[[int], Task]
+    """Number of runs of each side, warm-up included -> what both are given."""
+    compare: Callable[[Any, Any], list[Agreement]]
+    """Results of ours and of theirs -> whether they agree."""
+    same: str
+    differs: str
+    ratio_of: Ratio = "faster"
+    ours_name: str = "grm-rlhf"
+
+
+def measure(row: Row, pairs: int, logs: Path) -> Record:
+    """Measure a row. A side that fails gives a record with its error.
+
+    Args:
+        pairs: timed runs of each side.
+        logs: folder for what the two programs print.
+    """
+    started, others = time.monotonic(), machine.OthersShare()
+    record: Record = {
+        "title": row.title, "unit": row.unit, "ratio_of": row.ratio_of, "reach": row.reach, "inputs": "",
+        "same": row.same, "differs": row.differs, "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit(),
+        "machine": machine.describe(), "others_cpu": None, "seconds": 0.0,
+    }  # fmt: skip
+    try:
+        task = row.task(WARM_UP + pairs)
+        record["inputs"] = task.inputs
+        _alternate(row, task, pairs, logs, record, others)
+    except WorkerError as error:
+        record["error"] = str(error)
+    record["others_cpu"] = others.share()
+    record["seconds"] = round(time.monotonic() - started, 1)
+    return record
+
+
+def _alternate(row: Row, task: Task, pairs: int, logs: Path, record: Record, others: machine.OthersShare) -> None:
+    """Run both sides in turn and fill the record. Where only the peer fails, ours is still measured."""
+    with ExitStack() as stack, tqdm(total=2 * (WARM_UP + pairs), desc=row.name, unit="run") as bar:
+        ours = stack.enter_context(Worker(row.ours, task.ours, logs / f"{row.name}-ours.log"))
+        sides: list[tuple[Worker, list[Run]]] = [(ours, [])]
+        try:
+            theirs = stack.enter_context(Worker(row.theirs, task.theirs, logs / f"{row.name}-theirs.log"))
+            sides.append((theirs, []))
+        except WorkerError as error:
+            record["error"] = str(error)
+        for number in range(WARM_UP + pairs):
+            for worker, runs in list(sides):
+                try:
+                    seconds, work = worker.run()
+                except WorkerError as error:
+                    if worker is ours:
+                        raise
+                    record["error"] = str(error)
+                    sides.remove((worker, runs))
+                    continue
+                bar.update()
+                if number >= WARM_UP:
+                    runs.append({"seconds": seconds, "work": work})
+        record["ours"] = _side(row.ours_name, ours, sides[0][1])
+        if len(sides) == 2:
+            record["theirs"] = _side(row.theirs_name, theirs, sides[1][1])
+            record["ratio"] = spread(ratios(sides[0][1], sides[1][1], row.ratio_of))
+            record["agreement"] = row.compare(ours.check(), theirs.check())
+        others.note()
+
+
+def _side(name: str, worker: Worker, runs: Sequence[Run]) -> Side:
+    return {
+        "name": name,
+        "versions": worker.about["versions"],
+        "settings": worker.about["settings"],
+        "runs": list(runs),
+        "seconds": spread([run["seconds"] for run in runs]),
+        "rate": spread([rate(run) for run in runs]),
+    }
