@@ -123,6 +123,7 @@ def reward_model(folder: Path, policy: str = POLICY) -> tuple[Path, Path]:
         with torch.no_grad():  # as wide as the states are long, so that rewards are of the size of 1
             weight = cast(Tensor, model.head.weight)
             weight.normal_(0, weight.shape[1] ** -0.5)
+            weight.copy_(weight.bfloat16())  # the classifier keeps it in the type of its other weights
         export(model, ours, "merged")
         export(model, classifier, "classifier")
     return ours, classifier

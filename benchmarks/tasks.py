@@ -63,7 +63,7 @@ def ppo(runs: int) -> Task:
     cfg = load([CONFIG])
     overrides = [
         f"run.dir={WORK}", "run.name=ppo", f"ppo.steps={runs + 1}", f"ppo.checkpoint_every={runs + 1}",
-        f"ppo.save_every={runs + 1}", f"ppo.proxy={cfg.ppo.proxy}",
+        f"ppo.save_every={runs + 1}",
     ]  # fmt: skip
     if torch.cuda.is_available():  # as many GPUs as the peer uses
         overrides += ["engine.processes=1"]
@@ -97,7 +97,8 @@ def _trl_ppo(cfg: Config, chat: ChatTokenizer, chats: list, classifier: Path) ->
     lora = cfg.ppo.lora
     assert lora, "this row compares PPO with adapters"
     return {
-        "policy": str(ROOT / cfg.policy.path), "classifier": str(classifier), "dtype": cfg.engine.dtype,
+        "policy": str(ROOT / cfg.policy.path), "settings": _old_names(ROOT / cfg.policy.path),
+        "classifier": str(classifier), "dtype": cfg.engine.dtype,
         "attention": cfg.policy.attention if attention() == "eager" else "sdpa",
         "prompts": [chat.prompt_ids(chat_) for chat_ in chats], "pad_id": chat.pad_id, "eot_id": chat.eot_id,
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "top_layers": lora.top_layers},
@@ -151,6 +152,12 @@ def best_of_n(runs: int) -> Task:
         f"{prompts} prompts x {samples} random scores; ours takes every n from 1 to {samples}, theirs n = "
         f"{', '.join(map(str, ns))}, a pass each: what is compared is n per second",
     )  # fmt: skip
+
+
+def _old_names(model: Path) -> dict:
+    """Settings under the names of transformers 4, which would silently take its default for the rotary base."""
+    rope = read_json(model / "config.json").get("rope_parameters") or {}
+    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
 def _hidden_size() -> int:

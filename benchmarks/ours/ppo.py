@@ -8,15 +8,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.channel import Channel, device, versions
+from benchmarks.peers.channel import Channel, device, quieten, versions
 from core.config.load import load
 from core.training import distributed
 from ppo.train import Trainer
 
 
 def main() -> None:
+    channel: Channel | None = None
     first = int(os.environ.get("RANK", "0")) == 0
-    channel = Channel() if first else None
+    if first:
+        channel = Channel()
+    else:
+        quieten()
     job = channel.job if channel else {}
     distributed.init_distributed()
     job = json.loads(_from_first(json.dumps(job)))
@@ -55,8 +59,9 @@ def main() -> None:
                       "config": job["config"], "overrides": [o for o in job["overrides"] if not o.startswith("run.")],
                       "engine": cfg.engine.model_dump(mode="json"), "attention": cfg.policy.attention},
         )  # fmt: skip
-    finally:
+    except SystemExit:  # the runner is done; after an error torchrun ends the other ranks
         _from_first("stop")
+        raise
 
 
 def _trained(engine) -> int:

@@ -25,7 +25,7 @@ class Channel:
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
+        quieten()
         self.job: dict[str, Any] = self._read()
 
     def answer(self, **values: Any) -> None:
@@ -57,6 +57,11 @@ class Channel:
         if not line:
             raise SystemExit
         return json.loads(line)
+
+
+def quieten() -> None:
+    """Send what this process prints to standard error: nothing must get between the answers."""
+    os.dup2(2, 1)
 
 
 def now() -> float:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 from trl import PPOConfig, PPOTrainer  # type: ignore[attr-defined]  # of TRL 0.24
@@ -50,9 +50,10 @@ class Turns(TrainerCallback):
 def main() -> None:
     channel = Channel()
     job = channel.job
-    options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": job["attention"]}
-    tokenizer = AutoTokenizer.from_pretrained(job["policy"], padding_side="left")
-    tokenizer.pad_token_id, tokenizer.eos_token_id = job["pad_id"], job["eot_id"]
+    options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": job["attention"], **job["settings"]}
+    # Of the file alone: transformers 4 does not know the class that transformers 5 writes beside it.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{job['policy']}/tokenizer.json", padding_side="left")
+    tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([job["pad_id"], job["eot_id"]])
     policy = adapted(AutoModelForCausalLM.from_pretrained(job["policy"], **options), job["lora"])
     reward_model = AutoModelForSequenceClassification.from_pretrained(job["classifier"], num_labels=1, **options)
     critic = AutoModelForSequenceClassification.from_pretrained(job["classifier"], num_labels=1, **options)
