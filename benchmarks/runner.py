@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from benchmarks import machine
 from benchmarks.records import Agreement, Record, Side
 from benchmarks.statistics import Ratio, Run, rate, ratios, spread
 from benchmarks.workers import Program, Worker, WorkerError
+from core.errors import ArtefactError, ConfigError, DataError
 
 WARM_UP = 1
 """Runs of each side before the timed ones: the first one allocates, compiles and fills caches."""
@@ -75,50 +76,66 @@ def measure(row: Row, pairs: int, logs: Path) -> Record:
         task = row.task(WARM_UP + pairs)
         record["inputs"] = task.inputs
         _alternate(row, task, pairs, logs, record, others)
-    except WorkerError as error:
+    except (WorkerError, ArtefactError, DataError, ConfigError) as error:
         record["error"] = str(error)
     record["others_cpu"] = others.share()
     record["seconds"] = round(time.monotonic() - started, 1)
     return record
 
 
+@dataclass(slots=True)
+class _Turns:
+    """One side's worker and its timed runs."""
+
+    worker: Worker
+    runs: list[Run]
+    error: str | None = None
+    """Why it runs no more."""
+
+    def take(self, *, counts: bool) -> None:
+        """One run, unless an earlier one failed."""
+        if self.error:
+            return
+        try:
+            seconds, work = self.worker.run()
+        except WorkerError as error:
+            self.error = str(error)
+            return
+        if counts:
+            self.runs.append({"seconds": seconds, "work": work})
+
+
 def _alternate(row: Row, task: Task, pairs: int, logs: Path, record: Record, others: machine.OthersShare) -> None:
     """Run both sides in turn and fill the record. Where only the peer fails, ours is still measured."""
-    with ExitStack() as stack, tqdm(total=2 * (WARM_UP + pairs), desc=row.name, unit="run") as bar:
-        ours = stack.enter_context(Worker(row.ours, task.ours, logs / f"{row.name}-ours.log"))
-        sides: list[tuple[Worker, list[Run]]] = [(ours, [])]
+    with ExitStack() as stack:
+        ours = _Turns(stack.enter_context(Worker(row.ours, task.ours, logs / f"{row.name}-ours.log")), [])
+        sides = [ours]
         try:
-            theirs = stack.enter_context(Worker(row.theirs, task.theirs, logs / f"{row.name}-theirs.log"))
-            sides.append((theirs, []))
+            theirs = _Turns(stack.enter_context(Worker(row.theirs, task.theirs, logs / f"{row.name}-theirs.log")), [])
+            sides.append(theirs)
         except WorkerError as error:
             record["error"] = str(error)
-        for number in range(WARM_UP + pairs):
-            for worker, runs in list(sides):
-                try:
-                    seconds, work = worker.run()
-                except WorkerError as error:
-                    if worker is ours:
-                        raise
-                    record["error"] = str(error)
-                    sides.remove((worker, runs))
-                    continue
-                bar.update()
-                if number >= WARM_UP:
-                    runs.append({"seconds": seconds, "work": work})
-        record["ours"] = _side(row.ours_name, ours, sides[0][1])
-        if len(sides) == 2:
-            record["theirs"] = _side(row.theirs_name, theirs, sides[1][1])
-            record["ratio"] = spread(ratios(sides[0][1], sides[1][1], row.ratio_of))
-            record["agreement"] = row.compare(ours.check(), theirs.check())
+        for number in tqdm(range(WARM_UP + pairs), desc=row.name, unit="pair"):
+            for side in sides:
+                side.take(counts=number >= WARM_UP)
+            if ours.error:
+                raise WorkerError(ours.error)
+        record["ours"] = _side(row.ours_name, ours)
+        if len(sides) == 2 and theirs.error:
+            record["error"] = theirs.error
+        elif len(sides) == 2:
+            record["theirs"] = _side(row.theirs_name, theirs)
+            record["agreement"] = row.compare(ours.worker.check(), theirs.worker.check())
+            record["ratio"] = spread(ratios(ours.runs, theirs.runs, row.ratio_of))
         others.note()
 
 
-def _side(name: str, worker: Worker, runs: Sequence[Run]) -> Side:
+def _side(name: str, side: _Turns) -> Side:
     return {
         "name": name,
-        "versions": worker.about["versions"],
-        "settings": worker.about["settings"],
-        "runs": list(runs),
-        "seconds": spread([run["seconds"] for run in runs]),
-        "rate": spread([rate(run) for run in runs]),
+        "versions": side.worker.about["versions"],
+        "settings": side.worker.about["settings"],
+        "runs": side.runs,
+        "seconds": spread([run["seconds"] for run in side.runs]),
+        "rate": spread([rate(run) for run in side.runs]),
     }

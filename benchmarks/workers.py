@@ -20,6 +20,12 @@ PATIENCE = 1800.0
 """Seconds that a worker has for one answer."""
 
 
+def shown(path: str | Path) -> str:
+    """A path for the record: within the checkout, where it lies there."""
+    path = Path(path)
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 class WorkerError(Exception):
     """A worker did not start, failed or took too long; the text says which, with the end of its output."""
 
@@ -56,7 +62,7 @@ class Worker:
         self._log, self._name = log, program.script
         log.parent.mkdir(parents=True, exist_ok=True)
         if not Path(program.python).is_file():
-            raise WorkerError(f"no {program.python}: `make bench PEERS=1` makes the peers' environments")
+            raise WorkerError(f"no {shown(program.python)}: `make bench PEERS=1` makes the peers' environments")
         # Both sides get the threads and the allocator of a stage, which is the faster setting for both.
         environment = {**os.environ, **variables(program.ranks)}
         if program.python == sys.executable:
@@ -115,7 +121,7 @@ class Worker:
         finally:
             timer.cancel()
         if not line:
-            raise WorkerError(f"{self._name} failed: {self._last_words()} (all of its output: {self._log})")
+            raise WorkerError(f"{self._name} failed: {self._last_words()} (all of its output: {shown(self._log)})")
         return json.loads(line)
 
     def _kill(self) -> None:
