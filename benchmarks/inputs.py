@@ -22,6 +22,8 @@ from rm.pairs import Pair, tokenise
 POLICY = "models/SmolLM2-135M-Instruct"
 MOST_TOKENS = 1024
 """Of a conversation, as TRL's `max_length`."""
+POOL_PROMPT = 150
+"""Tokens of the prompts that have many responses: the mean of HH-RLHF harmless."""
 SYSTEM = "Answer in one or two short sentences."
 
 # (prompt, chosen, rejected) in tokens of SmolLM2: every 36th of the 2,299 pairs of HH-RLHF harmless-base's test file,
@@ -136,11 +138,12 @@ def head(size: int) -> list[float]:
 
 
 def response_pool(pairs: Sequence[TokenPair], prompts: int, responses: int) -> list[dict]:
-    """Prompts of the first pairs, each with equally many responses, drawn from all pairs' responses: the lengths of
-    real ones. Whether they answer the prompt does not matter to how long scoring takes."""
+    """Prompts nearest to POOL_PROMPT tokens, each with equally many responses, drawn from all pairs' responses: the
+    lengths of real ones. Whether they answer the prompt does not matter to how long scoring takes."""
     draw = random.Random("benchmarks/pool")
+    nearest = sorted(pairs, key=lambda pair: abs(len(pair["prompt"]) - POOL_PROMPT))[:prompts]
     texts = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-    return [{"prompt": pair["prompt"], "responses": draw.sample(texts, responses)} for pair in pairs[:prompts]]
+    return [{"prompt": pair["prompt"], "responses": draw.sample(texts, responses)} for pair in nearest]
 
 
 def _plain(pair: Pair) -> TokenPair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,21 +57,26 @@ def regulariser(runs: int) -> Task:
     return Task(ours, theirs, task.inputs)
 
 
-def ppo(runs: int) -> Task:
-    """Iterations of the sizes of configs/offline.yaml, all on the same 64 prompts."""
+def ppo(runs: int, changes: Sequence[str] = (), work: Path = WORK) -> Task:
+    """Iterations of the sizes of configs/offline.yaml, all on the same prompts.
+
+    Args:
+        changes: overrides of that configuration.
+        work: folder for models, tables and results.
+    """
     import torch
 
-    cfg = load([CONFIG])
+    cfg = load([CONFIG], changes)
     overrides = [
-        f"run.dir={WORK}", "run.name=ppo", f"ppo.steps={runs + 1}", f"ppo.checkpoint_every={runs + 1}",
+        *changes, f"run.dir={work}", "run.name=ppo", f"ppo.steps={runs + 1}", f"ppo.checkpoint_every={runs + 1}",
         f"ppo.save_every={runs + 1}",
     ]  # fmt: skip
     if torch.cuda.is_available():  # as many GPUs as the peer uses
-        overrides += ["engine.processes=1"]
+        overrides += ["engine.processes=1", "policy.attention=sdpa"]
     chat = inputs.tokenizer(cfg.policy.path)
     chats = inputs.prompts(chat, cfg.ppo.prompts_per_step, most_tokens=cfg.data.max_prompt_tokens)
-    reward_model, classifier = inputs.reward_model(WORK / "models")
-    stage = WORK / "rm"
+    reward_model, classifier = inputs.reward_model(work / "models", cfg.policy.path)
+    stage = work / "rm"
     stage.mkdir(parents=True, exist_ok=True)
     for name in cfg.ppo.members:
         if not (stage / name).exists():
@@ -79,11 +85,11 @@ def ppo(runs: int) -> Task:
         {"prompt_id": f"{i:016x}", "prompt": chat_, "num_tokens": 0, "split": "rl_train", "order": i / len(chats)}
         for i, chat_ in enumerate(chats)
     ]
-    (WORK / "prompts").mkdir(exist_ok=True)
-    write_table(WORK / "prompts" / "prompts.parquet", rows, PromptRow)
+    (work / "prompts").mkdir(exist_ok=True)
+    write_table(work / "prompts" / "prompts.parquet", rows, PromptRow)
     ours = {
-        "config": CONFIG, "overrides": overrides, "prompts_folder": str(WORK / "prompts"), "reward_models": str(stage),
-        "out": str(_empty(WORK / "ppo")),
+        "config": CONFIG, "overrides": overrides, "prompts_folder": str(work / "prompts"), "reward_models": str(stage),
+        "out": str(_empty(work / "ppo")),
     }  # fmt: skip
     lengths = [len(chat.prompt_ids(chat_)) for chat_ in chats]
     return Task(
@@ -120,7 +126,7 @@ def sampling(prompts: int, n: int, runs: int) -> Task:
         "generation": cfg.generation.model_dump(mode="json"), "greedy": 8, "compared": 8,
     }  # fmt: skip
     tokens = sum(map(len, asked)) / prompts
-    return Task(job, job, f"{prompts} prompts of {tokens:.0f} tokens on average, {n} responses each, at most 64 tokens")
+    return Task(job, job, f"prompts: {prompts}, of {tokens:.0f} tokens on average; responses: {n} each, of at most 64 tokens")
 
 
 def scoring(runs: int) -> Task:
