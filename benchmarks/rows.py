@@ -85,4 +85,4 @@ def _ranks() -> int:
 
     from pipelines.launch import num_processes
 
-    return 1 if torch.cuda.is_available() else num_processes(load([tasks.CONFIG]))
+    return 1 if torch.cuda.is_available() else num_processes("ppo", load([tasks.CONFIG]))

