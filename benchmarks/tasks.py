@@ -121,14 +121,13 @@ def sampling(prompts: int, n: int, runs: int) -> Task:
     asked = [chat.prompt_ids(chat_) for chat_ in chats[:prompts]]
     job = {
         "model": str(ROOT / inputs.POLICY), "dtype": cfg.generation.vllm.dtype, "attention": attention(),
-        "prompts": asked, "n": n, "max_new_tokens": 64,
-        "max_model_len": 256, "stop_ids": chat.stop_ids, "pad_id": chat.pad_id,
+        "prompts": asked, "n": n, "max_new_tokens": 64, "max_model_len": 256,
+        "stop_ids": chat.stop_ids, "pad_id": chat.pad_id,
         "generation": cfg.generation.model_dump(mode="json"), "greedy": 8, "compared": 8,
     }  # fmt: skip
     tokens = sum(map(len, asked)) / prompts
-    return Task(
-        job, job, f"{prompts} prompt(s) of {tokens:.0f} tokens on average, {n} response(s) to each of at most 64"
-    )
+    what = f"{prompts} prompts, a response to each" if n == 1 else f"{n} responses to one prompt"
+    return Task(job, job, f"{what}, of at most 64 tokens; prompts have {tokens:.0f} tokens on average")
 
 
 def scoring(runs: int) -> Task:
