@@ -91,7 +91,11 @@ def _rate(record: Record, side: Side) -> str:
 
 
 def _reach(record: Record) -> str:
-    return f"{'' if record['ratio_of'] == 'faster' else 'at most '}{record['reach']:g}x"
+    """The ratio to reach, and what is missing to it."""
+    wanted = f"{'' if record['ratio_of'] == 'faster' else 'at most '}{record['reach']:g}x"
+    if "ratio" not in record or reached(record):
+        return wanted
+    return f"{wanted}, missed by {abs(record['ratio']['median'] / record['reach'] - 1):.0%}"
 
 
 def _is_busy(record: Record) -> bool:

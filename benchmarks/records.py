@@ -30,6 +30,8 @@ class Side(TypedDict):
     """Of one run."""
     rate: Spread
     """Work per second."""
+    results: Any
+    """What it found: losses, rewards, tokens, seconds of phases."""
 
 
 class Record(TypedDict):

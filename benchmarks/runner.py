@@ -125,7 +125,7 @@ def _alternate(row: Row, task: Task, pairs: int, logs: Path, record: Record, oth
             record["error"] = theirs.error
         elif len(sides) == 2:
             record["theirs"] = _side(row.theirs_name, theirs)
-            record["agreement"] = row.compare(ours.worker.check(), theirs.worker.check())
+            record["agreement"] = row.compare(record["ours"]["results"], record["theirs"]["results"])
             record["ratio"] = spread(ratios(ours.runs, theirs.runs, row.ratio_of))
         others.note()
 
@@ -138,4 +138,5 @@ def _side(name: str, side: _Turns) -> Side:
         "runs": side.runs,
         "seconds": spread([run["seconds"] for run in side.runs]),
         "rate": spread([rate(run) for run in side.runs]),
+        "results": side.worker.check(),
     }

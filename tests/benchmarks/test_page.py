@@ -16,6 +16,7 @@ def side(name: str, runs: list[Run]) -> Side:
         "runs": runs,
         "seconds": spread([run["seconds"] for run in runs]),
         "rate": spread([rate(run) for run in runs]),
+        "results": {"losses": [0.69]},
     }
 
 
@@ -92,6 +93,7 @@ def test_a_peer_that_failed_has_a_row_that_says_why():
 
 def test_what_is_reached():
     assert page.reached(record()) and not page.reached(record(reach=3.5))
+    assert "| 4x, missed by 25% |" in page.markdown({"rm": record(reach=4.0)})
     cost = record(ratio_of="cost", reach=1.03, ratio=spread([1.02, 1.03, 1.06]))
     assert page.reached(cost) and not page.reached(cost | {"ratio": spread([1.04])})
     assert "| at most 1.03x |" in page.markdown({"grm": cost})

@@ -65,6 +65,7 @@ def test_runs_alternate_and_the_first_is_not_counted(programs, tmp_path):
     assert record["ratio"]["low"] > 1 and "error" not in record
     assert record["agreement"] == [{"what": "runs", "ok": True, "detail": "{'runs': 4} {'runs': 4}"}]
     assert record["ours"]["versions"].keys() == {"python", "numpy"} and record["inputs"] == "nothing"
+    assert record["ours"]["results"] == {"runs": 4}
     json.dumps(record)
 
 
