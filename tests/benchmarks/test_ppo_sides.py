@@ -39,7 +39,7 @@ def finished(program, job, log: Path) -> dict:
         return worker.check()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ours_takes_turns_on_all_ranks(task, tmp_path):
     found = finished(rows()["ppo"].ours, task.ours, tmp_path / "ours.log")
     assert found["trained"] == trained_by_hand()

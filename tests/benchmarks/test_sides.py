@@ -10,6 +10,9 @@ from benchmarks.workers import Program, Worker
 from tests.builders.policies import tiny_policy
 
 
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+
+
 @pytest.fixture(scope="module")
 def policy(tokenizer_path, tmp_path_factory):
     return tiny_policy("llama", tokenizer_path, tmp_path_factory.mktemp("bench") / "policy")
@@ -37,7 +40,7 @@ def results(ours, theirs, job, logs, runs=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.long)])
 def test_training_has_the_losses_of_trl(policy, chat, pairs, lora, tmp_path):
     job = {
         "model": str(policy), "dtype": "float32", "attention": "eager", "batch": 4, "steps_per_run": 2, "lora": lora,
