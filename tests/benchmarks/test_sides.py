@@ -9,7 +9,6 @@ from benchmarks import agreement, inputs
 from benchmarks.workers import Program, Worker
 from tests.builders.policies import tiny_policy
 
-
 LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 
 
