@@ -88,9 +88,8 @@ types: | ready       ## check types
 docs-config: | ready ## write docs/configuration.md from the docstrings of the fields
 	@$(PYTHON_BIN) -m core.config.explain > docs/configuration.md
 
-bench: | ready       ## time the reward model's training step and the study's estimators: some minutes
-	@$(PYTHON_BIN) -m benchmarks.reward_step
-	@$(PYTHON_BIN) -m benchmarks.bon_curves
+bench: | ready       ## time this project against TRL, transformers and pandas: half an hour; PEERS=1 ONLY=ppo PAIRS=5 OUT=FILE
+	@$(PYTHON_BIN) -m benchmarks $(if $(PEERS),--peers) $(if $(ONLY),--only $(ONLY)) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(OUT),--out $(OUT))
 
 help:                ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 20
