@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from core import starting
 from core.artefacts import RESUME
 from core.config import Config, Generation, Model, Ppo
 from core.data.chat import ChatTokenizer
@@ -60,6 +61,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     trainer = Trainer(cfg, inputs, out)
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
+    starting.working()
     for step in tqdm(
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
