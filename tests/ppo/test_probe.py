@@ -99,8 +99,8 @@ def test_rounding_of_the_actor_is_not_taken_for_weights_that_did_not_arrive(poli
             probe.after(1)
 
 
-def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(policy_path):
-    for found in json.loads(run_program("tests/programs/probe.py", policy_path).splitlines()[-1]):
+def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(small_policy):
+    for found in json.loads(run_program("tests/programs/probe.py", small_policy).splitlines()[-1]):
         assert "the new weights did not arrive" in found["skipped"]
         assert found["moved"] < MAX_MISMATCH  # so small that a bound on the difference would not notice it
         assert found["synced"]["sync_slope"] < 1.15
