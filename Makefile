@@ -8,7 +8,7 @@ SET ?=
 FROM ?=
 PYTHON_BIN := .venv/bin/python
 GRM := .venv/bin/grm
-# DeepSpeed builds its op with the `ninja` of the environment and looks for it on the PATH only.
+# What DeepSpeed compiles, it compiles with the `ninja` of the environment, which it looks for on the PATH only.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 STAGES := prompts preferences rm bon ppo eval report

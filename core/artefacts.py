@@ -246,11 +246,14 @@ def publish(
     seed: int,
     seconds: float,
     metrics: dict,
+    parts: Mapping[str, float] | None = None,
     resumable: str | None = None,
 ) -> None:
     """Write the manifest and put the finished folder in place of the old one, which goes to `.replaced`.
 
     Args:
+        seconds: that the stage took, from its command on.
+        parts: some of these seconds by what they went to; `start` becomes `seconds_start`.
         resumable: a folder in `partial` that is no output: what the stage could be continued from.
     """
     outputs = [
@@ -277,6 +280,7 @@ def publish(
         "device": device_name(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 1),
+        **{f"seconds_{part}": round(spent, 1) for part, spent in (parts or {}).items()},
         "metrics": metrics,
     }
     write_json(partial / MANIFEST, manifest)

@@ -8,6 +8,23 @@ import sys
 from pathlib import Path
 
 STARTED = "GRM_STAGE_STARTED"
+"""Its value is the number of ranks that share this machine."""
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Device files: no GPU can be used without one of them (CUDA, ROCm, WSL)."""
+
+
+def may_have_gpu() -> bool:
+    """False where there cannot be a GPU. Needs no torch, whose import takes a second."""
+    return any(Path(driver).exists() for driver in GPU_DRIVERS)
+
+
+def num_gpus() -> int:
+    """GPUs that torch can use."""
+    if not may_have_gpu():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def is_started() -> bool:
@@ -22,10 +39,8 @@ def is_rank() -> bool:
 
 def variables(ranks: int) -> dict[str, str]:
     """Variables for `ranks` processes that share this machine."""
-    import torch
-
-    settings = {STARTED: "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # DeepSpeed compiles an operation on first use, with the ninja of this environment.
+    settings = {STARTED: str(ranks), "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # What DeepSpeed compiles for some of its own settings, it compiles with the ninja of this environment.
     settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     # Notices of libraries would hide ours: torch alone prints a line for each backward pass.
     settings |= {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DEEPSPEED_LOG_LEVEL": "error"}
@@ -34,7 +49,7 @@ def variables(ranks: int) -> dict[str, str]:
     settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     settings["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     settings["VLLM_NO_USAGE_STATS"] = "1"
-    if torch.cuda.is_available():
+    if num_gpus():
         return settings
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     settings |= {

@@ -7,11 +7,12 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import yaml
 
-from core import environment
+from core import environment, starting
 from core.config import Config
 from core.config.explain import explain
 from core.config.load import load
@@ -63,6 +64,7 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
             launch.check_ranks(name, cfg, launch.world_size())
         if not environment.is_started():
             launch.restart(given)
+        starting.collect_less()
         for name in names:
             launch.run_here(name, cfg, force=options.force)
         return 0
@@ -72,20 +74,22 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
         for stage, what in runs.plan(names[-1], cfg, source, force=options.force):
             stages.say(f"{stage}: {what}")
         names = runs.needed_by(names[-1])
+    began = starting.command_began()
     for name in names:
         force = options.force and (name == command or command == "gold")
-        if status := _stage(name, cfg, [name, *arguments], force=force, source=source):
+        if status := _stage(name, cfg, [name, *arguments], force=force, source=source, began=began):
             return status
+        began = time.time()
     return 0
 
 
-def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source: Path | None) -> int:
+def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source: Path | None, began: float) -> int:
     if not force and runs.settle(name, cfg, source):
         return 0
     stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are reported before a process is started
     if changed := stages.staleness(name, cfg):
         stages.say(f"{name}: re-run, because " + "; ".join(changed[:5]))
-    return launch.run_stage_process(cfg, arguments + (["--force"] if force else []))
+    return launch.run_stage_process(cfg, arguments + (["--force"] if force else []), began=began)
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bon.gains import scale
 from bon.pools import Pools
 from bon.scores import optimised_rewards, read_pools
+from core import starting
 from core.config import Config, Model
 from core.data.chat import ChatTokenizer
 from core.data.rows import EvaluationRow, ResponseRow
@@ -78,6 +79,7 @@ def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path |
     (out / "steps").mkdir(exist_ok=True)
     generator = Generator(cfg.policy, cfg.generation, tokenizer)
     reference = _load(cfg, cfg.policy).eval().to(device())
+    starting.working()
     for step in tqdm(waiting, desc="eval: checkpoints", unit="policy"):
         folder = checkpoints[step]
         policy = load_policy(cfg, folder) if folder else reference

@@ -1,6 +1,6 @@
-"""How a stage becomes a process: threads, allocator, and one process per rank by torchrun.
+"""How a stage becomes processes: threads, allocator, and one process per rank.
 
-Both must be decided before Python starts, so `grm` starts each stage in a new process with the right environment.
+These must be decided before Python starts, so `grm` starts each stage in a new process with the right environment.
 A rank of the user's own torchrun (`torchrun ... -m pipelines ppo`, on many nodes) starts again in that environment.
 From there on both are the same: `check_ranks`, then `run_here`.
 """
@@ -8,28 +8,26 @@ From there on both are the same: `check_ranks`, then `run_here`.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
+import time
 from typing import NoReturn
 
 from core.config import Config
-from core.environment import variables
+from core.environment import STARTED, num_gpus, variables
 from core.errors import ConfigError
+from core.ranks import run_ranks
+from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
 
 STOP_SECONDS = 1800
+"""On SIGTERM the ranks end their step and save; after so long they are killed."""
 
 
 def num_processes(name: str, cfg: Config) -> int:
     """Ranks of a stage on this machine."""
     processes = cfg.engine_of(stages.STAGES[name].engine).processes
-    if processes != "auto":
-        return processes
-    import torch
-
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return processes if processes != "auto" else num_gpus() or min(2, os.cpu_count() or 1)
 
 
 def check_ranks(name: str, cfg: Config, ranks: int) -> None:
@@ -43,13 +41,13 @@ def check_ranks(name: str, cfg: Config, ranks: int) -> None:
 
 
 def world_size() -> int:
-    """Ranks that torchrun started, on all machines; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    """Ranks that work together: those that torchrun started, on all machines, or those that `grm` started on this."""
+    return int(os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(STARTED, "1"))
 
 
 def restart(arguments: list[str]) -> NoReturn:
     """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks."""
-    environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))}
+    environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), BEGAN: str(command_began())}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, "-u", "-m", "pipelines", *arguments], environment)
@@ -76,29 +74,23 @@ def _settled(name: str, cfg: Config) -> bool:
     return bool(answer[0])
 
 
-def run_stage_process(cfg: Config, arguments: list[str]) -> int:
+def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None = None) -> int:
     """Run `python -m pipelines ARGUMENTS`, the first of which is a stage, on every rank that it needs; the exit status.
+
+    Args:
+        began: when the command for this stage began, in seconds since the epoch (None: now).
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
     """
-    distributed = stages.STAGES[arguments[0]].distributed
-    ranks = num_processes(arguments[0], cfg) if distributed else 1
-    check_ranks(arguments[0], cfg, ranks)
-    # --standalone takes a free port by itself; many nodes use torchrun with a rendezvous (docs/scale.md).
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    # On SIGTERM the ranks end their step and save; torchrun would kill them after 30 seconds.
-    launcher = [*torchrun, f"--shutdown-timeout={STOP_SECONDS}"] if distributed else []
-    command = [sys.executable, *launcher, "-m", "pipelines", *arguments]
-    stage = subprocess.Popen(command, env={**os.environ, **variables(ranks)})
-    signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
-    status = stage.wait()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    mark = cfg.run_dir / f"{arguments[0]}.partial" / MARK
+    name = arguments[0]
+    ranks = num_processes(name, cfg) if stages.STAGES[name].distributed else 1
+    check_ranks(name, cfg, ranks)
+    environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
+    command = [sys.executable, "-u", "-m", "pipelines", *arguments]
+    status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
+    mark = cfg.run_dir / f"{name}.partial" / MARK
     if status and mark.is_file():
-        print(
-            f"{arguments[0]}: stopped {mark.read_text().strip()}; the same command continues from there",
-            file=sys.stderr,
-        )
+        print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED
     return status if status >= 0 else 128 - status

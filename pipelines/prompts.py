@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from core import starting
 from core.config import Config, Data, Splits
 from core.data.chat import ChatTokenizer, Message, with_system
 from core.data.layouts.pairing import prompt_of
@@ -58,6 +59,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PromptsMetrics:
     """Writes `prompts.parquet` and `rejected.jsonl`."""
     tokenizer = ChatTokenizer(cfg.policy)
     tokenizer.check()
+    starting.working()
     prompts, rejected, malformed, changed = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed)
     write_jsonl(out / "rejected.jsonl", rejected)  # before the share is checked: whoever reads of it wants to see them
     if not prompts:

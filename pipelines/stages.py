@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core import starting
 from core.artefacts import (
     FINGERPRINT,
     MANIFEST,
@@ -180,17 +181,18 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     if rank == 0:
         prepare(name, cfg, wanted, force=force)
         open_partial(folder, wanted)
-    started = time.time()
+    called = time.time()
     metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
     if rank != 0:
         return ""
-    seconds = time.time() - started
+    seconds, parts = starting.finished(called)
     resumable = RESUME if stage.grows else None
     publish(
-        partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, metrics=metrics,
+        partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, parts=parts, metrics=metrics,
         resumable=resumable,
     )  # fmt: skip
-    return f"{name}: {metrics.get('headline', 'done')} ({seconds:.0f} s) -> {folder}"
+    headline = metrics.get("headline", "done")
+    return f"{name}: {headline} ({seconds:.0f} s, {parts['start']:.0f} of them to start) -> {folder}"
 
 
 def prepare(name: str, cfg: Config, wanted: Fingerprint, *, force: bool = False) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from core import starting
 from core.artefacts import RESUME
 from core.config import Config, Generation, Model, Ppo
 from core.data.chat import ChatTokenizer
@@ -60,6 +61,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     trainer = Trainer(cfg, inputs, out)
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
+    starting.working()
     for step in tqdm(
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
@@ -82,6 +84,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, inputs: dict[str, Path], out: Path):
         distributed.init_distributed()
+        saved_state(out)  # one that cannot be continued is refused before models are loaded
         self.cfg, self.out = cfg, out
         seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
@@ -214,14 +217,8 @@ class Trainer:
         Raises:
             ArtefactError: the state was written by another number of ranks.
         """
-        mark = self.out / RESUME / LAST
-        state: dict[str, Any] = read_json(mark) if mark.is_file() else {"step": 0}
+        state = saved_state(self.out)
         if state["step"]:
-            if state["ranks"] != distributed.world_size():
-                raise ArtefactError(
-                    f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
-                    f"start as many (engine.processes), or delete {mark.parent} to start again"
-                )
             folder = self.out / RESUME / f"{state['step']:06d}"
             self.actor.load(folder / "actor")
             if self.critic:
@@ -250,6 +247,22 @@ class Trainer:
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             if self.log:
                 self.log.close()
+
+
+def saved_state(out: Path) -> dict[str, Any]:
+    """What `Trainer.save_state` wrote last into `out`; step 0 where it wrote nothing.
+
+    Raises:
+        ArtefactError: the state was written by another number of ranks.
+    """
+    mark = out / RESUME / LAST
+    state: dict[str, Any] = read_json(mark) if mark.is_file() else {"step": 0}
+    if state["step"] and state["ranks"] != distributed.world_size():
+        raise ArtefactError(
+            f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
+            f"start as many (engine.processes), or delete {mark.parent} to start again"
+        )
+    return state
 
 
 def _make_generator(

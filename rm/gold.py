@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core import starting
 from core.batching import by_length
 from core.config import Gold
 from core.data.chat import ChatTokenizer, Message, conversation, response_of
@@ -88,6 +89,7 @@ def load_gold(cfg: Gold) -> GoldModel:
 
 def score_samples(gold: GoldModel, samples: Sequence[ResponseRow]) -> np.ndarray:
     """Gold of the samples, float64 [n], with a progress bar."""
+    starting.working()
     parts = []
     with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
         for start in range(0, len(samples), CHUNK):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import config
+from core import config, starting
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
 from core.data.streams import stream_seed
@@ -150,6 +150,7 @@ def fit(
         pairs = with_reference(engine, model, pairs, rm.micro_batch, cache)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
+    starting.working()
     for step, batch in enumerate(
         tqdm(batches, desc=f"rm {name}", unit="step", disable=distributed.rank() != 0), start=1
     ):

@@ -50,15 +50,15 @@ pick_python() { # prints it
     fail "neither ${PYTHON:-python3.11} nor python3 is Python 3.11 or 3.12; name one: make setup PYTHON=/path/to/python3.11"
 }
 
-# DeepSpeed compiles its shared-memory collectives against torch and Python when it is first used. A missing tool
+# vLLM compiles with generation.vllm.enforce_eager=false, and DeepSpeed for some settings of its own. A missing tool
 # would show only then, minutes into a stage.
 check_tools() {
     local python=$1 version
     version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     command -v g++ >/dev/null || command -v c++ >/dev/null ||
-        fail "no C++ compiler, which DeepSpeed needs: sudo apt-get install g++"
+        fail "no C++ compiler, which vLLM and DeepSpeed need for some settings: sudo apt-get install g++"
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-        fail "no Python headers, which DeepSpeed needs: sudo apt-get install $version-dev"
+        fail "no Python headers, which vLLM and DeepSpeed need for some settings: sudo apt-get install $version-dev"
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "no venv module: sudo apt-get install $version-venv"
 }

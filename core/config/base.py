@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.environment import may_have_gpu
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
@@ -17,7 +19,7 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 def native_dtype() -> Literal["bfloat16", "float32"]:
     """bfloat16 on a GPU and on CPUs with instructions for it; float32 elsewhere, where bfloat16 is emulated and some
     ten times slower."""
-    if any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):
+    if may_have_gpu():
         return "bfloat16"
     cpuinfo = Path("/proc/cpuinfo")
     words = cpuinfo.read_text().split() if cpuinfo.is_file() else []

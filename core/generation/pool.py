@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from core import starting
 from core.data.chat import ChatTokenizer
 from core.data.rows import PromptRow, SampleRow
 from core.data.streams import stream_seed
@@ -51,6 +52,7 @@ def sample_pool(
             shard, path = rows[start : start + shard_prompts], folder / f"shard-{index:04d}.parquet"
             if not path.exists():
                 generator = generator or make_generator()
+                starting.working()
                 prompts = [tokenizer.prompt_ids(row["prompt"]) for row in shard]
                 groups = generator.generate(
                     prompts, n=n, seed=stream_seed(seed, name, index), temperature=temperature, top_p=top_p

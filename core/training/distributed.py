@@ -35,6 +35,9 @@ def init_distributed() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # Else DeepSpeed compiles an operation for minutes: all-reduces of its tensor-parallel inference, not used here.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -45,8 +46,7 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
     extras = page.RunExtras(
         checkpoints=checkpoint_table(found, one),
         reward_models=reward_table(shown, metrics["rm"]["judge"]),
-        stages=[["stage", "seconds", "made"]]
-        + [[n, f"{m['seconds']:.0f}", m["metrics"]["headline"]] for n, m in manifests.items()],
+        stages=[["stage", "seconds", "of them to start", "made"], *map(stage_row, manifests, manifests.values())],
         samples=before_and_after(one, pools, cfg.ppo.label, stream_seed(cfg.run.seed, "report")),
         packages=yaml.safe_dump({**manifests["eval"]["code"], **manifests["eval"]["packages"]}, sort_keys=False),
         figures={
@@ -68,6 +68,12 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
         "headline": f"{out.with_name('report') / 'report.html'}: {'; '.join(page.summary(found))}; {failed} of "
         f"{len(checks)} checks failed"
     }
+
+
+def stage_row(name: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Name, seconds, how many of them the stage took to start (empty in runs of earlier versions), and its headline."""
+    start = f"{manifest['seconds_start']:.0f}" if "seconds_start" in manifest else ""
+    return [name, f"{manifest['seconds']:.0f}", start, manifest["metrics"]["headline"]]
 
 
 def outcome(found: Results) -> str:

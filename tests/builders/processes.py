@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 GRM = (sys.executable, "-m", "pipelines")
 SEED = int(os.environ.get("RLHF_TEST_SEED", "0"))
 """Of what tests draw at random, such as the moment of a kill; in the header of every test report."""
+START_RANKS = (
+    "import os, sys; from core.ranks import run_ranks; "
+    "sys.exit(run_ranks([sys.executable, *sys.argv[2:]], os.environ, int(sys.argv[1]), stop_seconds=1))"
+)
 _MARK = "RLHF_TEST_PROCESS"
 """Environment variable by which processes are found that a test started, and those that these started."""
 
@@ -33,25 +36,23 @@ def make(*arguments: str, timeout: int = 1800) -> subprocess.CompletedProcess:
     return done
 
 
-def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600) -> str:
-    """Run `python ARGUMENTS` (under torchrun with `ranks`) in the environment of a stage; stdout, or a failed test."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+def run_program(*arguments: object, ranks: int | None = None, timeout: int = 600, **environment: str) -> str:
+    """Run `python ARGUMENTS`, or as many of it as `ranks`, in the environment of a stage; stdout, or a failed test.
+
+    Args:
+        environment: more of it.
+    """
+    launcher = ["-c", START_RANKS, str(ranks)] if ranks else []
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **variables(ranks or 1), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **variables(ranks or 1), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def draw(name: str, low: float, high: float) -> float:

@@ -17,8 +17,9 @@ def runs(tmp_path_factory):
     found = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp("zero3") / "out.json"
-        run_program("tests/programs/zero3.py", out, ranks=ranks)
-        found[ranks] = json.loads(out.read_text())
+        built = out.with_name("extensions")
+        run_program("tests/programs/zero3.py", out, ranks=ranks, TORCH_EXTENSIONS_DIR=str(built))
+        found[ranks] = json.loads(out.read_text()) | {"built": built.exists()}
     return found
 
 
@@ -28,6 +29,13 @@ def test_parameters_are_partitioned(runs):
     assert runs[1]["local"] == runs[1]["total"] == runs[2]["total"]
     # the odd element of a tensor is padding
     assert runs[2]["local"] == pytest.approx(runs[2]["total"] / 2, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not on a GPU, where DeepSpeed may use operations of its own")
+def test_nothing_is_compiled(runs):
+    """DeepSpeed's shared-memory collectives take minutes to compile, and nothing here uses them."""
+    assert not runs[1]["built"] and not runs[2]["built"]
 
 
 @pytest.mark.slow

@@ -6,16 +6,29 @@ import sys
 
 import pytest
 
+from core.artefacts import read_manifest
 from core.environment import variables
 from core.files import read_table
 from core.http import ask_json
-from tests.builders.processes import answers, background, free_port, make, wait_for
+from core.ranks import free_port
+from pipelines import stages
+from tests.builders.processes import answers, background, make, wait_for
 
 
 @pytest.mark.e2e
 def test_the_same_command_again_finds_everything_up_to_date(run_dir):
     again = make("rm", "ppo", "eval", "CONFIG=configs/smoke.yaml", f"SET=run.dir={run_dir.parent}", timeout=120)
     assert again.stderr.count("up to date") == 7, again.stderr
+
+
+@pytest.mark.e2e
+def test_manifests_say_how_long_each_stage_took_to_start(run_dir):
+    for stage in stages.STAGES:
+        made = read_manifest(run_dir / stage)
+        assert 0 <= made["seconds_load"] <= made["seconds_start"] <= made["seconds"], stage
+    for stage in ("preferences", "rm", "bon", "ppo", "eval"):  # models are loaded, then there is work
+        made = read_manifest(run_dir / stage)
+        assert 0 < made["seconds_load"] < made["seconds_start"] < made["seconds"], stage
 
 
 @pytest.mark.e2e

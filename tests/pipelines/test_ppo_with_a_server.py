@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import NATIVE_DTYPE
-from tests.builders.processes import GRM, ROOT, answers, background, free_port, wait_for
+from core.ranks import free_port
+from tests.builders.processes import GRM, ROOT, answers, background, wait_for
 
 
 @pytest.mark.long

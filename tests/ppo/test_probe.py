@@ -132,8 +132,8 @@ def test_at_temperature_1_the_log_probs_of_the_rollout_are_the_readings_before_t
     assert calls == [4] * 4
 
 
-def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(policy_path):
-    for found in json.loads(run_program("tests/programs/probe.py", policy_path).splitlines()[-1]):
+def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(small_policy):
+    for found in json.loads(run_program("tests/programs/probe.py", small_policy).splitlines()[-1]):
         assert "the new weights did not arrive" in found["skipped"]
         assert found["moved"] < MAX_MISMATCH  # so small that a bound on the difference would not notice it
         assert found["synced"]["sync_slope"] < 1.15

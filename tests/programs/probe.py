@@ -33,7 +33,7 @@ def main(path: str) -> None:
     completions = [group[0] for group in generator.generate(prompts, seed=1)]
     settings = config.Engine()
     lm = add_lora(load_causal_lm(model, dtype=settings.dtype), config.Lora(rank=8, top_layers=4))
-    optim = config.Optim(lr=4e-4, schedule="constant", warmup=0.0)
+    optim = config.Optim(lr=2e-4, schedule="constant", warmup=0.0)
     actor = Engine(PolicyModule(lm, 0.8), settings, micro_batch=4, optim=optim, total_steps=9)
     dtype = getattr(torch, generation.vllm.dtype)
     probe, found = SyncProbe(actor, generator, dtype=dtype), []

@@ -1,0 +1,87 @@
+"""Ranks as processes of this machine: their places, a rank that fails, SIGTERM."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from core.ranks import run_ranks
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MINE")
+
+
+def ranks(script: str, number: int, folder, *, stop_seconds: float = 20) -> int:
+    environment = {**os.environ, "MINE": "kept", "WORLD_SIZE": "of some cluster"}
+    return run_ranks([sys.executable, "-c", script, str(folder)], environment, number, stop_seconds=stop_seconds)
+
+
+PLACE = f"""
+import os, pathlib, sys
+words = [os.environ[name] for name in {NAMES}]
+pathlib.Path(sys.argv[1], words[0]).write_text(" ".join(words))
+"""
+
+
+def test_each_rank_knows_its_place_and_all_meet_at_one_port(tmp_path):
+    assert ranks(PLACE, 3, tmp_path) == 0
+    found = {file.name: file.read_text().split() for file in tmp_path.iterdir()}
+    assert sorted(found) == ["0", "1", "2"]
+    for rank, words in found.items():
+        assert words[:5] == [rank, rank, "3", "3", "127.0.0.1"] and words[6] == "kept"
+    assert len({words[5] for words in found.values()}) == 1
+
+
+ONE_FAILS = """
+import os, pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path(sys.argv[1], "ended").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+if os.environ["RANK"] == "1":
+    while not pathlib.Path(sys.argv[1], "ready").exists():
+        time.sleep(0.01)
+    sys.exit(3)
+pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(60)
+"""
+
+
+def test_where_one_rank_fails_the_others_are_ended(tmp_path):
+    began = time.monotonic()
+    assert ranks(ONE_FAILS, 2, tmp_path) == 3
+    assert (tmp_path / "ended").exists() and time.monotonic() - began < 30
+
+
+STOPS = """
+import os, pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+rank = int(os.environ["RANK"])
+pathlib.Path(sys.argv[1], f"ready-{rank}").touch()
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.3 * rank)
+pathlib.Path(sys.argv[1], f"saved-{rank}").touch()
+sys.exit(75)
+"""
+DEAF = STOPS.replace("while not asked", "while True")
+
+
+def stop_when_ready(folder, number: int) -> None:
+    while len(list(folder.glob("ready-*"))) < number:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_reaches_all_ranks_and_each_may_finish(tmp_path):
+    threading.Thread(target=stop_when_ready, args=(tmp_path, 2), daemon=True).start()
+    assert ranks(STOPS, 2, tmp_path) == 75
+    assert {file.name for file in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ranks_that_do_not_stop_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.ranks.GRACE_SECONDS", 0.2)
+    threading.Thread(target=stop_when_ready, args=(tmp_path, 2), daemon=True).start()
+    assert ranks(DEAF, 2, tmp_path, stop_seconds=0.3) == -signal.SIGKILL
