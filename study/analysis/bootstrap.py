@@ -72,7 +72,7 @@ def _freedom(values: Array) -> float:
     S, P, _ = values.shape
     variances = list(zip(_variances(values), (P - 1, S - 1), strict=False))
     total = sum(v for v, _ in variances)
-    return total**2 / sum(v**2 / f for v, f in variances) if total > 0 else P - 1
+    return float(total**2 / sum(v**2 / f for v, f in variances)) if total > 0 else P - 1
 
 
 def _variances(values: Array) -> list[float]:
@@ -155,7 +155,7 @@ def simultaneous(mean: Array, draws: Array, level: float = 0.95) -> tuple[Array,
     return mean - c * se * varies, mean + c * se * varies
 
 
-def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array, Array]:
+def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array, NDArray[np.int64]]:
     """The best point of a curve without the bias of choosing and measuring at once.
 
     Prompts are halved `splits` times; the best point of the mean over one half is measured on the other half. On
@@ -174,7 +174,7 @@ def cross_fitted_peak(values: Array, seed: int, splits: int = 10) -> tuple[Array
             rest = half != fold
             peak[:, rest] += values[:, rest, best] / splits
             chosen.append(best)
-    return peak[..., None], np.array(chosen)
+    return peak[..., None], np.array(chosen, dtype=np.int64)
 
 
 def best_above(values: Array, draws: Array, peak: Array, k: int, *, seed: int) -> Interval:
