@@ -7,6 +7,7 @@ seeds in `SamplingParams` crash vLLM on CPU.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import time
@@ -53,6 +54,7 @@ class Generator:
         from vllm import LLM
 
         _leave_out_token_ranks()
+        gc.freeze()  # vLLM collects garbage five times as it starts, among millions of objects that stay
         self._adapter, self._loaded = None, 0
         self.cfg, self.tokenizer = cfg, tokenizer
         self.seconds = {"generate": 0.0, "sync": 0.0}

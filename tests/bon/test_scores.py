@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bon.scores import SharedLayers, score_proxies
 from core.config import Model
@@ -11,12 +12,22 @@ from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.model import RewardModel
+from tests.builders.checkpoints import tiny_config
 
 pytestmark = pytest.mark.slow
 
 
-def test_shared_layers_change_no_reward(policy_path, tmp_path):
-    where = Model(path=str(policy_path))
+@pytest.fixture(scope="module")
+def where(tokenizer_path, tmp_path_factory) -> Model:
+    """A base of six layers: what is shared does not depend on what they compute."""
+    tokenizer, folder = AutoTokenizer.from_pretrained(tokenizer_path), tmp_path_factory.mktemp("scores") / "base"
+    torch.manual_seed(1)
+    LlamaForCausalLM(tiny_config(tokenizer, num_hidden_layers=6)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Model(path=str(folder))
+
+
+def test_shared_layers_change_no_reward(where, tmp_path):
     samples = [
         {"prompt_id": p, "sample_id": k, "prompt": [{"role": "user", "content": p}], "response": f"It is {k} {p}."}
         for p in ("one", "another question") for k in range(3)
@@ -39,8 +50,7 @@ def test_shared_layers_change_no_reward(policy_path, tmp_path):
         assert name in names and len(set(found)) == len(samples)
 
 
-def test_pools_are_scored_alike_with_reward_models_of_several_sizes(policy_path, tmp_path):
-    where = Model(path=str(policy_path))
+def test_pools_are_scored_alike_with_reward_models_of_several_sizes(where, tmp_path):
     samples = [
         {"prompt_id": p, "sample_id": k, "prompt": [{"role": "user", "content": p}], "response": f"It is {k} {p}."}
         for p in ("one", "another question") for k in range(3)

@@ -17,7 +17,7 @@ GOOD, BAD = ("yes", "right", "gladly", "certainly"), ("no", "never", "wrong", "h
 FILLER = ("the", "and", "that", "with", "from", "some", "when", "then", "over", "more")
 
 METHODS: dict[str, dict] = {
-    "bt, linear head": {"head": "linear"},
+    "bt, linear head": {"head": "linear", "micro_batch": 4},
     "bt, mlp head": {},
     "margin": {"margin": 1.0},
     "label smoothing": {"label_smoothing": 0.1},
@@ -25,20 +25,20 @@ METHODS: dict[str, dict] = {
     "positive": {"positive": 0.1},
     "center": {"center": 0.01},
     "head dropout": {"head_dropout": 0.1},
-    "grm sft": {"text_regulariser": "sft"},
+    "grm sft": {"text_regulariser": "sft", "micro_batch": 4},
     "grm sft, every turn": {"text_regulariser": "sft", "regularise": "every_turn"},
     "grm sft, after the first turn": {"text_regulariser": "sft", "regularise": "after_first_turn"},
     "grm sft_plain": {"text_regulariser": "sft_plain"},
     "grm dpo_noref": {"text_regulariser": "dpo_noref"},
     "grm dpo": {"text_regulariser": "dpo"},
-    "inform": {"head": "inform"},
-    "odin": {"head": "odin"},
+    "inform": {"head": "inform", "micro_batch": 4},
+    "odin": {"head": "odin", "micro_batch": 4},
     "odin, grm sft": {"head": "odin", "text_regulariser": "sft", "head_dropout": 0.1},
     "some layers": {"num_layers": 1, "trainable_layers": 1},
     "lora": {"lora": True},
     "lora, saved as an adapter": {"lora": True, "save": "adapter", "text_regulariser": "sft"},
 }
-"""Name -> options of the variant, and `lora` and `save` of section `rm`."""
+"""Name -> options of the variant, and `lora`, `save` and `micro_batch` of section `rm`."""
 
 
 def write_base(tokenizer_path: Path, folder: Path) -> Path:
@@ -50,12 +50,15 @@ def write_base(tokenizer_path: Path, folder: Path) -> Path:
     return folder
 
 
-def settings(base, *, lora: bool = False, save: str = "merged", **variant) -> list[str]:
-    """Overrides that train one variant, `it`, on `base` under ZeRO-3, with whole weights only inside their layers."""
+def settings(base, *, lora: bool = False, save: str = "merged", micro_batch: int = 8, **variant) -> list[str]:
+    """Overrides that train one variant, `it`, on `base` under ZeRO-3, with whole weights only inside their layers.
+
+    Batches have 16 pairs: one pass on each of two ranks, or two passes where `micro_batch` is 4.
+    """
     adapters = "{rank: 8, alpha: 16, dropout: 0.05}" if lora else "null"
     return [
-        f"rm.base.path={base}", "rm.base.attention=eager", f"rm.save={save}", "rm.global_batch=16", "rm.micro_batch=4",
-        "rm.epochs=2", "rm.optim.lr=0.01", "rm.optim.warmup=0.1",
+        f"rm.base.path={base}", "rm.base.attention=eager", f"rm.save={save}", "rm.global_batch=16",
+        f"rm.micro_batch={micro_batch}", "rm.epochs=2", "rm.optim.lr=0.01", "rm.optim.warmup=0.1",
         f"rm.lora={adapters}", f"rm.variants={{it: {json.dumps(variant)}}}", "ppo.proxy=it",
         "engine.dtype=float32", "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ]  # fmt: skip

@@ -39,6 +39,12 @@ def test_nothing_is_compiled(runs):
 
 
 @pytest.mark.slow
+def test_garbage_is_not_collected_where_weights_are_about_to_be_read(runs):
+    """It takes longer than reading them, and PPO reads them in each step."""
+    assert [runs[n]["collected"] for n in (1, 2)] == [0, 0]
+
+
+@pytest.mark.slow
 def test_a_step_of_one_model_leaves_the_other_unchanged(runs):
     assert [runs[n]["crossed"] for n in (1, 2)] == [0, 0]
 

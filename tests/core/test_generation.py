@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.builders.processes import run_program
 
@@ -18,6 +19,8 @@ def test_vllm_equals_transformers_before_and_after_sync(small_policy):
     assert found["stale"]["worst"] > 0.1, found
     assert found["seeded"] == [True, False]
     assert found["narrow"] == [True, True]
+    if not torch.cuda.is_available():  # a compiler takes longer than it gains, and not every machine has one
+        assert found["compiled"] == 0
 
 
 @pytest.mark.slow
@@ -30,7 +33,6 @@ def test_adapters_beside_the_weights_replace_each_other(small_policy, tmp_path):
 @pytest.mark.slow
 def test_a_model_of_the_same_class_loads_beside_vllm():
     """For families without an implementation of its own, vLLM changes the class of transformers."""
-    import torch
     from transformers import GPTNeoXConfig, GPTNeoXModel
     from vllm.compilation.decorators import support_torch_compile
     from vllm.config import VllmConfig, set_current_vllm_config

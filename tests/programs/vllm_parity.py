@@ -5,6 +5,7 @@ import os
 import sys
 
 import torch
+from torch._dynamo.utils import counters
 
 from core.config import Generation, Model, Vllm
 from core.data.chat import ChatTokenizer
@@ -63,6 +64,7 @@ def main(path: str) -> None:
         all(c.token_ids[:NEW] == top[: len(c.token_ids)] for g, top in zip(groups, best, strict=True) for c in g)
         for groups in narrow
     ]
+    found["compiled"] = sum(counters["frames"].values())
     print(json.dumps(found), flush=True)
     os._exit(0)
 

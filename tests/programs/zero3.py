@@ -1,5 +1,6 @@
 """Actor and critic under ZeRO-3 on the ranks of torchrun: partitioning, independence, and the numbers of 3 steps."""
 
+import gc
 import json
 import os
 import sys
@@ -44,6 +45,10 @@ def main(out: str) -> None:
                 losses.append(float(loss.detach()))
             facts["crossed"] += changed(bystander, whole(other))
             assert changed(before, whole(trained)) == len(before)
+    collected: list[int] = []
+    gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
+    actor.settle()
+    facts["collected"] = collected.count(2)
     facts["grad_norm"] = [actor.grad_norm, critic.grad_norm]
     weights = {f"{n}.{k}": v.tolist() for n, e in (("actor", actor), ("critic", critic)) for k, v in whole(e).items()}
     if rank == 0:

@@ -18,6 +18,8 @@ from tests.builders.planted_pairs import METHODS, pair_rows, settings, write_bas
 from tests.builders.processes import run_program
 
 pytestmark = pytest.mark.slow
+OF_SECTION = ("lora", "save", "micro_batch")
+"""Options of METHODS that are not the variant's."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_a_method_learns_planted_preferences(found, method):
 def test_the_log_has_each_part_of_the_loss_by_itself(found):
     """loss = (1 - alpha) (reward loss + head_weight * head_penalty) + alpha regulariser, and each has its own scale."""
     for method, options in METHODS.items():
-        variant = RewardVariant(**{k: v for k, v in options.items() if k not in ("lora", "save")})
+        variant = RewardVariant(**{k: v for k, v in options.items() if k not in OF_SECTION})
         alpha = variant.alpha if variant.text_regulariser != "none" else 0.0
         for row in found[method]["log"]:
             whole = row["reward_loss"] + variant.head_weight * row["head_penalty"]
