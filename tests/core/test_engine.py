@@ -61,6 +61,13 @@ def test_zero3_equals_plain_pytorch(runs):
         torch.testing.assert_close(found, weight.detach(), atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_saved_state_continues_to_the_same_weights_at_every_stage(tmp_path):
+    run_program("tests/programs/engine_state.py", tmp_path, ranks=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 8 and all(all(facts) for facts in found.values()), found  # loaded, then equal; and it moved
+
+
 def test_overrides_are_merged_over_the_derived_settings():
     settings = deepspeed_config(
         Engine(zero_stage=2, overrides={"zero_optimization": {"reduce_bucket_size": 7}}),
