@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """B rows of L columns with R responses in all, in the order of the groups."""
 
     input_ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L], 1 on real tokens; or bool [B, 1, L, L], True where a query attends a key
+    attention_mask: Tensor  # [B, L], 0 on padding, 1 on real tokens; in shared rows 2, 3, ... on the responses
     positions: Tensor  # [B, L]
     lengths: list[int]  # [B] real columns
     ends: Tensor  # [R] into the flattened [B * L]: last token of each response
@@ -74,32 +74,39 @@ def row_length(group: Group) -> int:
 
 
 def pack(groups: Sequence[Group], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """One row per group. If every group has one response, the mask is an ordinary [B, L], which every kernel takes."""
+    """One row per group. If every group has one response, the mask is an ordinary one, which every kernel takes."""
     ids, mask = pad_right([[*prompt, *(t for r in responses for t in r)] for prompt, responses in groups], pad_id)
     length = ids.shape[1]
-    columns = torch.arange(length)
-    positions = columns.repeat(len(groups), 1)
-    part = torch.zeros_like(ids)  # 0: the prompt; 1, 2, ...: the responses
+    positions = torch.arange(length).repeat(len(groups), 1)
+    shared = any(len(responses) > 1 for _, responses in groups)
     starts, ends, before = [], [], []
     for row, (prompt, responses) in enumerate(groups):
         at = len(prompt)
-        for number, response in enumerate(responses, start=1):
-            part[row, at : at + len(response)] = number
+        for number, response in enumerate(responses, start=2):
+            if shared:
+                mask[row, at : at + len(response)] = number
             positions[row, at : at + len(response)] -= at - len(prompt)
             starts.append(row * length + at)
             before.append(row * length + len(prompt) - 1)
             at += len(response)
             ends.append(row * length + at - 1)
-    if any(len(responses) > 1 for _, responses in groups):
-        mine = part[:, :, None] == part[:, None, :]
-        of_prompt = part[:, None, :] == 0
-        causal = columns[:, None] >= columns[None, :]
-        real = mask.bool()[:, None, :] | torch.eye(length, dtype=torch.bool)  # a padded query attends itself: no NaN
-        mask = ((mine | of_prompt) & causal & real)[:, None]
     return Batch(
         ids.to(device), mask.to(device), positions.to(device), [row_length(group) for group in groups],
         ends=torch.tensor(ends), starts=torch.tensor(starts), before=torch.tensor(before),
     )  # fmt: skip
+
+
+def attended(mask: Tensor) -> Tensor:
+    """Bool [B, 1, L, L] of a mask [B, L] of shared rows: True where a query attends a key.
+
+    That is what is before it in the prompt or in its own response.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    mine, of_prompt = mask[:, :, None] == mask[:, None, :], mask[:, None, :] == 1
+    causal = columns[:, None] >= columns[None, :]
+    # A padded query attends itself: no NaN.
+    real = (mask > 0)[:, None, :] | torch.eye(len(columns), dtype=torch.bool, device=mask.device)
+    return ((mine | of_prompt) & causal & real)[:, None]
 
 
 def by_length(lengths: Sequence[int], budget: int, *, longest_first: bool = False) -> list[list[int]]:
@@ -145,6 +152,35 @@ def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
         largest = groups.pop()
         groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     return groups
+
+
+def evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices in `parts` groups of nearly equally many tokens, for passes that leave padding out; no group is empty.
+
+    The longest sequence that is left goes to the group with the fewest tokens.
+
+    Raises:
+        ValueError: fewer lengths than parts.
+    """
+    if len(lengths) < parts:
+        raise ValueError(f"{len(lengths)} sequences cannot fill {parts} micro-batches")
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        least = min(range(parts), key=lambda k: (sums[k], len(groups[k])))
+        groups[least].append(i)
+        sums[least] += lengths[i]
+    return groups
+
+
+def evenly_on_ranks(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Indices in equally many groups for each of `ranks` ranks, of at most `budget` tokens or little more, padding
+    left out. Where there are too few sequences to divide, the last group stands there more than once."""
+    if not lengths:
+        return []
+    count = -(-sum(lengths) // budget)
+    groups = evenly(lengths, min(count + -count % ranks, len(lengths)))
+    return groups + groups[-1:] * (-len(groups) % ranks)
 
 
 def _runs(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -105,7 +105,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
             engine,
             tokenizer,
             tokens,
-            share=model.shares_prompts,
+            limits=model.limits,
             frozen=cache,
             device=distributed.device(),
             progress="rewards",

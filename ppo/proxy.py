@@ -63,8 +63,8 @@ class LocalProxy:
             model = member.module
             reader = model.reader
             found = score_tokens(
-                member, model.tokenizer, [reader.row(row) for row in everyones], share=model.shares_prompts,
-                together=True, positions=model.positions, device=distributed.device(),
+                member, model.tokenizer, [reader.row(row) for row in everyones], limits=model.limits,
+                together=True, device=distributed.device(),
             )  # fmt: skip
             rewards.append(found[distributed.rank() * len(rows) :][: len(rows)])
         return proxy_reward(torch.stack(rewards), self._units, self._rule)

@@ -19,9 +19,9 @@ from core.data.chat import ChatTokenizer, Message
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.models import CausalLM
-from core.models.agreement import can_share_prompts
+from core.models.agreement import can_share_prompts, skip_padding
 from core.models.architecture import hidden_size, text_config
-from core.models.layers import FrozenStates, hidden_states
+from core.models.layers import FrozenStates, hidden_states, skips_padding
 from core.models.loading import load_causal_lm
 from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
@@ -31,7 +31,10 @@ from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, kept_kernel, read_about, read_head, read_tokenizer
 from rm.heads import Float32Linear, HeadWithTerms, make_head
 from rm.reading import Reader, Reads, Tokens
-from rm.score import score_tokens
+from rm.score import Limits, score_tokens
+
+UNPADDED_ROW = 8192
+"""Tokens of a shared row where attention is not computed on the whole row."""
 
 
 class RewardModel(nn.Module):
@@ -59,7 +62,8 @@ class RewardModel(nn.Module):
         self.lm, self.head_kind, self.tokenizer = lm, head_kind, tokenizer
         self.head = make_head(head_kind, hidden_size(lm))
         self.mean, self.std, self.reads = mean, std, reads
-        self.shares_prompts = can_share_prompts(lm)  # here, because an engine may shard the weights later
+        skip_padding(lm)  # here, because an engine may shard the weights later
+        self.shares_prompts = can_share_prompts(lm)
 
     def forward(
         self,
@@ -129,7 +133,7 @@ class RewardModel(nn.Module):
 
         Args:
             conversations: messages each, the assistant's response last.
-            batch_tokens: padded tokens per batch, at most.
+            batch_tokens: tokens per batch, at most; padding counts where it is computed.
             frozen: gives the frozen states of a batch, as in `rm.score.score_tokens`.
             progress: title of a progress bar; none by default.
 
@@ -164,9 +168,20 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """As `score`, of token ids."""
         return score_tokens(
-            self, self.tokenizer, tokens, batch_tokens=batch_tokens, share=self.shares_prompts,
-            positions=self.positions, frozen=frozen, device=next(self.parameters()).device, progress=progress,
+            self, self.tokenizer, tokens, batch_tokens=batch_tokens, limits=self.limits, frozen=frozen,
+            device=next(self.parameters()).device, progress=progress,
         )  # fmt: skip
+
+    @property
+    def limits(self) -> Limits:
+        """How it takes rows of tokens."""
+        row_tokens = (UNPADDED_ROW if self.skips_padding else Limits().row_tokens) if self.shares_prompts else 0
+        return Limits(self.positions, row_tokens, padded=not self.skips_padding)
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether passes leave padding out, as in `core.models.layers.skips_padding`."""
+        return skips_padding(self.lm)
 
     @property
     def reader(self) -> Reader:
@@ -240,4 +255,4 @@ def max_positions(lm: CausalLM) -> int:
 def last_real_token(attention_mask: Tensor) -> Tensor:
     """Column [B] of the last 1 in each row of [B, L], for left and right padding."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (attention_mask * columns).argmax(-1)
+    return ((attention_mask > 0) * columns).argmax(-1)

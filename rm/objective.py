@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.batching import Batch, pack
+from core.batching import Batch, balanced, evenly, pack
 from core.config import RewardVariant
-from core.models.layers import FrozenStateCache
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from rm.losses import (
     bradley_terry,
@@ -32,6 +32,16 @@ def packed(model: RewardModel, pairs: list[Pair]) -> tuple[Batch, list[int], lis
         return batch, list(range(0, 2 * n, 2)), list(range(1, 2 * n, 2))
     rows = [(p.prompt, [p.chosen]) for p in pairs] + [(p.prompt, [p.rejected]) for p in pairs]
     return pack(rows, pad, distributed.device()), list(range(n)), list(range(n, 2 * n))
+
+
+def divided(model: RewardModel, pairs: Sequence[Pair], parts: int) -> list[list[int]]:
+    """Indices into `pairs` in micro-batches that take equally long; no micro-batch is empty.
+
+    Raises:
+        ValueError: fewer pairs than parts.
+    """
+    lengths = [pair.row for pair in pairs]
+    return evenly(lengths, parts) if model.skips_padding else balanced(lengths, parts)
 
 
 class BatchCorrelations(NamedTuple):

@@ -5,20 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.batching import Batch, Group, Ids, by_length_on_ranks, pack, row_length
+from core.batching import Batch, Group, Ids, by_length_on_ranks, evenly_on_ranks, pack, row_length
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.models.layers import FrozenStates
 from core.training.distributed import global_sum, rank, world_size
 from rm.reading import Tokens
 
-ROW_TOKENS = 1024
-"""Responses share a row with their prompt up to this length, because the cost of attention grows with its square."""
+
+class Limits(NamedTuple):
+    """How a model takes rows of tokens."""
+
+    positions: int = sys.maxsize
+    """Tokens of a conversation, at most."""
+    row_tokens: int = 1024
+    """Tokens of a row in which responses share their prompt, at most; 0 where each response needs a row of its own.
+    Attention that is computed on a whole row costs the square of its length."""
+    padded: bool = True
+    """Whether padding costs as much as tokens (`core.models.layers.skips_padding`)."""
 
 
 @torch.no_grad()
@@ -28,34 +38,34 @@ def score_tokens(
     tokens: Sequence[Tokens],
     *,
     batch_tokens: int = 8192,
-    share: bool = True,
+    limits: Limits = Limits(),  # noqa: B008
     together: bool = False,
-    positions: int = sys.maxsize,
     frozen: Callable[[Batch], FrozenStates] | None = None,
     device: torch.device | str = "cpu",
     progress: str = "",
 ) -> Tensor:
     """Float32 rewards [n] on the CPU, in the order given.
 
-    Identical conversations are scored once, so that their rewards are equal. Batches hold rows of similar length, up to
-    `batch_tokens` padded tokens.
+    Identical conversations are scored once, so that their rewards are equal. Batches hold up to `batch_tokens` tokens,
+    padding included where it is computed; rows of similar length are then together.
 
     Args:
         forward: a `RewardModel`, or an engine that holds one.
-        share: compute a prompt once for several of its responses.
+        limits: of the model. A prompt is computed once for the responses that share a row with it.
         together: all ranks pass the same rows and divide the work evenly, with the same number of calls each, as
             ZeRO-3 requires. Every rank gets all rewards.
-        positions: how many the model has.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
 
     Raises:
-        DataError: a conversation of more tokens than `positions`, by its number; rewards that are not finite.
+        DataError: a conversation of more tokens than the model has positions, by its number; rewards that are not
+            finite.
     """
-    check_lengths([len(prompt) + len(response) for prompt, response in tokens], positions)
-    rows = _rows(sorted(set(tokens)), share)
+    check_lengths([len(prompt) + len(response) for prompt, response in tokens], limits.positions)
+    rows = _rows(sorted(set(tokens)), min(limits.row_tokens, batch_tokens))
     # Longest first, so that a batch that does not fit into memory fails at once.
     ranks, first = (world_size(), rank()) if together else (1, 0)
-    groups = by_length_on_ranks([row_length(row) for row in rows], batch_tokens, ranks)
+    divided = by_length_on_ranks if limits.padded else evenly_on_ranks
+    groups = divided([row_length(row) for row in rows], batch_tokens, ranks)
     mine = [[rows[i] for i in group] for group in groups[first::ranks]]
     reward_of: dict[tuple, float] = {}
     quiet = not progress or (together and rank() != 0)
@@ -89,16 +99,16 @@ def check_lengths(lengths: Sequence[int], positions: int, what: str = "conversat
         )
 
 
-def _rows(pairs: Sequence[tuple], share: bool) -> list[Group]:
+def _rows(pairs: Sequence[tuple], row_tokens: int) -> list[Group]:
     """Pairs (prompt, response), sorted by prompt -> rows of one prompt and as many responses as fit."""
-    if not share:
+    if not row_tokens:
         return [(prompt, [response]) for prompt, response in pairs]
     rows: list[Group] = []
     for prompt, group in groupby(pairs, key=lambda pair: pair[0]):
         responses: list[Ids] = []
-        length = ROW_TOKENS + 1
+        length = row_tokens + 1
         for _, response in group:
-            if length + len(response) > ROW_TOKENS:
+            if length + len(response) > row_tokens:
                 responses, length = [], len(prompt)
                 rows.append((prompt, responses))
             responses.append(response)

@@ -19,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from core import config
-from core.batching import balanced
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import read_json, read_table, write_json, write_table
-from core.models.layers import FrozenStateCache
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from core.training.engine import Engine
 from core.training.weights import gathered
@@ -34,7 +33,7 @@ from rm.checkpoints.layout import save_reward_model
 from rm.evaluation.intervals import accuracy_with_interval
 from rm.evaluation.metrics import pair_accuracy
 from rm.model import RewardModel
-from rm.objective import batch_correlations, pair_logprobs, pair_losses
+from rm.objective import batch_correlations, divided, pair_logprobs, pair_losses
 from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
 from rm.reading import Reader, Tokens
 from rm.score import check_lengths, score_tokens
@@ -176,7 +175,7 @@ def with_reference(
     """
     model.eval()
     world = distributed.world_size()
-    parts = balanced([pair.row for pair in pairs], max(1, len(pairs) // (micro * world)) * world)
+    parts = divided(model, pairs, max(1, len(pairs) // (micro * world)) * world)
     mine: list[tuple[int, tuple[float, float]]] = []
     for part in tqdm(parts[distributed.rank() :: world], desc="rm: reference", disable=distributed.rank() != 0):
         mine += zip(part, pair_logprobs(engine, model, [pairs[i] for i in part], cache), strict=True)
@@ -197,7 +196,7 @@ def train_step(
     Returns:
         What `pair_losses` returns, means over the pairs of all ranks, and `grad_norm`.
     """
-    parts = balanced([pair.row for pair in batch], distributed.world_size() * engine.accumulation)
+    parts = divided(model, batch, distributed.world_size() * engine.accumulation)
     mine = [[batch[i] for i in part] for part in parts[distributed.rank() :: distributed.world_size()]]
     sums: Counter[str] = Counter()
     for pairs, correlations in zip(mine, batch_correlations(engine, model, mine, cache), strict=True):
@@ -237,8 +236,8 @@ def measure(
     val, tokens, too_long = held_out(reader, val, model.positions)
     tokens += [reader.row(cast(ResponseRow, r)) for r in calibration]
     rewards = score_tokens(
-        engine, model.tokenizer, tokens, share=model.shares_prompts, together=True, positions=model.positions,
-        frozen=cache, device=distributed.device(), progress="rm: validation",
+        engine, model.tokenizer, tokens, limits=model.limits, together=True, frozen=cache,
+        device=distributed.device(), progress="rm: validation",
     ).tolist()  # fmt: skip
     n = len(val)
     chosen, rejected, sampled = np.array(rewards[:n]), np.array(rewards[n : 2 * n]), np.array(rewards[2 * n :])

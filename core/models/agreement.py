@@ -14,7 +14,7 @@ from core.batching import Batch, pack
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import text_config, trunk_of
-from core.models.layers import hidden_states
+from core.models.layers import SKIPS_PADDING, hidden_states
 from core.models.logits import LmHead
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -84,6 +84,39 @@ def _both(lm: CausalLM) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 @torch.no_grad()
+def skip_padding(lm: CausalLM) -> None:
+    """Let passes on CPU leave padding out where that computes the same (`core.models.unpadded`).
+
+    That is seen by comparing rows of several lengths, one of them shared. Not where layers have a mask of their own,
+    which short rows do not show. To be called before an engine shards the weights.
+    """
+    trunk = trunk_of(lm)
+    if not _attends_all(lm) or lm.device.type != "cpu":
+        return
+    groups = [(range(3, 7), [range(8, 10), range(20, 25)]), (range(1, 3), [range(30, 37)])]
+    size = lm.get_input_embeddings().num_embeddings
+    batch = pack([([i % size for i in p], [[i % size for i in r] for r in rs]) for p, rs in groups], 0)
+    real, found = batch.attention_mask > 0, []
+    try:
+        with _same_mode(lm):
+            for skips in (False, True):
+                setattr(trunk, SKIPS_PADDING, skips)
+                states = hidden_states(lm, batch.input_ids, batch.attention_mask, positions=batch.positions)
+                found.append(states[real])
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # another kind of attention
+        found = []
+    setattr(trunk, SKIPS_PADDING, bool(found) and _close(found[1], found[0]))
+
+
+def _attends_all(lm: CausalLM) -> bool:
+    """False where layers see a part of the tokens before them only, or go over them one after the other."""
+    config = text_config(lm.config)
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return not any(windows) and not kinds - {"full_attention"}
+
+
+@torch.no_grad()
 def can_share_prompts(lm: CausalLM) -> bool:
     """Whether several responses may share a row with their prompt (`core.batching.pack`).
 
@@ -91,10 +124,7 @@ def can_share_prompts(lm: CausalLM) -> bool:
     layers). The first two are told by the settings, since short rows do not show them, the rest by comparing a short
     shared row with the same responses in rows of their own.
     """
-    config = text_config(lm.config)
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if (config._attn_implementation or "").startswith("flash") or any(windows) or kinds - {"full_attention"}:
+    if (text_config(lm.config)._attn_implementation or "").startswith("flash") or not _attends_all(lm):
         return False
     size = lm.get_input_embeddings().num_embeddings
     prompt, *responses = ([(7 * i + 3) % size for i in part] for part in (range(4), range(4, 7), range(8, 12)))
@@ -102,7 +132,7 @@ def can_share_prompts(lm: CausalLM) -> bool:
     try:
         with _same_mode(lm):
             found, wanted = (_ends(lm, batch) for batch in (shared, alone))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # it takes no mask [B, 1, L, L]
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # it takes no such mask
         return False
     return _close(found, wanted)
 

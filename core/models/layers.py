@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from core.batching import Batch
+from core.batching import attended
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, stack_of, surroundings, trunk_of
+from core.models.unpadded import Joined, attention_within
+
+SKIPS_PADDING = "skips_padding"
+"""Attribute of a trunk: whether it computes the same on real tokens laid end to end."""
 
 
 def train_top_layers(lm: CausalLM, count: int | None) -> None:
@@ -58,33 +62,86 @@ def hidden_states(
 
     Args:
         input_ids: [B, L].
-        attention_mask: [B, L], or bool [B, 1, L, L] of `core.batching.pack` (eager and sdpa attention only).
+        attention_mask: [B, L], 0 on padding and 1 on real tokens. In shared rows (`core.batching.pack`; not with flash
+            attention) 1 on the prompt and 2, 3, ... on its responses.
         positions: [B, L]; by default they follow the mask, so that left and right padding agree.
         frozen: states of the lowest layers, by `FrozenLayers`; those layers are then not run.
 
+    Returns:
+        What stands at padding has no meaning.
+
     Raises:
-        ValueError: a mask [B, 1, L, L] with flash attention.
+        ValueError: shared rows with flash attention.
     """
-    trunk = trunk_of(lm)
-    if frozen is None:
-        return _states(trunk, {"input_ids": input_ids}, attention_mask, positions)
-    with _continued_from(trunk, frozen):
-        return _states(trunk, {"inputs_embeds": frozen.states}, attention_mask, positions)
+    inputs = {"input_ids": input_ids} if frozen is None else {"inputs_embeds": frozen.states}
+    return _states(trunk_of(lm), inputs, attention_mask, positions, depth=frozen.depth if frozen else 0)
 
 
-def _states(trunk: CausalLM, inputs: dict[str, Tensor], attention_mask: Tensor, positions: Tensor | None) -> Tensor:
+def _states(
+    trunk: CausalLM,
+    inputs: dict[str, Tensor],
+    mask: Tensor,
+    positions: Tensor | None,
+    *,
+    depth: int = 0,
+    taken: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """States [B, L, H] at the end of a pass.
+
+    Args:
+        depth: how many of the lowest layers have been run; `inputs` are then their states.
+        taken: gives the states after the pass; by default they are what comes out of the trunk.
+    """
     if positions is None:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    if attention_mask.dim() == 4:
-        if trunk.config._attn_implementation.startswith("flash"):
-            raise ValueError("flash attention takes no mask of shared prompts: use sdpa, or give rows of one response")
-        dtype = next(trunk.parameters()).dtype
-        additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-        attention_mask = additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
-    options = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+        positions = ((mask > 0).cumsum(-1) - 1).clamp(min=0)
+    if not mask.is_cuda and _skips_padding(trunk):
+        joined = Joined.of(mask)
+        one_row = {name: x.flatten(0, 1)[joined.real][None] for name, x in inputs.items()}
+        with attention_within(trunk, joined.segments):
+            output = _run(trunk, one_row, None, positions.flatten()[joined.real][None], depth)
+        found = (taken() if taken else output)[0]
+        states = found.new_zeros(mask.numel(), found.shape[-1]).index_copy(0, joined.real, found)
+        return states.view(*mask.shape, -1)
+    output = _run(trunk, inputs, _for_kernel(trunk, mask), positions, depth)
+    return taken() if taken else output
+
+
+def _run(trunk: CausalLM, inputs: dict[str, Tensor], mask: Tensor | None, positions: Tensor, depth: int) -> Tensor:
+    options = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     # Some architectures have no positions (ALiBi, recurrent layers).
-    taken = inspect.signature(trunk.forward).parameters
-    return trunk(**inputs, **{k: v for k, v in options.items() if k in taken})[0]
+    known = inspect.signature(trunk.forward).parameters
+    options = {name: x for name, x in options.items() if name in known}
+    if not depth:
+        return trunk(**inputs, **options)[0]
+    with _continued_from(trunk, FrozenStates(depth, inputs["inputs_embeds"])):
+        return trunk(**inputs, **options)[0]
+
+
+def _for_kernel(trunk: CausalLM, mask: Tensor) -> Tensor:
+    """The mask as the attention kernel takes it: [B, L], or for shared rows what is added to scores [B, 1, L, L]."""
+    if mask.max() <= 1:
+        return mask
+    if trunk.config._attn_implementation.startswith("flash"):
+        raise ValueError("flash attention takes no mask of shared prompts: use sdpa, or give rows of one response")
+    dtype = next(trunk.parameters()).dtype
+    allowed = attended(mask)
+    additive = torch.zeros(allowed.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def skips_padding(lm: CausalLM) -> bool:
+    """Whether `hidden_states` of this model leaves padding out, so that the cost of a batch is that of its real tokens.
+
+    On CPU, where `core.models.agreement.skip_padding` has found that this computes the same. Not with gradient
+    checkpointing, which runs layers again after the pass.
+    """
+    return _skips_padding(trunk_of(lm)) and next(lm.parameters()).device.type == "cpu"
+
+
+def _skips_padding(trunk: CausalLM) -> bool:
+    if not getattr(trunk, SKIPS_PADDING, False):
+        return False
+    return not (trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules()))
 
 
 class FrozenLayers(nn.Module):
@@ -113,8 +170,8 @@ class FrozenLayers(nn.Module):
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> FrozenStates:
         """The states after the last of these layers; inputs as in `hidden_states`."""
-        _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions)
-        return FrozenStates(self.depth, self._last.taken())
+        states = _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions, taken=self._last.taken)
+        return FrozenStates(self.depth, states)
 
     @torch.no_grad()
     def check(self, lm: CausalLM) -> None:
@@ -261,24 +318,3 @@ def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:
     return all(
         state.keys() == first.keys() and all(torch.equal(p, first[k]) for k, p in state.items()) for state in states[1:]
     )
-
-
-class FrozenStateCache:
-    """Frozen states by row of tokens, computed once and kept in host memory: for every variant, epoch and validation.
-
-    Call it with a batch to get the states [B, L, H] of its rows, padded with zeros.
-    """
-
-    def __init__(self, layers: FrozenLayers):
-        self.layers = layers
-        self._rows: dict[bytes, Tensor] = {}
-
-    def __call__(self, batch: Batch) -> FrozenStates:
-        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
-        # Positions show where a response begins, so equal keys mean equal rows.
-        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
-        if any(key not in self._rows for key in keys):
-            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
-            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
-        rows = [self._rows[key].to(where) for key in keys]
-        return FrozenStates(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))

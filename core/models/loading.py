@@ -14,7 +14,7 @@ from core.data.tokenizer_files import save_tokenizer
 from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.models import CausalLM
-from core.models.agreement import check_agreement
+from core.models.agreement import check_agreement, skip_padding
 from core.models.architecture import stack_of, text_config, trunk_of
 from core.models.kernels import attention_kernel, soft_cap
 from core.models.logits import use_float32_head
@@ -66,6 +66,7 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
     if float32_head and dtype != "float32":
         use_float32_head(lm)
     check_agreement(lm)
+    skip_padding(lm)
     reads_text = {id(p) for module in (trunk_of(lm), lm.get_output_embeddings()) for p in module.parameters()}
     for parameter in lm.parameters():
         parameter.requires_grad_(id(parameter) in reads_text)

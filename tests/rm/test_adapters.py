@@ -119,7 +119,7 @@ def test_an_ensemble_on_one_base_scores_as_its_merged_members(members, dtype, cl
     for member, rewards in zip(ensemble.through(ensemble), expected, strict=True):
         module = member.module
         rows = [module.reader.conversation(chat) for chat in CHATS]
-        found = score_tokens(member, module.tokenizer, rows, share=module.shares_prompts)
+        found = score_tokens(member, module.tokenizer, rows, limits=module.limits)
         torch.testing.assert_close(found, rewards, **close)
     assert [(m.mean, m.std) for m in ensemble.members] == [(0.1, 2.0), (0.2, 3.0), (0.1 * 3, 4.0)]
     assert min(float((a - b).abs().max()) for a, b in zip(expected, expected[1:], strict=False)) > 0.02
