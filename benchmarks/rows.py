@@ -15,8 +15,8 @@ SAME_TRAINING = (
     "type, attention kernel, threads, allocator"
 )
 TRAINING_DIFFERS = (
-    "ours keeps float32 master weights and a float32 head, which is more work; TRL updates bfloat16 weights. Ours puts "
-    "the prompt of a pair into one row with both responses, TRL pads two rows"
+    "ours keeps float32 master weights and a float32 head, which is more work; TRL updates bfloat16 weights. Ours "
+    "computes the prompt of a pair once for both responses and no padding, TRL pads two rows"
 )
 
 
@@ -68,8 +68,8 @@ def rows() -> dict[str, Row]:
             "score", "Scoring 64 responses to a prompt", "tokens", 4.0, Program("benchmarks.ours.scoring"),
             Program("benchmarks/peers/transformers_score.py"), "transformers, padded batches of 16", tasks.scoring,
             agreement.rewards, "weights, linear head, conversations, number type, attention kernel, threads, allocator",
-            "ours computes a prompt once for its responses; theirs sorts by length and pads. Tokens are counted as if "
-            "each conversation was read alone, on both sides",
+            "ours computes a prompt once for its responses and no padding; theirs sorts by length and pads. Tokens are "
+            "counted as if each conversation was read alone, on both sides",
         ),
         Row(
             "best-of-n", "Best-of-n for all n, 1,000 prompts x 405", "n", 500.0, Program("benchmarks.ours.best_of_n"),

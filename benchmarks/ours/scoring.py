@@ -23,7 +23,7 @@ def main() -> None:
     channel.serve(
         run, lambda: {"rewards": rewards}, versions=versions("torch", "transformers"),
         settings={"dtype": job["dtype"], "attention": job["attention"], "threads": torch.get_num_threads(),
-                  "prompts computed once": model.shares_prompts, "device": device()},
+                  "device": device()},
     )  # fmt: skip
 
 
