@@ -75,6 +75,7 @@ def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
         config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if engines else []
         command: Sequence[str] = [sys.executable, *torchrun, "-m", "pipelines.plan.probes", str(config), str(out)]
+        command = [*command, *(["engines"] if engines else [])]
         done = subprocess.run(
             command, env={**os.environ, **variables(ranks), STARTED: str(time.time())}, capture_output=True, text=True
         )

@@ -58,7 +58,7 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, 
     cfg, ranks, zero, shape = sizes.cfg.rm, sizes.ranks, sizes.rm_zero, sizes.variant_shape(variant)
     steps, passes = rm_steps(sizes, variant), cfg.global_batch // (cfg.micro_batch * ranks)
     calls = steps * passes
-    tokens, length = sizes.pair_batch(cfg.global_batch, ranks * passes), sizes.pair_row
+    tokens, length = sizes.pair_batch(cfg.global_batch, ranks * passes), sizes.pair_length
     items: list[Item] = []
     if rm_caches(sizes, variant):
         assert cfg.trainable_layers is not None
@@ -100,8 +100,8 @@ def _measuring(sizes: Sizes, variant: RewardVariant, *, first: bool) -> list[Ite
     depth = shape.layers - (sizes.cfg.rm.trainable_layers or 0) if rm_caches(sizes, variant) else 0
     items: list[Item] = []
     if depth and first:
-        items.append(Pass(shape, calls, tokens, sizes.pair_row, depth, ranks=sizes.ranks))
-    rest = Pass(shape, calls, tokens, sizes.pair_row, shape.layers - depth, zero=sizes.rm_zero, ranks=sizes.ranks)
+        items.append(Pass(shape, calls, tokens, sizes.pair_length, depth, ranks=sizes.ranks))
+    rest = Pass(shape, calls, tokens, sizes.pair_length, shape.layers - depth, zero=sizes.rm_zero, ranks=sizes.ranks)
     return [*items, rest]
 
 
