@@ -20,7 +20,7 @@ REPORT_SECONDS = 12.0
 
 
 def prompts(sizes: Sizes) -> Phases:
-    return {"tokenise": [Fixed(sizes.lengths.seconds, "timed while planning")]}
+    return {"start": [Start("tokenizer")], "tokenise": [Fixed(sizes.lengths.seconds, "timed while planning")]}
 
 
 def preferences(sizes: Sizes) -> Phases:
@@ -30,7 +30,7 @@ def preferences(sizes: Sizes) -> Phases:
     count = pairs + lengths.calibration
     shard = min(cfg.preferences.shard_prompts, count)
     return {
-        "start": [Start("vllm")],
+        "start": [Start("tokenizer"), Start("vllm")],
         "sample": [sample(sizes, count, 2, shard)],
         "gold": gold(sizes, 2 * count),
         "write": [Write(pool_bytes(sizes, 4 * count))],
@@ -42,7 +42,7 @@ def bon(sizes: Sizes) -> Phases:
     cfg = sizes.cfg
     count, n = bon_prompts(sizes), cfg.bon.samples
     phases: Phases = {
-        "start": [Start("vllm")],
+        "start": [Start("tokenizer"), Start("vllm")],
         "sample": [sample(sizes, count, n, min(cfg.bon.shard_prompts, count))],
     }
     total, length = pool_tokens(sizes)
@@ -77,7 +77,7 @@ def evaluate(sizes: Sizes) -> Phases:
     members = [sizes.variant_shape(cfg.rm.variants[name]) for name in cfg.ppo.members]
     scored = batches(total * sizes.row(), SCORE_TOKENS)
     return {
-        "start": [Start("vllm"), Load(1 + policies, shape.params)],
+        "start": [Start("tokenizer"), Start("vllm"), Load(1 + policies, shape.params)],
         "sync": [Gather(shape, policies, None, to_vllm=True)],
         "sample": [generate] * (1 + policies),
         "kl": kl,

@@ -95,7 +95,8 @@ class Probes:
     def __init__(self, cfg: Config):
         self.cfg, self.ranks = cfg, distributed.world_size()
         self.found: dict[str, Any] = {"ranks": self.ranks, "passes": [], "logits": [], "starts": {}, "samples": []}
-        self.tokenizer = ChatTokenizer(cfg.policy)
+        self.found["starts"]["tokenizer"], self.tokenizer = once(lambda: ChatTokenizer(cfg.policy))
+        self.tokenizer.check()
 
     def sampling(self) -> None:
         """vLLM: its start, sampling by the number of sequences, reading log-probs, and the built-in judge."""

@@ -181,6 +181,17 @@ def test_responses_are_cut_where_the_configuration_cuts_them():
     assert found.response_tokens == (4 + 8 + 10 + 10) / 4 and list(found.response_draws) == [4, 8, 10, 10]
 
 
+def test_prompts_are_counted_where_they_can_be_read(policy_path, tmp_path):
+    found = lengths_of(load(["configs/offline.yaml"], []), None, None)
+    assert sum(found.prompts.values()) == len(found.prompt_draws) == 1519
+    assert found.prompt_tokens == pytest.approx(sum(found.prompt_draws) / 1519)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 10)
+    elsewhere = load(["configs/gemma-2b.yaml"], [f"data.prompts={tmp_path / 'prompts.jsonl'}"])
+    assumed = lengths_of(elsewhere, None, None)
+    assert sum(assumed.prompts.values()) == 10 and assumed.prompt_tokens == 256
+    assert any("assumed: 0.5 of data.max_prompt_tokens" in note for note in assumed.notes)
+
+
 def test_more_ranks_need_less_memory_and_more_steps_more_time():
     cfg = load(["configs/gemma-2b.yaml"], [])
     found = {}
