@@ -185,10 +185,10 @@ def test_prompts_are_counted_where_they_can_be_read(policy_path, tmp_path):
     found = lengths_of(load(["configs/offline.yaml"], []), None, None)
     assert sum(found.prompts.values()) == len(found.prompt_draws) == 1519
     assert found.prompt_tokens == pytest.approx(sum(found.prompt_draws) / 1519)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 10)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 1000)
     elsewhere = load(["configs/gemma-2b.yaml"], [f"data.prompts={tmp_path / 'prompts.jsonl'}"])
     assumed = lengths_of(elsewhere, None, None)
-    assert sum(assumed.prompts.values()) == 10 and assumed.prompt_tokens == 256
+    assert sum(assumed.prompts.values()) == 1000 and assumed.prompt_tokens == 256
     assert any("assumed: 0.5 of data.max_prompt_tokens" in note for note in assumed.notes)
 
 
