@@ -14,7 +14,8 @@ from bon.pools import Pools, from_tables
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
 from core.files import digest, read_table, write_table
 from core.models.architecture import hidden_size, text_config
-from core.models.layers import FrozenLayers, FrozenStateCache, frozen_layers_of, shared_depth
+from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
+from core.models.state_cache import FrozenStateCache
 from rm.checkpoints.folder import read_config
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward

@@ -12,7 +12,8 @@ from core.config import NATIVE_DTYPE, Attention
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import hidden_size, layers_of
-from core.models.layers import FrozenLayers, FrozenStateCache, frozen_layers_of
+from core.models.layers import FrozenLayers, frozen_layers_of
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.batching import Batch, balanced, evenly, pack
 from core.config import RewardVariant
-from core.models.layers import FrozenStateCache
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from rm.losses import (
     bradley_terry,

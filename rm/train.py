@@ -24,7 +24,7 @@ from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import read_json, read_table, write_json, write_table
-from core.models.layers import FrozenStateCache
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from core.training.engine import Engine
 from core.training.weights import gathered

@@ -13,9 +13,10 @@ from core.data.rows import PairRow
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.models.architecture import layers_of
-from core.models.layers import FrozenLayers, FrozenStateCache, train_top_layers
+from core.models.layers import FrozenLayers, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
+from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from rm.model import RewardModel
 from rm.pairs import seed_name

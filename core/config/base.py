@@ -73,7 +73,8 @@ class Model(Section):
     """Hub revision: a commit, tag or branch (null: the newest). Pin one for a run that other people should repeat."""
     attention: Attention = Field(default="auto", json_schema_extra={"formerly": "sdpa"})
     """Attention kernel of the trainer. auto: sdpa, or eager for architectures that cap attention scores (Gemma-2),
-    which sdpa leaves out. On CPU `eager` trains some 10% faster at a few hundred tokens."""
+    which sdpa leaves out. On CPU a kernel of our own, which leaves padding out, takes its place wherever it computes
+    the same."""
     chat_template: str | None = None
     """Chat template in place of the model's own: a Jinja file, or the name of one of TRL's templates, such as
     `qwen3_training` (null: the model's own). Saved models keep it."""

@@ -77,9 +77,9 @@ class RewardTraining(Section):
     trainable_layers: int | None = Field(default=None, ge=1)
     """Train only the last n layers and the head (null: everything). Excludes lora."""
     cache_frozen_layers: bool = False
-    """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs and
-    variants. Faster, but each token takes 2 bytes (float32: 4) per hidden dimension of memory. Variants with another
-    num_layers have a cache of their own."""
+    """With trainable_layers: run the frozen layers once per pair and keep their output for the other epochs, variants
+    and validation. Faster, but each token takes 2 bytes (float32: 4) per hidden dimension of memory. Variants with
+    another num_layers have a cache of their own."""
     lora: Lora | None = None
     """Train adapters in place of the base's own weights (null: no adapters). Excludes trainable_layers."""
     save: Literal["merged", "adapter"] = "merged"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.batching import Batch, attended
+from core.batching import attended
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, stack_of, surroundings, trunk_of
@@ -318,24 +318,3 @@ def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:
     return all(
         state.keys() == first.keys() and all(torch.equal(p, first[k]) for k, p in state.items()) for state in states[1:]
     )
-
-
-class FrozenStateCache:
-    """Frozen states by row of tokens, computed once and kept in host memory: for every variant, epoch and validation.
-
-    Call it with a batch to get the states [B, L, H] of its rows, padded with zeros.
-    """
-
-    def __init__(self, layers: FrozenLayers):
-        self.layers = layers
-        self._rows: dict[bytes, Tensor] = {}
-
-    def __call__(self, batch: Batch) -> FrozenStates:
-        where, cut = batch.input_ids.device, list(enumerate(batch.lengths))
-        # Positions show where a response begins, so equal keys mean equal rows.
-        keys = [torch.stack([batch.input_ids[i, :n], batch.positions[i, :n]]).cpu().numpy().tobytes() for i, n in cut]
-        if any(key not in self._rows for key in keys):
-            states = self.layers(batch.input_ids, batch.attention_mask, batch.positions).states
-            self._rows |= {key: states[i, :n].cpu() for key, (i, n) in zip(keys, cut, strict=True)}
-        rows = [self._rows[key].to(where) for key in keys]
-        return FrozenStates(self.layers.depth, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))

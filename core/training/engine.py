@@ -75,7 +75,12 @@ class Engine:
             cast(CausalLM, module.lm).gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            trained,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(optim, step, total_steps))
         self._deepspeed, *_ = deepspeed.initialize(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from core.config import NATIVE_DTYPE, Dtype
 from core.errors import ArtefactError
-from core.models.layers import FrozenStateCache
+from core.models.state_cache import FrozenStateCache
 from rm.calibration import calibrate, read_calibration
 from rm.combine import KNOWN, combiner, standardise
 from rm.ensemble import AdapterEnsemble, one_base

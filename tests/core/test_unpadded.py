@@ -4,15 +4,11 @@ import pytest
 import torch
 
 from core.batching import attended, evenly, evenly_on_ranks, pack, pad_right
-from core.config import Model, RewardVariant
-from core.data.chat import ChatTokenizer
+from core.config import Model
 from core.models.architecture import layers_of, trunk_of
 from core.models.layers import SKIPS_PADDING, FrozenLayers, hidden_states, skips_padding
 from core.models.loading import load_causal_lm
 from core.models.unpadded import Joined, Segment, _SegmentAttention
-from rm.model import RewardModel
-from rm.objective import pair_losses
-from rm.pairs import Pair
 from tests.builders.policies import FAMILIES, tiny_policy
 
 WITH_WINDOWS_OR_CAPS = ("mistral", "gemma2", "gemma3", "gemma3_text")
@@ -130,28 +126,6 @@ def test_segments_attend_what_the_dense_mask_says():
             row, column = divmod(real[t], length)
             assert seen == {row * length + c for c in dense[row, column].nonzero().flatten().tolist()}
     assert [s for segment in joined.segments for s in range(segment.start, segment.stop)] == list(range(len(real)))
-
-
-@pytest.mark.parametrize("kind", ["none", "sft", "dpo_noref"])
-def test_a_training_step_is_the_same_with_and_without_padding(kind, policy_path):
-    where = Model(path=str(policy_path))
-    torch.manual_seed(0)
-    model = RewardModel(load_causal_lm(where, dtype="float32", num_layers=3), "mlp", ChatTokenizer(where)).train()
-    draw = torch.Generator().manual_seed(1)
-    ids = lambda n: torch.randint(5, 4000, (n,), generator=draw).tolist()  # noqa: E731
-    pairs = [Pair(ids(a), ids(b), ids(c)) for a, b, c in ((20, 9, 30), (3, 1, 4), (40, 7, 7))]
-    found = []
-    for skips in (True, False):
-        set_skipping(model.lm, skips)
-        model.zero_grad()
-        losses = pair_losses(model, model, RewardVariant(text_regulariser=kind, alpha=0.2), pairs)
-        losses["loss"].backward()
-        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    (mine, gradients), (padded, of_padded) = found
-    for name, loss in mine.items():
-        torch.testing.assert_close(loss, padded[name], atol=1e-5, rtol=1e-5)
-    assert len(gradients) > 20
-    assert_gradients(gradients, of_padded)
 
 
 def test_groups_of_equally_many_tokens():

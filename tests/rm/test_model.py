@@ -9,8 +9,9 @@ from core.batching import pack, pad_right
 from core.config import Model, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
-from core.models.layers import FrozenLayers, FrozenStateCache, shared_depth, train_top_layers
+from core.models.layers import FrozenLayers, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
+from core.models.state_cache import FrozenStateCache
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
 from rm.losses import bradley_terry, text_regulariser, total_loss
@@ -248,10 +249,30 @@ def test_cached_frozen_states_give_the_same_loss(model, policy_path):
     computed = len(passes)
     assert float(pair_losses(model, model, variant, pairs[::-1], cache)["loss"]) == pytest.approx(plain, rel=1e-5)
     assert computed and len(passes) == computed  # the second pass read what the first had kept
+    flipped = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]  # as label noise does
+    pair_losses(model, model, variant, flipped, cache)
+    found = model.score_tokens([(tuple(p.prompt), tuple(p.chosen)) for p in pairs], frozen=cache)  # as validation does
+    assert len(passes) == computed
+    torch.testing.assert_close(
+        found, model.score_tokens([(tuple(p.prompt), tuple(p.chosen)) for p in pairs]), atol=1e-5, rtol=1e-4
+    )
     other = [Pair(pairs[0].prompt[:-1], pairs[0].chosen, pairs[0].rejected)]
     expected = float(pair_losses(model, model, variant, other)["loss"])
     assert float(pair_losses(model, model, variant, other, cache)["loss"]) == pytest.approx(expected, rel=1e-5)
     assert len(passes) > computed
+
+
+def test_only_rows_that_are_not_known_are_computed(model, policy_path):
+    base = load_causal_lm(Model(path=str(policy_path), attention="eager"), dtype="float32", num_layers=4)
+    layers, tokens = FrozenLayers(base, 2), []
+    cache = FrozenStateCache(layers)
+    base.model.layers[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[:2].numel()))
+    first, second = pairs_of(model.tokenizer)
+    pair_losses(model, model, RewardVariant(), [first], cache)
+    del tokens[:]
+    plain = float(pair_losses(model, model, RewardVariant(), [first, second])["loss"])
+    assert float(pair_losses(model, model, RewardVariant(), [first, second], cache)["loss"]) == pytest.approx(plain)
+    assert tokens == [second.row]
 
 
 @torch.no_grad()
