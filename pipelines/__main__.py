@@ -90,6 +90,10 @@ def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source:
 
 def _config(options: argparse.Namespace) -> int:
     if options.explain is not None:
+        if options.overrides:
+            raise ConfigError(
+                f"--explain shows what options mean, so it takes no values: leave out {options.overrides[0]}"
+            )
         print(explain(options.explain))
         return 0
     cfg = load(options.config, options.overrides)

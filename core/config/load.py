@@ -104,6 +104,8 @@ def _faults(error: ValidationError) -> list[str]:
             near, section = nearest(e["loc"]), ".".join(map(str, e["loc"][:-1])) or "the configuration"
             hint = f"the nearest is {near}" if near else f"{section} has {', '.join(keys_of(e['loc'][:-1]))}"
             lines.append(f"  {path}: no such key (got {e['input']!r}); {hint}")
+        elif e["type"] in ("model_type", "model_attributes_type"):
+            lines.append(f"  {path}: is a section with {', '.join(keys_of(e['loc']))}, not {e['input']!r}")
         elif e["type"] == "value_error":
             # A rule over several fields: its input is a whole section, of no use in a message.
             message = e["msg"].removeprefix("Value error, ")

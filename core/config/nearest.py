@@ -92,6 +92,13 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
+def nearest_name(wrong: str, known: Sequence[str]) -> str | None:
+    """The one of `known` names that is most like `wrong`; None when none is near."""
+    likeness = {name: _alike(wrong.lower(), name.lower(), 0.5) for name in known}
+    best = max(known, key=likeness.__getitem__, default=None)
+    return best if best is not None and likeness[best] else None
+
+
 def keys_of(section: Sequence[str | int]) -> list[str]:
     """The names of a section's own fields."""
     path = list(map(str, section))

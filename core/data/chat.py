@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 from core.config import Model
 from core.data.literal import TextEncoder, check_unicode
@@ -11,6 +12,9 @@ from core.data.rendering import QUESTION, ChatTemplate, Message, value_or_none
 from core.data.special_tokens import added_tokens, control_tokens, end_ids, read_generation_settings, spare_token
 from core.errors import DataError
 from core.files import digest
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
+"""What the files of a tokenizer are called."""
 
 
 def check_prompt(messages: object) -> list[Message]:
@@ -87,9 +91,12 @@ class ChatTokenizer:
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
+            # Of a folder without a tokenizer transformers says that a package is missing.
+            empty = Path(model.path).is_dir() and not any(next(Path(model.path).glob(f), None) for f in TOKENIZER_FILES)
+            reason = "the folder has no tokenizer's files" if empty else str(error).splitlines()[0]
             raise DataError(
                 f"no tokenizer could be read from {model.path}: set policy.path (or rm.base.path) to a folder with a "
-                f"model and its tokenizer, or to a hub id that can be reached ({str(error).splitlines()[0]})"
+                f"model and its tokenizer, or to a hub id that can be reached ({reason})"
             ) from None
         self._template = ChatTemplate(self.hf, model)
         self.generation_settings = read_generation_settings(model)
@@ -113,8 +120,8 @@ class ChatTokenizer:
         """The token that fills rows; DataError where there is none that does not end turns."""
         # Padding with EOS hides real ends of turns wherever pads are masked by id.
         if self.hf.pad_token_id is None or self.hf.pad_token_id in self._ends:
-            question = value_or_none(lambda: self.prompt_ids(QUESTION)) or []
-            token = spare_token(self.hf, {*self._ends, *end_ids(self.generation_settings), *question})
+            taken = {*self._ends, *end_ids(self.generation_settings), *self._question_ids}
+            token = spare_token(self.hf, taken)
             if token is None:
                 fault = (
                     "no pad token"
@@ -205,7 +212,14 @@ class ChatTokenizer:
         if token not in known or known[token] in self.stop_ids:
             fault = "ends turns" if token in known else "is none of its special tokens"
             raise DataError(f"{self.name}: pad_token {token!r} {fault}; it has {', '.join(list(known)[:20])}")
+        if known[token] in self._question_ids:
+            raise DataError(f"{self.name}: pad_token {token!r} is written in every prompt, so it cannot fill rows")
         self.hf.pad_token = token
+
+    @cached_property
+    def _question_ids(self) -> list[int]:
+        """Tokens of a prompt, with those that the template writes in each."""
+        return value_or_none(lambda: self._rendered_ids(QUESTION, add_generation_prompt=True)) or []
 
     @cached_property
     def _ends(self) -> set[int]:

@@ -84,7 +84,7 @@ class ChatTemplate:
         }
         if self.settings:
             hf.init_kwargs[SETTINGS] = self.settings
-        if model.chat_template:
+        if model.chat_template is not None:
             hf.chat_template = templates.named_template(model.chat_template)
         given = hf.chat_template.get("default") if isinstance(hf.chat_template, dict) else hf.chat_template
         if not given:

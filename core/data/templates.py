@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from core.config.nearest import nearest_name
 from core.errors import DataError
 
 DEFAULT_DATE = "2024-07-26"
@@ -21,6 +22,8 @@ DEFAULT_DATE = "2024-07-26"
 END_OF_VARIABLES = "{#- the variables above are fixed #}\n"
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 OWN_CLOCK = "macro strftime_now"
+RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now")
+"""Variables that the caller of a template gives it: one of the same name would take their place."""
 
 
 def named_template(name: str) -> str:
@@ -35,9 +38,9 @@ def named_template(name: str) -> str:
     template = folder / f"{name}.jinja"
     if not re.fullmatch(r"\w+", name) or not template.is_file():
         known = sorted(f.name.removesuffix(".jinja") for f in folder.iterdir() if f.name.endswith(".jinja"))
-        raise DataError(
-            f"chat_template: {name} is neither a file nor one of TRL's templates, which are {', '.join(known)}"
-        )
+        near = nearest_name(name, known)
+        hint = f"the nearest of TRL's is {near}" if near else f"TRL's are {', '.join(known)}"
+        raise DataError(f"chat_template: {name!r} is neither a file nor one of TRL's templates; {hint}")
     return template.read_text(encoding="utf-8")
 
 
@@ -47,10 +50,15 @@ def with_variables(template: str, variables: Mapping[str, Any]) -> str:
     A variable that an earlier call has set gets the new value.
 
     Raises:
-        DataError: a name that Jinja cannot read.
+        DataError: a name that Jinja cannot read, or one of `RESERVED`.
     """
     if wrong := [name for name in variables if not name.isidentifier()]:
         raise DataError(f"template_kwargs: {wrong[0]!r} cannot be a variable of a chat template")
+    if taken := [name for name in variables if name in RESERVED]:
+        raise DataError(
+            f"template_kwargs: {taken[0]!r} is what a chat template is given for each conversation, so it cannot be "
+            "fixed: leave it out"
+        )
     return _with_first_lines(
         template, {f"{{%- set {name} =": f" {_jinja(value)} %}}\n" for name, value in variables.items()}
     )

@@ -11,6 +11,7 @@ from typing import get_args
 
 from core.artefacts import code_version, package_versions
 from core.config import Dtype
+from core.config.nearest import nearest_name
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
@@ -73,9 +74,10 @@ def parse_set(text: str) -> tuple[str, str, Path]:
     head, _, path = text.partition("=")
     name, _, layout = head.partition(":")
     if not path or not re.fullmatch(r"[\w.-]+", name) or layout not in ("", "auto", *LAYOUTS):
+        near = nearest_name(layout, [*LAYOUTS]) if layout else None
         raise DataError(
             f"--set {text}: write NAME=PATH or NAME:LAYOUT=PATH, the name with letters, digits, '_', '.' and '-'; "
-            f"layouts are {', '.join(LAYOUTS)}"
+            + (f"the layout nearest to {layout!r} is {near}" if near else f"layouts are {', '.join(LAYOUTS)}")
         )
     return name, layout or "auto", Path(path)
 

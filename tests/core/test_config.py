@@ -37,6 +37,12 @@ def test_all_faults_in_one_message():
         assert part in message
 
 
+def test_a_value_in_place_of_a_section_names_its_keys():
+    with pytest.raises(ConfigError, match=r"ppo\.kl: is a section with coef, .*stop, not 0\.1") as error:
+        load([], ["ppo.kl=0.1", "rm=3"])
+    assert re.search(r"rm: is a section with base, .*, not 3", str(error.value))
+
+
 def test_files_overlay_and_overrides(tmp_path):
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text("ppo: {kl: {coef: 0.3}, steps: 7}\nrm: {variants: {grm: {text_regulariser: sft}}}\n")

@@ -60,6 +60,8 @@ def test_options_are_explained(capsys):
     assert "text regulariser" in capsys.readouterr().out
     assert main(["config", "--explain", "ppo.kll"]) == 2
     assert "ppo.kl" in capsys.readouterr().err
+    assert main(["config", "--explain", "ppo.kl", "ppo.kl.coef=1"]) == 2
+    assert "leave out ppo.kl.coef=1" in capsys.readouterr().err
 
 
 def test_import_is_light():

@@ -44,7 +44,7 @@ def settings(policy: Path, base: Path, run: Path, prompts: Path) -> dict:
         "run": {"name": "tiny", "dir": str(run)},
         "policy": model,
         "data": {"prompts": str(prompts), "max_prompt_tokens": 160},
-        "generation": {"max_new_tokens": 8, "vllm": {"max_model_len": 192, "max_num_seqs": 16}},
+        "generation": {"max_new_tokens": 8, "vllm": {"max_model_len": 192, "max_num_seqs": 16, "dtype": "float32"}},
         "preferences": {"max_train_pairs": 16, "max_val_pairs": 8, "max_calibration_prompts": 4},
         "rm": {
             "base": {"path": str(base)}, "lora": lora, "global_batch": 8, "micro_batch": 4, "max_tokens": 192,
@@ -56,7 +56,7 @@ def settings(policy: Path, base: Path, run: Path, prompts: Path) -> dict:
             "proxy": "grm", "lora": lora, "steps": 1, "rollouts": 8, "micro_batch": 4, "minibatches": 1,
             "critic_trainable_layers": 1, "checkpoint_every": 1, "save_every": 1, "actor": {"lr": 1e-3},
         },
-        "engine": {"processes": 1},
+        "engine": {"processes": 1, "dtype": "float32"},  # so that log-probs must agree beyond rounding on any machine
         "eval": {"prompts": 4, "bootstrap": 100},
     }  # fmt: skip
 

@@ -222,6 +222,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for text in ("noname", "=x", "a:nolayout=x", "a/b=x"):
         with pytest.raises(DataError, match="NAME=PATH"):
             parse_set(text)
+    with pytest.raises(DataError, match="the layout nearest to 'mtbench' is mt_bench"):
+        parse_set("mt:mtbench=a")
     assert parse_set("mt:mt_bench=a=b") == ("mt", "mt_bench", Path("a=b"))
     with pytest.raises(DataError, match="given twice"):
         main(["m", "--set", f"x={tmp_path}", "--set", f"x={tmp_path}"])

@@ -72,7 +72,7 @@ def test_what_is_no_response_is_refused(tokenizer):
 
 def test_a_folder_without_a_tokenizer_names_what_to_set(tmp_path):
     (tmp_path / "notes.md").write_text("no model")
-    with pytest.raises(DataError, match=r"no tokenizer could be read from .*: set policy\.path"):
+    with pytest.raises(DataError, match=r"from .*: set policy\.path .*\(the folder has no tokenizer's files\)"):
         ChatTokenizer(Model(path=str(tmp_path)))
 
 

@@ -169,6 +169,9 @@ def test_variables_are_written_into_the_template_and_replace_earlier_ones():
     assert compiled(templates.with_variables(once, {"a": True})).render(b=2).startswith("  True2")
     with pytest.raises(DataError, match="'a-b' cannot be a variable"):
         templates.with_variables(base, {"a-b": 1})
+    for name in ("messages", "add_generation_prompt", "tools"):
+        with pytest.raises(DataError, match=f"'{name}' is what a chat template is given"):
+            templates.with_variables(base, {"a": 1, name: []})
 
 
 def test_templates_by_name_and_by_file(family, tmp_path):
@@ -179,10 +182,13 @@ def test_templates_by_name_and_by_file(family, tmp_path):
     tokenizer = family("gemma", chat_template=str(file))
     assert tokenizer.hf.decode(tokenizer.prompt_ids(CHAT)) == "Hello, how are you?<|im_start|>"
     assert templates.named_template("qwen3_training").startswith("{#- Training variant of the Qwen3 chat template")
-    with pytest.raises(
-        DataError, match=r"qwen4 is neither a file nor one of TRL's templates, which are .*qwen3_training"
-    ):
-        templates.named_template("qwen4")
+    fault = "is neither a file nor one of TRL's templates"
+    with pytest.raises(DataError, match=rf"'qwen3_trainig' {fault}; the nearest of TRL's is qwen3_training"):
+        templates.named_template("qwen3_trainig")
+    with pytest.raises(DataError, match=rf"'my_template' {fault}; TRL's are .*qwen3_training"):
+        templates.named_template("my_template")
+    with pytest.raises(DataError, match=f"'' {fault}"):
+        family("gemma", chat_template="")
 
 
 DROPS_SYSTEM = (
@@ -241,7 +247,8 @@ def test_a_missing_pad_token(tokenizer_path, tmp_path, special, expected):
             _ = tokenizer.pad_id
     named = ChatTokenizer(Model(path=str(folder), pad_token="<repo_name>"))
     assert named.hf.convert_ids_to_tokens(named.pad_id) == "<repo_name>"
-    for wrong, fault in (("<|im_end|>", "ends turns"), ("Hello", "is none of its special tokens")):
+    for wrong, fault in (("<|im_end|>", "ends turns"), ("Hello", "is none of its special tokens"),
+                         ("<|im_start|>", "is written in every prompt")):  # fmt: skip
         with pytest.raises(DataError, match=fault):
             ChatTokenizer(Model(path=str(folder), pad_token=wrong))
 
