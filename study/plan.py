@@ -113,15 +113,14 @@ def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
 def on_this_machine(cfg: Config, file: Path, ranks: Mapping[EngineStage, int]) -> tuple[Where, list[int] | None]:
     """This machine, by what was measured on it or else roughly; and lengths of responses that were sampled then."""
     wanted = groups(cfg, ranks)
-    found, absent, code = measured.read(file, list(wanted))
+    found, absent, remarks = measured.read(file, list(wanted))
     rates, known = rough(cfg.engine.dtype, measure=bool(absent)), None
     memory = rates.device.memory
     if not found:
         basis = f"{rates.basis}; nothing was measured on this machine for this model: grm plan --measure"
         return Where(rates.named(basis), ranks, memory, report_seconds=finished_report(cfg)), None
-    when = f"measured on this machine ({file.name}, {file.parent})"
-    notes = [when, measured.code_note(code), *(f"not measured: {name}" for name in absent)]
-    both = measured.Measured(found, "; ".join(filter(None, notes)), shape_of(cfg.policy), rates)
+    notes = [f"measured on this machine ({file})", *remarks, *(f"not measured: {name}" for name in absent)]
+    both = measured.Measured(found, "; ".join(notes), shape_of(cfg.policy), rates)
     if (sampled := both.responses) and sampled[1] >= cfg.generation.max_new_tokens:
         known = sampled[0]
     return Where(both, ranks, memory, report_seconds=finished_report(cfg)), known

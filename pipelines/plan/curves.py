@@ -66,8 +66,9 @@ def as_table(kept: Mapping[str, Any]) -> str:
         "# How cost grows", "",
         f"Measured by `grm plan --measure` on {kept['measured'][:10]} with {kept['model']} in {kept['dtype'][0]}, on "
         f"{machine['cores']} cores of {machine['processor']} ({', '.join(machine['instructions']) or 'no bfloat16'}), "
-        f"{versions}, code {kept['code'].get('git_sha', '')[:10]}. It took {took} seconds. Each is of the "
-        "faster of two calls, of the slowest rank. All ranks work at once and share the cores.", "",
+        f"{versions}, code {kept['code'].get('git_sha', '')[:10]}. It took {took} seconds, and the load before it was "
+        f"{kept.get('load', 0):g}. Seconds are of the faster of two calls, of the slowest rank. All ranks work at once and "
+        "share the cores.", "",
         "## Passes", "",
         "Tokens a second of one rank through the given number of layers. `fit` is by how much the fit that `grm plan` "
         "uses misses this point.", "",
@@ -135,5 +136,6 @@ def _figure(kept: Mapping[str, Any], folder: Path) -> None:
 
 
 def _line(axis, points, x: str, y, **style) -> None:
-    points = sorted(points, key=lambda p: p[x])
-    axis.plot([p[x] for p in points], [y(p) for p in points], **style)
+    """One point for each x: of the fastest call."""
+    fastest = {p[x]: p for p in sorted(points, key=lambda p: -p["seconds"])}
+    axis.plot(sorted(fastest), [y(fastest[value]) for value in sorted(fastest)], **style)

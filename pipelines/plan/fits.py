@@ -8,27 +8,43 @@ from typing import Any
 
 import numpy as np
 
+ROUNDS = 5
+"""Of fitting again with less weight on the points that stand out."""
+
 
 def non_negative(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients k >= 0 [n] that minimise the mean squared relative error of `features` [m, n] k.
+    """Coefficients k >= 0 [n] that bring `features` [m, n] k close to the seconds, in relative error.
+
+    Other work on a machine makes a call slower and never faster. So points that took longer than the fit says lose
+    weight, and the fit is made again.
+    """
+    x, y = np.asarray(features, dtype=float), np.asarray(seconds, dtype=float)
+    x, weights = x / y[:, None], np.ones(len(y))
+    for _ in range(ROUNDS):
+        k = _least_squares(x, weights)
+        weights = np.clip((x @ k) ** 3, 0.05, 1.0)
+    return k.tolist()
+
+
+def _least_squares(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """k >= 0 with the smallest weighted squares of x k - 1.
 
     With the few features that there are here, every subset is tried; the best one without a negative coefficient wins.
     """
-    x, y = np.asarray(features, dtype=float), np.asarray(seconds, dtype=float)
-    x = x / y[:, None]
-    best, found = float(len(y)), np.zeros(x.shape[1])
+    best, found = float(weights.sum()), np.zeros(x.shape[1])
+    root = np.sqrt(weights)[:, None]
     for size in range(1, min(x.shape) + 1):
         for columns in combinations(range(x.shape[1]), size):
-            part = x[:, columns]
+            part = x[:, columns] * root
             scale = np.abs(part).max(axis=0)
             if (scale == 0).any():
                 continue
-            k = np.linalg.lstsq(part / scale, np.ones(len(y)), rcond=None)[0] / scale
-            error = float(np.square(part @ k - 1).sum())
+            k = np.linalg.lstsq(part / scale, root[:, 0], rcond=None)[0] / scale
+            error = float(np.square(part @ k - root[:, 0]).sum())
             if (k >= 0).all() and error < best * (1 - 1e-6):
                 best, found = error, np.zeros(x.shape[1])
                 found[list(columns)] = k
-    return found.tolist()
+    return found
 
 
 def pass_features(tokens: float, length: float, layers: float) -> list[float]:

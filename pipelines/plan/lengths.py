@@ -21,7 +21,7 @@ SHARE = 0.8
 PROMPT_SHARE = 0.5
 """Assumed mean length of prompts that cannot be tokenised here, as a share of data.max_prompt_tokens."""
 MOST_ROWS = 5000
-"""Prompts that are tokenised to plan; of a longer file the counts are scaled."""
+"""Prompts that are tokenised to plan, at most."""
 ASSUMED_PAIRS = 40_000
 """Of a preference source whose rows cannot be counted here."""
 
@@ -58,10 +58,8 @@ def lengths_of(cfg: Config, share: float | None, known: Sequence[int] | None) ->
     """
     notes: list[str] = []
     draws: list[int] = []
-    started = time.perf_counter()
-    splits, prompts = _prompts(cfg, notes)
+    splits, prompts, seconds = _prompts(cfg, notes)
     prompt_tokens = sum(prompts) / len(prompts)
-    seconds = time.perf_counter() - started
     most = cfg.generation.max_new_tokens
     if share is not None:
         response, why = share * most, f"as asked: {share:g} of generation.max_new_tokens"
@@ -95,29 +93,30 @@ def lengths_of(cfg: Config, share: float | None, known: Sequence[int] | None) ->
     )  # fmt: skip
 
 
-def _prompts(cfg: Config, notes: list[str]) -> tuple[dict[str, int], list[int]]:
-    """Prompts of each split, and lengths of prompts in tokens."""
+def _prompts(cfg: Config, notes: list[str]) -> tuple[dict[str, int], list[int], float]:
+    """Prompts of each split, lengths of prompts in tokens, and the seconds that reading them took."""
+    why = "the tokenizer or the file cannot be read here"
     try:
         if not _is_here(cfg.policy.path):
             raise ArtefactError("the tokenizer would have to be fetched")
         tokenizer = ChatTokenizer(cfg.policy)
-        rows = list(islice(numbered_rows(cfg.data.prompts, lambda *_: None), MOST_ROWS + 1))
-        if len(rows) <= MOST_ROWS:
-            usable = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed).usable
-            splits = Counter(row["split"] for row in usable)
+        rows = sum(1 for _ in islice(numbered_rows(cfg.data.prompts, lambda *_: None), MOST_ROWS + 1))
+        started = time.perf_counter()
+        if rows <= MOST_ROWS and (usable := read_prompts(cfg.data, tokenizer, seed=cfg.run.seed).usable):
             tokens = [row["num_tokens"] for row in usable]
-            mean = sum(tokens) / max(1, len(tokens))
+            mean = sum(tokens) / len(tokens)
             notes.append(f"{len(tokens)} prompts of {mean:.1f} tokens on average (read and tokenised)")
-            return dict(splits), tokens
+            return dict(Counter(row["split"] for row in usable)), tokens, time.perf_counter() - started
+        why = f"a plan does not tokenise more than {MOST_ROWS} rows" if rows else "the file has no rows"
     except (OSError, ValueError, ArtefactError, DataError):
-        rows = None
-    count = count_rows(cfg.data.prompts) if cfg.data.prompts.is_file() else None
-    total, mean = count or 0, PROMPT_SHARE * cfg.data.max_prompt_tokens
+        pass
+    total = (count_rows(cfg.data.prompts) or 0) if cfg.data.prompts.is_file() else 0
+    mean = PROMPT_SHARE * cfg.data.max_prompt_tokens
     notes.append(
         f"{total} prompts, all taken as usable, of {mean:.0f} tokens (assumed: {PROMPT_SHARE:g} of "
-        "data.max_prompt_tokens" + ("" if rows else ", since the tokenizer or the file cannot be read here") + ")"
+        f"data.max_prompt_tokens, since {why})"
     )
-    return {name: round(total * getattr(cfg.data.splits, name)) for name in Splits.model_fields}, [round(mean)]
+    return {name: round(total * getattr(cfg.data.splits, name)) for name in Splits.model_fields}, [round(mean)], 0.0
 
 
 def _is_here(path: str) -> bool:

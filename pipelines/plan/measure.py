@@ -45,6 +45,7 @@ def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]
         ArtefactError: a program failed; with the end of its output.
     """
     kept: dict[str, Any] = read_json(file) if file.is_file() else {"groups": {}}
+    load = os.getloadavg()[0]
     # DeepSpeed compiles an operation the first time; later stages find it, so that is not measured.
     once = "from core.training.distributed import init_distributed; init_distributed()"
     subprocess.run([sys.executable, "-c", once], env={**os.environ, **variables(1)}, capture_output=True)
@@ -53,8 +54,15 @@ def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]
         started = time.time()
         kept["groups"][name] = _run(cfg, ranks, engines=engines) | {"took": round(time.time() - started, 1)}
         kept["groups"][name]["starts"]["command"] = command
-    facts = {"machine": machine(), "packages": package_versions(), "code": code_version(), "model": cfg.policy.path}
-    facts |= {"dtype": [cfg.engine.dtype, cfg.generation.vllm.dtype], "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    facts: dict[str, Any] = {
+        "machine": machine(),
+        "packages": package_versions(),
+        "code": code_version(),
+        "model": cfg.policy.path,
+        "load": round(load, 1),
+        "dtype": [cfg.engine.dtype, cfg.generation.vllm.dtype],
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, kept | facts)
 
@@ -75,6 +83,7 @@ def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
         config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if engines else []
         command: Sequence[str] = [sys.executable, *torchrun, "-m", "pipelines.plan.probes", str(config), str(out)]
+        command = [*command, *(["engines"] if engines else [])]
         done = subprocess.run(
             command, env={**os.environ, **variables(ranks), STARTED: str(time.time())}, capture_output=True, text=True
         )

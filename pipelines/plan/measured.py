@@ -19,6 +19,8 @@ from pipelines.plan.shapes import Shape
 
 FORMAT = 1
 """Of the file; raised when older measurements no longer fit."""
+BUSY = 0.5
+"""Processes that run before a measurement begins, a core, from which on it is said that the machine was busy."""
 
 
 class Measured:
@@ -213,16 +215,20 @@ def cache_file(cfg: Config, folder: Path | None) -> Path:
     return (folder or base / "grm" / "plan") / f"{cache_key(cfg)}.json"
 
 
-def read(file: Path, names: Sequence[str]) -> tuple[dict[int, dict], list[str], str]:
-    """(number of ranks -> what was found, names that are not there, the commit of the code that was measured)."""
+def read(file: Path, names: Sequence[str]) -> tuple[dict[int, dict], list[str], list[str]]:
+    """(number of ranks -> what was found, names that are not there, what to say of the measurement)."""
     kept: dict[str, Any] = read_json(file) if file.is_file() else {"groups": {}}
     found = {kept["groups"][name]["ranks"]: kept["groups"][name] for name in names if name in kept["groups"]}
-    return found, [name for name in names if name not in kept["groups"]], kept.get("code", {}).get("git_sha", "")
+    absent = [name for name in names if name not in kept["groups"]]
+    return found, absent, _notes(kept) if found else []
 
 
-def code_note(measured: str) -> str:
-    """What to say where the code has changed since the measurement; empty where it has not."""
-    now = code_version().get("git_sha", "")
-    if measured == now or not now:
-        return ""
-    return f"measured with the code of {measured[:10] or 'an unknown commit'}, which is now {now[:10]}: --measure again"
+def _notes(kept: Mapping[str, Any]) -> list[str]:
+    """What makes a measurement less than it should be."""
+    then, now = kept.get("code", {}).get("git_sha", ""), code_version().get("git_sha", "")
+    notes = []
+    if now and then != now:
+        notes.append(f"the code was {then[:10] or 'unknown'} then and is {now[:10]} now")
+    if kept.get("load", 0.0) > BUSY * len(os.sched_getaffinity(0)):
+        notes.append(f"other work ran on the machine meanwhile (load {kept['load']:g})")
+    return [f"{'; '.join(notes)}: --measure again"] if notes else []

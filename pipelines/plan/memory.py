@@ -148,7 +148,7 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
         tokens = sizes.pair_batch(cfg.global_batch, ranks * passes)
         parts = {"process": PROCESS, "weights": held(shape.params, size, sizes.rm_zero, ranks)}
         parts |= trained_bytes(sizes.rm_trained(variant), settings, ranks, gpu=bool(gpu_memory))
-        parts["activations"] = activations(sizes, shape, part, tokens, sizes.pair_row, settings)
+        parts["activations"] = activations(sizes, shape, part, tokens, sizes.pair_length, settings)
         if variant.text_regulariser != "none":
             read = cfg.micro_batch * sizes.lengths.pair_tokens[1]
             parts["logits"] = logit_bytes(shape, read, float32=settings.float32_head, backward=True)

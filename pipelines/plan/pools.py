@@ -5,6 +5,8 @@ from __future__ import annotations
 from bon.scores import CACHED_STATES
 from pipelines.plan.sizes import Sizes, batches
 from pipelines.plan.work import Fixed, Gather, Item, Judge, Kl, Load, Pass, Sample, Start, Write
+from rm.model import UNPADDED_ROW
+from rm.score import Limits
 
 Phases = dict[str, list[Item]]
 """Phase of a stage -> its work."""
@@ -18,7 +20,7 @@ REPORT_SECONDS = 12.0
 
 
 def prompts(sizes: Sizes) -> Phases:
-    return {"tokenise": [Fixed(sizes.lengths.seconds, "timed while planning")]}
+    return {"start": [Start("tokenizer")], "tokenise": [Fixed(sizes.lengths.seconds, "timed while planning")]}
 
 
 def preferences(sizes: Sizes) -> Phases:
@@ -28,7 +30,7 @@ def preferences(sizes: Sizes) -> Phases:
     count = pairs + lengths.calibration
     shard = min(cfg.preferences.shard_prompts, count)
     return {
-        "start": [Start("vllm")],
+        "start": [Start("tokenizer"), Start("vllm")],
         "sample": [sample(sizes, count, 2, shard)],
         "gold": gold(sizes, 2 * count),
         "write": [Write(pool_bytes(sizes, 4 * count))],
@@ -40,12 +42,10 @@ def bon(sizes: Sizes) -> Phases:
     cfg = sizes.cfg
     count, n = bon_prompts(sizes), cfg.bon.samples
     phases: Phases = {
-        "start": [Start("vllm")],
+        "start": [Start("tokenizer"), Start("vllm")],
         "sample": [sample(sizes, count, n, min(cfg.bon.shard_prompts, count))],
     }
-    rows = -(-(n * sizes.lengths.response_tokens) // max(1.0, 1024 - sizes.lengths.prompt_tokens))
-    total = count * (rows * sizes.lengths.prompt_tokens + n * sizes.lengths.response_tokens)
-    length = min(1024.0, total / (count * rows))
+    total, length = pool_tokens(sizes)
     models = list(cfg.rm.variants.values())
     calls, tokens = batches(total, SCORE_TOKENS)
     states = total * sizes.base.hidden * sizes.bytes_per_weight
@@ -77,7 +77,7 @@ def evaluate(sizes: Sizes) -> Phases:
     members = [sizes.variant_shape(cfg.rm.variants[name]) for name in cfg.ppo.members]
     scored = batches(total * sizes.row(), SCORE_TOKENS)
     return {
-        "start": [Start("vllm"), Load(1 + policies, shape.params)],
+        "start": [Start("tokenizer"), Start("vllm"), Load(1 + policies, shape.params)],
         "sync": [Gather(shape, policies, None, to_vllm=True)],
         "sample": [generate] * (1 + policies),
         "kl": kl,
@@ -132,6 +132,20 @@ def checkpoints(sizes: Sizes) -> int:
     ppo = sizes.cfg.ppo
     saved = len({*range(ppo.checkpoint_every, ppo.steps + 1, ppo.checkpoint_every), ppo.steps})
     return saved if ppo.keep_policies is None else min(saved, ppo.keep_policies + 1)
+
+
+def pool_tokens(sizes: Sizes) -> tuple[float, float]:
+    """(tokens that a reward model reads of the pools, length of what attends to each other).
+
+    As many responses as fit share a row with their prompt (`rm.score.Limits`). Where padding is left out, attention is
+    computed for each response with its prompt, else for whole rows.
+    """
+    n, prompt, response = sizes.cfg.bon.samples, sizes.lengths.prompt_tokens, sizes.lengths.response_tokens
+    unpadded = sizes.gpu_memory is None
+    most = min(UNPADDED_ROW if unpadded else Limits().row_tokens, SCORE_TOKENS)
+    rows = -(-n // max(1, (most - prompt) // response))
+    total = bon_prompts(sizes) * (rows * prompt + n * response)
+    return total, sizes.row() if unpadded else total / (bon_prompts(sizes) * rows)
 
 
 def pool_bytes(sizes: Sizes, samples: float) -> float:

@@ -1,7 +1,7 @@
 """Timed calls of the project's own functions, on the policy of a configuration; run by `pipelines.plan.measure`.
 
     python -m pipelines.plan.probes CONFIG OUT                        what one process does: bon, eval, preferences
-    torchrun --nproc-per-node=R -m pipelines.plan.probes CONFIG OUT   what the ranks of rm and ppo do, all at once
+    torchrun ... -m pipelines.plan.probes CONFIG OUT engines          what the ranks of rm and ppo do, all at once
 
 Every rank does the same at the same time, and the slowest one counts, as in a stage. The first rank writes OUT.
 """
@@ -95,7 +95,8 @@ class Probes:
     def __init__(self, cfg: Config):
         self.cfg, self.ranks = cfg, distributed.world_size()
         self.found: dict[str, Any] = {"ranks": self.ranks, "passes": [], "logits": [], "starts": {}, "samples": []}
-        self.tokenizer = ChatTokenizer(cfg.policy)
+        self.found["starts"]["tokenizer"], self.tokenizer = once(lambda: ChatTokenizer(cfg.policy))
+        self.tokenizer.check()
 
     def sampling(self) -> None:
         """vLLM: its start, sampling by the number of sequences, reading log-probs, and the built-in judge."""
@@ -264,13 +265,13 @@ class Probes:
         return sum(getattr(p, "ds_numel", p.numel()) for name, p in lm.named_parameters() if "lora_" not in name)
 
 
-def main(config: str, out: str) -> None:
+def main(config: str, out: str, *more: str) -> None:
     process = time.time() - float(os.environ[STARTED])
     cfg = load([config], [])
     seconds, _ = once(distributed.init_distributed)
     probes = Probes(cfg)
     probes.found["starts"] |= {"process": process, "deepspeed": seconds}
-    for part in (probes.sampling, probes.whole) + ((probes.engines,) if "TORCHELASTIC_RUN_ID" in os.environ else ()):
+    for part in (probes.sampling, probes.whole, *([probes.engines] if "engines" in more else [])):
         started = time.perf_counter()
         part()
         took = time.perf_counter() - started

@@ -80,12 +80,12 @@ class Shares:
 
 ON_GPU = Shares(
     forward=0.45, backward=0.4, logits=0.5, bandwidth=0.6, link=0.6, layer=150e-6,
-    starts={"command": 5, "process": 10, "vllm": 60, "deepspeed": 10, "engine": 3, "judge": 3},
+    starts={"command": 5, "process": 10, "tokenizer": 5, "vllm": 60, "deepspeed": 10, "engine": 3, "judge": 3},
     load=1e9, write=1e9, judge=2000,
 )  # fmt: skip
 ON_CPU = Shares(
     forward=0.5, backward=0.4, logits=0.25, bandwidth=0.4, link=0.3, layer=300e-6,
-    starts={"command": 5, "process": 6, "vllm": 15, "deepspeed": 6, "engine": 2, "judge": 2},
+    starts={"command": 5, "process": 6, "tokenizer": 4, "vllm": 15, "deepspeed": 6, "engine": 2, "judge": 2},
     load=0.2e9, write=0.5e9, judge=100,
 )  # fmt: skip
 

@@ -170,6 +170,11 @@ class Sizes:
         prompt, response = self.lengths.pair_tokens
         return prompt + 2 * response
 
+    @property
+    def pair_length(self) -> float:
+        """What attends to each other in such a row: on CPU each response with the prompt, else the whole row."""
+        return self.pair_row if self.gpu_memory else sum(self.lengths.pair_tokens)
+
     def pair_batch(self, pairs: int, parts: int) -> float:
         """Mean padded tokens of one of `parts` micro-batches of so many pairs."""
         if self.cfg.preferences.sources:

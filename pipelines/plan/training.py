@@ -11,7 +11,7 @@ from ppo.forward import WIDER
 
 def rm(sizes: Sizes) -> Phases:
     """Every variant: load, train, measure on the validation pairs, save."""
-    phases: Phases = {"start": [Start("deepspeed", ranks=sizes.ranks)], "train": [], "measure": [], "save": []}
+    phases: Phases = {"start": _libraries(sizes), "train": [], "measure": [], "save": []}
     cfg, ranks = sizes.cfg.rm, sizes.ranks
     seeds: dict[int, set[int]] = {}  # layers of the backbone -> seeds whose orders have filled the cache of its states
     if cfg.cache_frozen_layers:
@@ -27,6 +27,10 @@ def rm(sizes: Sizes) -> Phases:
         size = sizes.rm_trained(variant) if cfg.save == "adapter" and part.kind == "lora" else shape.params
         phases["save"] += [Gather(shape, 1, sizes.rm_zero, ranks), Write(size * sizes.bytes_per_weight)]
     return phases
+
+
+def _libraries(sizes: Sizes) -> list[Item]:
+    return [Start("tokenizer", ranks=sizes.ranks), Start("deepspeed", ranks=sizes.ranks)]
 
 
 def rm_steps(sizes: Sizes, variant: RewardVariant) -> int:
@@ -58,7 +62,7 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, 
     cfg, ranks, zero, shape = sizes.cfg.rm, sizes.ranks, sizes.rm_zero, sizes.variant_shape(variant)
     steps, passes = rm_steps(sizes, variant), cfg.global_batch // (cfg.micro_batch * ranks)
     calls = steps * passes
-    tokens, length = sizes.pair_batch(cfg.global_batch, ranks * passes), sizes.pair_row
+    tokens, length = sizes.pair_batch(cfg.global_batch, ranks * passes), sizes.pair_length
     items: list[Item] = []
     if rm_caches(sizes, variant):
         assert cfg.trainable_layers is not None
@@ -100,8 +104,8 @@ def _measuring(sizes: Sizes, variant: RewardVariant, *, first: bool) -> list[Ite
     depth = shape.layers - (sizes.cfg.rm.trainable_layers or 0) if rm_caches(sizes, variant) else 0
     items: list[Item] = []
     if depth and first:
-        items.append(Pass(shape, calls, tokens, sizes.pair_row, depth, ranks=sizes.ranks))
-    rest = Pass(shape, calls, tokens, sizes.pair_row, shape.layers - depth, zero=sizes.rm_zero, ranks=sizes.ranks)
+        items.append(Pass(shape, calls, tokens, sizes.pair_length, depth, ranks=sizes.ranks))
+    rest = Pass(shape, calls, tokens, sizes.pair_length, shape.layers - depth, zero=sizes.rm_zero, ranks=sizes.ranks)
     return [*items, rest]
 
 
@@ -148,7 +152,7 @@ def state_bytes(sizes: Sizes) -> float:
 def _starting(sizes: Sizes) -> list[Item]:
     cfg, ranks, policy = sizes.cfg.ppo, sizes.ranks, sizes.policy
     members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.members]
-    items: list[Item] = [Start("deepspeed", ranks=ranks)]
+    items = _libraries(sizes)
     if not cfg.vllm_servers:
         items.append(Start("vllm", ranks=ranks))
     models = [policy, *([sizes.critic] if sizes.critic else []), *members]

@@ -164,8 +164,9 @@ class Load:
 class Start:
     """Something that is started once: a library, an engine."""
 
-    what: Literal["command", "process", "vllm", "deepspeed", "engine", "judge"]
-    """command: what `grm` does itself before it starts a stage. process: a stage's process up to its imports."""
+    what: Literal["command", "process", "tokenizer", "vllm", "deepspeed", "engine", "judge"]
+    """command: what `grm` does itself before it starts a stage. process: a stage's process up to its imports.
+    tokenizer: the first tokenizer, for which transformers is imported."""
     count: float = 1
     ranks: int = 1
 

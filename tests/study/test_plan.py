@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from core.artefacts import code_version
 from core.config.load import load
 from core.files import write_json
 from pipelines.__main__ import main
@@ -152,8 +153,18 @@ def test_engines_of_other_zero_stages_are_measured_by_themselves(tmp_path):
     assert groups(other, {"rm": 2, "ppo": 2}) == {"1": (1, False), "2 ranks, zero 0, 3": (2, True)}
     assert groups(other, {"rm": 1, "ppo": 2}) == {"1 ranks, zero 3": (1, True), "2 ranks, zero 0": (2, True)}
     file = tmp_path / "kept.json"
-    write_json(file, {"groups": {"1": {"ranks": 1}}, "code": {"git_sha": "abc"}})
-    assert measured.read(file, ["1", "2 ranks, zero 3"]) == ({1: {"ranks": 1}}, ["2 ranks, zero 3"], "abc")
+    write_json(file, {"groups": {"1": {"ranks": 1}}, "code": {"git_sha": "abc"}, "load": 0.1})
+    found, absent, (remark,) = measured.read(file, ["1", "2 ranks, zero 3"])
+    assert (found, absent) == ({1: {"ranks": 1}}, ["2 ranks, zero 3"])
+    assert "the code was abc then" in remark and "load" not in remark
+
+
+def test_a_busy_machine_is_remarked_on(tmp_path):
+    file = tmp_path / "kept.json"
+    write_json(file, {"groups": {"1": {"ranks": 1}}, "code": code_version(), "load": 1000})
+    assert measured.read(file, ["1"])[2] == ["other work ran on the machine meanwhile (load 1000): --measure again"]
+    write_json(file, {"groups": {"1": {"ranks": 1}}, "code": code_version(), "load": 0.1})
+    assert not measured.read(file, ["1"])[2]
 
 
 def test_curves_need_a_measurement(capsys, tmp_path):
@@ -179,6 +190,17 @@ def test_responses_are_cut_where_the_configuration_cuts_them():
     cfg = load(["configs/gemma-2b.yaml"], ["generation.max_new_tokens=10"])
     found = lengths_of(cfg, None, [4, 8, 20, 40])
     assert found.response_tokens == (4 + 8 + 10 + 10) / 4 and list(found.response_draws) == [4, 8, 10, 10]
+
+
+def test_prompts_are_counted_where_they_can_be_read(policy_path, tmp_path):
+    found = lengths_of(load(["configs/offline.yaml"], []), None, None)
+    assert sum(found.prompts.values()) == len(found.prompt_draws) == 1519
+    assert found.prompt_tokens == pytest.approx(sum(found.prompt_draws) / 1519)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 1000)
+    elsewhere = load(["configs/gemma-2b.yaml"], [f"data.prompts={tmp_path / 'prompts.jsonl'}"])
+    assumed = lengths_of(elsewhere, None, None)
+    assert sum(assumed.prompts.values()) == 1000 and assumed.prompt_tokens == 256
+    assert any("assumed: 0.5 of data.max_prompt_tokens" in note for note in assumed.notes)
 
 
 def test_more_ranks_need_less_memory_and_more_steps_more_time():

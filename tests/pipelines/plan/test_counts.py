@@ -4,14 +4,16 @@ import random
 
 import pytest
 
-from core.batching import by_length_on_ranks, evenly_on_ranks
+from core.batching import by_length_on_ranks, evenly_on_ranks, row_length
 from core.config import RewardVariant
 from core.generation.local import Completion
 from pipelines.plan import pools, training
 from pipelines.plan.sizes import Part, batches
 from pipelines.plan.work import Logits, Pass, Sample, Update
 from ppo.records import make_minibatches
+from rm.model import UNPADDED_ROW
 from rm.pairs import Pair, batch_plan
+from rm.score import Limits, _rows
 from tests.builders.plan.sizes import lengths, sizes, tiny_shape
 
 RM = {"epochs": 2, "global_batch": 16, "micro_batch": 4, "trainable_layers": 1, "cache_frozen_layers": True}
@@ -121,6 +123,15 @@ def test_samples_of_the_stages():
     assert (bon.calls, bon.sequences, bon.prompts) == (2, 64, 4)
     (ppo,) = of_kind(training.ppo(found), "generate", Sample)
     assert ppo.calls * ppo.sequences * found.ranks == found.cfg.ppo.steps * found.cfg.ppo.rollouts
+
+
+@pytest.mark.parametrize("gpu_memory", [None, 1e9])
+def test_pools_are_read_in_the_rows_that_scoring_makes(gpu_memory):
+    found = sizes(bon={"samples": 700, "prompts": 3}, gpu_memory=gpu_memory)
+    most = Limits().row_tokens if gpu_memory else min(UNPADDED_ROW, pools.SCORE_TOKENS)
+    pairs = [((p,) * 20, (p, k) + (0,) * 10) for p in range(3) for k in range(700)]
+    rows = _rows(sorted(pairs), most)
+    assert pools.pool_tokens(found)[0] == sum(map(row_length, rows))
 
 
 @pytest.mark.parametrize(
