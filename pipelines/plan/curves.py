@@ -67,8 +67,8 @@ def as_table(kept: Mapping[str, Any]) -> str:
         f"Measured by `grm plan --measure` on {kept['measured'][:10]} with {kept['model']} in {kept['dtype'][0]}, on "
         f"{machine['cores']} cores of {machine['processor']} ({', '.join(machine['instructions']) or 'no bfloat16'}), "
         f"{versions}, code {kept['code'].get('git_sha', '')[:10]}. It took {took} seconds, and the load before it was "
-        f"{kept.get('load', 0):g}. Seconds are of the faster of two calls, of the slowest rank. All ranks work at once and "
-        "share the cores.", "",
+        f"{kept.get('load', 0):g}. Seconds are of the faster of two calls, of the slowest rank. All ranks work at once "
+        "and share the cores.", "",
         "## Passes", "",
         "Tokens a second of one rank through the given number of layers. `fit` is by how much the fit that `grm plan` "
         "uses misses this point.", "",
