@@ -107,6 +107,20 @@ def by_length(lengths: Sequence[int], budget: int, *, longest_first: bool = Fals
     return _runs(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first), lengths, budget)
 
 
+def by_length_on_ranks(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """As `by_length`, longest first, in equally many groups for each of `ranks` ranks.
+
+    The groups of several ranks have nearly one padded size. Where there are too few sequences to divide, the last
+    group stands there more than once.
+    """
+    groups = by_length(lengths, budget, longest_first=True)
+    if ranks > 1 and groups:
+        more = len(groups) + -len(groups) % ranks
+        longest = lambda group: max(lengths[i] for i in group)  # noqa: E731
+        groups = sorted(balanced(lengths, min(more, len(lengths))), key=longest, reverse=True)
+    return groups + groups[-1:] * (-len(groups) % ranks)
+
+
 def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Indices in `parts` groups of similar length whose padded sizes (rows x longest) are as equal as can be.
 

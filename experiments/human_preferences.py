@@ -87,7 +87,7 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
     tokens = [reader.conversation(conversation(r["prompt"], r[k])) for k in ("chosen", "rejected") for r in rows]
     # Methods innermost: a grid that is cut short compares all methods on what it has.
     grid = list(product(SEEDS, NOISES, SIZES, cfg.rm.variants))[part::parts]
-    cache = frozen_state_cache(cfg.rm, cfg.engine)
+    cache = frozen_state_cache(cfg.rm, cfg.engine_of("rm"))
     for number, (seed, noise, size, method) in enumerate(grid, start=1):
         file = path(cfg, seed, noise, size, method)
         if file.is_file():
@@ -96,8 +96,9 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         variant = cfg.rm.variants[method].model_copy(update={"seed": seed})
         labelled = flip_labels(pairs[:size], noise, np.random.default_rng(stream_seed(cfg.run.seed, "noise", size)))
         file.with_suffix("").mkdir(parents=True, exist_ok=True)
+        settings, folder = cfg.engine_of("rm"), file.with_suffix("")
         engine, model, _ = fit(
-            cfg.rm, cfg.engine, variant, labelled, file.with_suffix(""), name=file.stem, seed=cfg.run.seed, cache=cache
+            cfg.rm, settings, variant, labelled, folder, name=file.stem, seed=cfg.run.seed, cache=cache
         )
         trained = time.time() - started
         rewards = score_tokens(

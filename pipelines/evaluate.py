@@ -119,7 +119,7 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
 
 
 def _load(cfg: Config, model: Model) -> CausalLM:
-    return load_causal_lm(model, dtype=cfg.generation.vllm.dtype, float32_head=cfg.engine.float32_head)
+    return load_causal_lm(model, dtype=cfg.generation.vllm.dtype, float32_head=cfg.engine_of("ppo").float32_head)
 
 
 def summary(rows: list[dict], pools: Pools, proxy: np.ndarray) -> dict:

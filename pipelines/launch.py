@@ -24,19 +24,19 @@ STOP_SECONDS = 1800
 """On SIGTERM the ranks end their step and save; after so long they are killed."""
 
 
-def num_processes(cfg: Config) -> int:
-    """Ranks on this machine."""
-    if cfg.engine.processes != "auto":
-        return cfg.engine.processes
-    return num_gpus() or min(2, os.cpu_count() or 1)
+def num_processes(name: str, cfg: Config) -> int:
+    """Ranks of a stage on this machine."""
+    processes = cfg.engine_of(stages.STAGES[name].engine).processes
+    return processes if processes != "auto" else num_gpus() or min(2, os.cpu_count() or 1)
 
 
 def check_ranks(name: str, cfg: Config, ranks: int) -> None:
     """ConfigError where `ranks` processes cannot share the work of a stage as the configuration says."""
-    if not stages.STAGES[name].distributed:
+    stage = stages.STAGES[name]
+    if not stage.distributed:
         if ranks > 1:
             raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")
-    elif faults := cfg.batch_faults(ranks):
+    elif faults := cfg.batch_faults(stage.engine, ranks):
         raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
 
 
@@ -84,7 +84,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
         ConfigError: the configuration does not fit the number of ranks.
     """
     name = arguments[0]
-    ranks = num_processes(cfg) if stages.STAGES[name].distributed else 1
+    ranks = num_processes(name, cfg) if stages.STAGES[name].distributed else 1
     check_ranks(name, cfg, ranks)
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]

@@ -32,7 +32,7 @@ from core.artefacts import (
     read_fingerprint,
     read_manifest,
 )
-from core.config import Config
+from core.config import ENGINE_STAGES, Config, EngineStage
 from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
@@ -61,6 +61,8 @@ class Stage:
     """Config fields that hold paths of external files, checked by content."""
     distributed: bool = False
     """Run on every rank of `engine.processes`."""
+    engine: EngineStage = "ppo"
+    """Whose `engine` it reads: `rm.engine` or `ppo.engine` over the common one."""
     makes: str = ""
     """What it leaves, for `grm status`."""
     grows: tuple[str, str] | None = None
@@ -88,7 +90,8 @@ STAGES = {
                            Correction("kept the texts of samples, not the tokens that reward models are trained on")),
               makes="labelled pairs of samples, or imported pairs"),
         Stage("rm", "rm.train", ("preferences",), ("rm", "engine", "run.seed"),
-              ("rm.base.path", "rm.base.chat_template"), distributed=True, makes="reward models", corrections=(
+              ("rm.base.path", "rm.base.chat_template"), distributed=True, engine="rm", makes="reward models",
+              corrections=(
                   Correction("summed InfoRM's KL over its dimensions, which made it 128 times too large",
                              of=lambda cfg: any(v.head == "inform" for v in cfg.rm.variants.values())),
                   Correction("took ODIN's correlations with length within micro-batches that were sorted by length",
@@ -134,7 +137,7 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 f"stage {stage.name!r} needs {name!r}, which is out of date ({changed[0]}): run `grm {name}` first"
             )
         inputs[name] = manifest_digest(manifest)
-    plain = json.loads(cfg.model_dump_json())
+    plain = plain_values(stage, cfg)
     sections = {field: _get(plain, field) for field in stage.reads}
     for field in stage.files:
         if field == "gold.path" and not cfg.gold.is_local:
@@ -148,6 +151,18 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
     corrections = tuple(c.fault if _concerns(c, cfg, plain) else "" for c in stage.corrections)
     return Fingerprint(sections, inputs, corrections)
+
+
+def plain_values(stage: Stage, cfg: Config) -> dict[str, Any]:
+    """The configuration as a stage reads it, in plain values: `engine` is the stage's own, and stands nowhere else.
+
+    So a change of `ppo.engine` leaves reward models up to date, and where a value comes from does not matter.
+    """
+    plain = json.loads(cfg.model_dump_json())
+    plain["engine"] = cfg.engine_of(stage.engine).model_dump(mode="json")
+    for name in ENGINE_STAGES:
+        del plain[name]["engine"]
+    return plain
 
 
 def _concerns(correction: Correction, cfg: Config, plain: dict[str, Any]) -> bool:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from core import config
 from core.config import Model, Ppo, exact_div
 from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
-from core.models.layers import frozen_layers_of, shared_depth, train_top_layers
+from core.models import CausalLM
+from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training import distributed
@@ -34,7 +36,8 @@ class Engines:
     """With adapters it is the actor, run without them."""
     proxy: LocalProxy | RemoteProxy
     frozen_layers: Engine | None
-    """The lowest layers, frozen and equal in actor, reference and critic: run once for all three. None for none."""
+    """The lowest layers, frozen and equal in actor, reference and critic: run once for all three, and for the reward
+    models of the proxy that have them too. None for none."""
 
 
 def make_engines(
@@ -64,18 +67,30 @@ def make_engines(
         lm = add_lora(lm, ppo.lora)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
     value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
+    members, base_of_members = loader.members(ppo)
     # This compares weights, so it comes before they are sharded.
-    frozen_layers = _frozen_layers(ppo, policy, settings, *([lm, value_model.lm] if value_model else [lm]))
+    lms = [lm, value_model.lm] if value_model else [lm]
+    layers, continuing = _frozen_layers(ppo, policy, settings, lms, members)
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
     critic = None
     if value_model:
         critic = Engine(value_model, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
+    alike = len(members) + (ppo.lora is None) + (layers is not None)
+
+    def frozen(module: nn.Module) -> Engine:
+        return Engine(module, settings, micro_batch=micro, alike=alike)
+
     reference = actor
     if not ppo.lora:
         base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
-        reference = Engine(PolicyModule(base, temperature), settings, micro_batch=micro)
-    return Engines(actor, critic, reference, _proxy(ppo, loader), frozen_layers)
+        reference = frozen(PolicyModule(base, temperature))
+    if ppo.reward_server:
+        proxy: LocalProxy | RemoteProxy = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy))
+    else:
+        of_members = base_of_members.through(frozen(base_of_members)) if base_of_members else map(frozen, members)
+        proxy = LocalProxy(list(of_members), ppo.combine, continuing)
+    return Engines(actor, critic, reference, proxy, frozen(layers) if layers else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +103,28 @@ class _RewardModels:
     tokenizer: ChatTokenizer
 
     def load(self, name: str) -> RewardModel:
+        """In host memory: an engine puts it, or this rank's shard of it, on the GPU."""
         path = self.folder / name
-        model = RewardModel.from_pretrained(path, dtype=self.settings.dtype, attention=self.policy.attention)
+        model = RewardModel.from_pretrained(
+            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu"
+        )
         self._check(path, model)
         return model
 
-    def load_on_one_base(self, names: tuple[str, ...]) -> AdapterEnsemble | None:
-        """None where these are not adapters of one base."""
-        paths = [self.folder / name for name in names]
+    def members(self, ppo: Ppo) -> tuple[list[RewardModel], AdapterEnsemble | None]:
+        """The reward models that the ranks hold as the proxy, and what holds them where they are adapters of one
+        base."""
+        if ppo.reward_server:
+            return [], None
+        paths = [self.folder / name for name in ppo.members]
         if not one_base(paths):
-            return None
-        ensemble = AdapterEnsemble.from_pretrained(paths, dtype=self.settings.dtype, attention=self.policy.attention)
+            return [self.load(name) for name in ppo.members], None
+        ensemble = AdapterEnsemble.from_pretrained(
+            paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu"
+        )
         for path, member in zip(paths, ensemble.members, strict=True):
             self._check(path, member)
-        return ensemble
+        return list(ensemble.members), ensemble
 
     def _check(self, path: Path, model: RewardModel) -> None:
         if model.tokenizer.fingerprint != self.tokenizer.fingerprint:
@@ -109,16 +132,6 @@ class _RewardModels:
                 f"{path} reads other tokens than the policy {self.policy.path}: the tokenizers, or the chat options of "
                 "policy and rm.base (such as chat_template, template_kwargs, pad_token), differ"
             )
-
-
-def _proxy(ppo: Ppo, reward_models: _RewardModels) -> LocalProxy | RemoteProxy:
-    if ppo.reward_server:
-        return RemoteProxy(ppo.reward_server, reward_models.load(ppo.proxy))
-    engine = lambda module: Engine(module, reward_models.settings, micro_batch=ppo.micro_batch)  # noqa: E731
-    if ensemble := reward_models.load_on_one_base(ppo.members):
-        return LocalProxy(ensemble.through(engine(ensemble)), ppo.combine)
-    members = [reward_models.load(name) for name in ppo.members]
-    return LocalProxy([engine(member) for member in members], ppo.combine)
 
 
 def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels) -> RewardModel:
@@ -135,13 +148,29 @@ def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _Re
     return critic
 
 
-def _frozen_layers(ppo: Ppo, policy: Model, settings: config.Engine, *lms: torch.nn.Module) -> Engine | None:
-    """The layers that all of `lms` keep frozen and equal; None where there are none, where they cannot be run apart, or
-    where `ppo` does not reuse them."""
+def _frozen_layers(
+    ppo: Ppo, policy: Model, settings: config.Engine, lms: list[CausalLM], members: list[RewardModel]
+) -> tuple[FrozenLayers | None, list[bool]]:
+    """The layers that all of `lms` keep frozen and equal, and which of the reward models `members` can continue them.
+
+    None where there are none, where they cannot be run apart, or where `ppo` does not reuse them. A reward model
+    continues them if it has them too and reads the tokens that were sampled and no others.
+    """
+    nobody = [False] * len(members)
     depth = shared_depth(*lms) if ppo.reuse_frozen_layers else 0
     if not depth:
-        return None
-    base = load_causal_lm(policy, dtype=settings.dtype)
-    where = distributed.device()
-    layers = frozen_layers_of(base.to(where), depth, *(lm.to(where) for lm in lms))
-    return None if layers is None else Engine(layers, settings, micro_batch=ppo.micro_batch)
+        return None, nobody
+    base = load_causal_lm(policy, dtype=settings.dtype).requires_grad_(False)
+    if base.config._attn_implementation.startswith("flash"):  # a kernel of GPUs only: they must hold the whole models
+        for lm in (base, *lms, *(member.lm for member in members)):
+            lm.to(distributed.device())
+    layers = frozen_layers_of(base, depth, *lms)
+    if layers is None:
+        return None, nobody
+
+    def continues(member: RewardModel) -> bool:
+        member.requires_grad_(False)
+        same = member.reads == "end_of_turn" and shared_depth(base, member.lm) >= depth
+        return same and frozen_layers_of(base, depth, member.lm) is not None
+
+    return layers, [continues(member) for member in members]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from core.errors import DataError
-from core.generation.local import Completion, Generator
+from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
-from core.models.layers import FrozenStates
 from core.models.lora import lora_product, merged_lora
 from core.training import distributed
 from core.training.engine import Engine
-from ppo.records import make_micros
+from ppo.records import Micro
 
 STALE = 0.25
 """Below this share of its expected value the slope shows that the new weights did not arrive."""
@@ -43,25 +42,17 @@ class SyncProbe:
     Use it once per step, in the order `sampled`, `before`, (updates and sync), `after`. Every rank must make the same
     calls.
 
+    Compared is one micro-batch of the step's rollout on each rank. Where the temperature of sampling is 1, o and u are
+    the log-probs that the rollout has already.
+
     Args:
-        rows: how many responses of each rank are compared.
-        pad_id: token id to pad rows with.
+        actor: of a `ppo.policy.PolicyModule`.
         dtype: of the sampler's weights.
-        frozen_layers: (ids, mask) -> the states of the actor's frozen layers; computed once for both readings.
     """
 
-    def __init__(
-        self,
-        actor: Engine,
-        generator: Generator | ServerGenerator,
-        *,
-        rows: int,
-        pad_id: int,
-        dtype: torch.dtype,
-        frozen_layers: Callable[[Tensor, Tensor], FrozenStates] | None = None,
-    ):
-        self._actor, self._generator, self._size, self._pad_id = actor, generator, rows, pad_id
-        self._dtype, self._frozen_layers = dtype, frozen_layers
+    def __init__(self, actor: Engine, generator: Generator | ServerGenerator, *, dtype: torch.dtype):
+        self._actor, self._generator, self._dtype = actor, generator, dtype
+        self._at_one = actor.module.temperature == 1.0
         self._of_actor = next(actor.module.parameters()).dtype
         self._same_type = self._of_actor == dtype
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -79,20 +70,20 @@ class SyncProbe:
         self._kept += float((change * survived).sum(dtype=torch.float64))
         self._factors[name] = (a.detach().clone(), b.detach().clone())
 
-    def sampled(self, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> None:
-        """Choose responses of this step and keep the sampler's log-probs of them. The sampler must be awake."""
-        prompts, completions = prompts[: self._size], completions[: self._size]
-        (self._micro,) = make_micros(
-            prompts, completions, torch.zeros(len(prompts)), list(range(len(prompts))), self._pad_id, 1
-        )
-        self._before = self._sampler_logprobs()
+    def sampled(self, micros: Sequence[Micro], *, current: bool) -> None:
+        """Choose a micro-batch of this step and keep the sampler's log-probs of it. The sampler must be awake.
+
+        Args:
+            current: the sampler still has the weights that these responses come from.
+        """
+        self._micro = max(micros, key=lambda m: int(m.is_response.sum()))  # more tokens show more
+        self._before = self._micro.sampler_logprobs if current and self._at_one else self._sampler_logprobs()
 
     @torch.no_grad()
     def before(self) -> None:
-        """Keep the actor's log-probs; call it before the actor is updated."""
-        m, self._exact, self._kept = self._micro, 0.0, 0.0
-        m.frozen = self._frozen_layers(m.input_ids, m.attention_mask) if self._frozen_layers else None
-        self._old = self._actor_logprobs()
+        """Keep the actor's log-probs; call it before the actor is updated, with the rollout's log-probs filled in."""
+        self._exact = self._kept = 0.0
+        self._old = self._micro.logprobs if self._at_one else self._actor_logprobs()
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.training import distributed
 from core.training.engine import Engine
+from ppo.forward import Wide
 from rm.combine import proxy_reward, proxy_units
 from rm.ensemble import EngineMember
 from rm.model import RewardModel
@@ -24,6 +25,8 @@ class LocalProxy:
     Args:
         members: engines of the reward models; several are an ensemble.
         rule: how their rewards are combined (`rm.combine.combiner`); None for a single reward model.
+        continuing: which members continue the frozen layers that actor, reference and critic share, and read just the
+            tokens that were sampled; None for none of them.
 
     Attributes:
         mean, std: of the proxy's rewards on samples of the reference policy.
@@ -32,33 +35,56 @@ class LocalProxy:
         DataError: an unknown rule.
     """
 
-    def __init__(self, members: Sequence[Engine | EngineMember], rule: str | None):
-        self._members, self._rule = members, rule
+    def __init__(
+        self, members: Sequence[Engine | EngineMember], rule: str | None, continuing: Sequence[bool] | None = None
+    ):
+        self._members, self._rule, self._continuing = members, rule, continuing or [False] * len(members)
         self._units = [(m.module.mean, m.module.std) for m in members]
         self.mean, self.std = proxy_units(self._units, rule)
         proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule fails here, not after sampling
 
-    def score(self, rows: Sequence[ResponseRow]) -> Tensor:
+    def score(self, rows: Sequence[ResponseRow], batches: Sequence[Wide] = ()) -> Tensor:
         """Raw rewards [n] of this rank's responses, float32 on the CPU; every rank must give equally many.
 
         Args:
             rows: with the tokens that were sampled, which the reward models read as they are (`rm.reading`).
+            batches: the same responses with the states of the shared frozen layers, equally many on every rank.
 
         Raises:
             DataError: a reward that is not finite.
         """
-        everyones, rewards = distributed.gather_rows(list(rows)), []
-        for member in self._members:
+        shared = bool(batches) and batches[0].frozen is not None
+        everyones = [] if shared and all(self._continuing) else distributed.gather_rows(list(rows))
+        rewards = []
+        for member, continues in zip(self._members, self._continuing, strict=True):
+            if shared and continues:
+                rewards.append(_from_states(member, batches))
+                continue
             model = member.module
             reader = model.reader
-            rewards.append(
-                score_tokens(
-                    member, model.tokenizer, [reader.row(row) for row in everyones], share=model.shares_prompts,
-                    together=True, positions=model.positions, device=distributed.device(),
-                )
+            found = score_tokens(
+                member, model.tokenizer, [reader.row(row) for row in everyones], share=model.shares_prompts,
+                together=True, positions=model.positions, device=distributed.device(),
             )  # fmt: skip
-        combined = proxy_reward(torch.stack(rewards), self._units, self._rule)
-        return combined[distributed.rank() * len(rows) :][: len(rows)]
+            rewards.append(found[distributed.rank() * len(rows) :][: len(rows)])
+        return proxy_reward(torch.stack(rewards), self._units, self._rule)
+
+
+@torch.no_grad()
+def _from_states(member: Engine | EngineMember, batches: Sequence[Wide]) -> Tensor:
+    """Raw rewards [n] of the rows of `batches`, from the states of the frozen layers; by number of the response.
+
+    Equal rows get one reward: `grpo` divides by the spread of a prompt's rewards, which must not be mere rounding.
+    """
+    rewards = torch.zeros(sum(len(batch.rows) for batch in batches))
+    first: dict[bytes, int] = {}
+    for batch in batches:
+        numbers = batch.rows.tolist()
+        rewards[numbers] = member(batch.input_ids, batch.attention_mask, frozen=batch.frozen)[0].float().cpu()
+        for number, ids, length in zip(numbers, batch.input_ids.cpu(), batch.attention_mask.sum(-1), strict=True):
+            same = first.setdefault(ids[: int(length)].numpy().tobytes(), number)
+            rewards[number] = rewards[same]
+    return rewards
 
 
 class RemoteProxy:
@@ -92,6 +118,6 @@ class RemoteProxy:
             )
         self.mean, self.std = trained
 
-    def score(self, rows: Sequence[ResponseRow]) -> Tensor:
+    def score(self, rows: Sequence[ResponseRow], batches: Sequence[Wide] = ()) -> Tensor:
         """As `LocalProxy.score`; the tokens that were sampled go to the server."""
         return self._remote.score_rows(rows)

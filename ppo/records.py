@@ -33,9 +33,10 @@ class Micro:
     attention_mask: Tensor  # [B, L]
     is_response: Tensor  # bool, True on response tokens, the end of turn included
     sampler_logprobs: Tensor  # nats, by vLLM
-    proxy: Tensor  # [B], raw rewards
     finished: Tensor  # [B] bool, False where max_new_tokens cut the response off
     group: Tensor  # [B], equal for responses to one prompt
+    rows: Tensor  # [B], the number of each response among those of the rank, in the order in which they were sampled
+    proxy: Tensor = field(init=False)  # [B], raw rewards
     logprobs: Tensor = field(init=False)  # nats, by the actor before the updates
     ref_logprobs: Tensor = field(init=False)  # nats, by the reference
     critic_outputs: Tensor = field(init=False)  # by the critic before the updates, in units of its head
@@ -47,20 +48,22 @@ class Micro:
 
     @property
     def reads(self) -> Tensor:
-        """Indices [number of response tokens] into the flattened [B * L]: the states before each response token.
+        return positions_read(self.is_response)
 
-        There the critic is read.
-        """
-        return torch.nn.functional.pad(self.is_response, (0, 1)).flatten().nonzero().squeeze(-1)
+
+def positions_read(is_response: Tensor) -> Tensor:
+    """Where the critic is read: indices [number of response tokens] into the flattened [B * L] of the states before
+    each response token, from `is_response` [B, L-1]."""
+    return torch.nn.functional.pad(is_response, (0, 1)).flatten().nonzero().squeeze(-1)
 
 
 def make_micros(
     prompts: Sequence[list[int]],
     completions: Sequence[Completion],
-    rewards: Tensor,
     groups: Sequence[int],
     pad_id: int,
     count: int,
+    chosen: Sequence[int] | None = None,
 ) -> list[Micro]:
     """`count` micro-batches of rows of similar length, whose padded sizes are as equal as can be.
 
@@ -68,33 +71,37 @@ def make_micros(
 
     Args:
         prompts: token ids of the prompt of each response.
-        rewards: [n] raw rewards of the proxy.
         groups: [n], equal for responses to one prompt.
+        chosen: numbers of the responses that are to be in them; None for all.
 
     Raises:
         DataError: a response of no token at all.
     """
-    if empty := sum(not c.token_ids for c in completions):
+    chosen = range(len(completions)) if chosen is None else chosen
+    if empty := sum(not completions[i].token_ids for i in chosen):
         raise DataError(f"vLLM returned no token at all for {empty} prompts; is max_new_tokens at least 1?")
-    micros = []
-    for rows in balanced([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)], count):
-        ids, mask = pad_right([prompts[i] + completions[i].token_ids for i in rows], pad_id, distributed.device())
-        is_response = torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
-        sampler = torch.zeros(is_response.shape, device=ids.device)
-        for b, i in enumerate(rows):
-            span = slice(len(prompts[i]) - 1, len(prompts[i]) - 1 + len(completions[i].token_ids))
-            is_response[b, span] = True
-            sampler[b, span] = torch.tensor(completions[i].logprobs)
-        finished = torch.tensor([completions[i].finished for i in rows], device=ids.device)
-        group = torch.tensor([groups[i] for i in rows], device=ids.device)
-        micros.append(Micro(ids, mask, is_response, sampler, rewards[rows].to(ids.device), finished, group))
-    return micros
+    rows_of = balanced([len(prompts[i]) + len(completions[i].token_ids) for i in chosen], count)
+    return [_micro(prompts, completions, groups, pad_id, [chosen[k] for k in part]) for part in rows_of]
+
+
+def _micro(
+    prompts: Sequence[list[int]], completions: Sequence[Completion], groups: Sequence[int], pad_id: int, rows: list[int]
+) -> Micro:
+    ids, mask = pad_right([prompts[i] + completions[i].token_ids for i in rows], pad_id, distributed.device())
+    is_response = torch.zeros_like(ids, dtype=torch.bool)[:, 1:]
+    sampler = torch.zeros(is_response.shape, device=ids.device)
+    for b, i in enumerate(rows):
+        span = slice(len(prompts[i]) - 1, len(prompts[i]) - 1 + len(completions[i].token_ids))
+        is_response[b, span] = True
+        sampler[b, span] = torch.tensor(completions[i].logprobs)
+    finished = torch.tensor([completions[i].finished for i in rows], device=ids.device)
+    group = torch.tensor([groups[i] for i in rows], device=ids.device)
+    return Micro(ids, mask, is_response, sampler, finished, group, torch.tensor(rows, device=ids.device))
 
 
 def make_minibatches(
     prompts: Sequence[list[int]],
     completions: Sequence[Completion],
-    rewards: Tensor,
     groups: Sequence[int],
     pad_id: int,
     *,
@@ -109,7 +116,7 @@ def make_minibatches(
     need not stay together, since their advantages are computed before.
 
     Args:
-        prompts, completions, rewards, groups, pad_id: as in `make_micros`.
+        prompts, completions, groups, pad_id: as in `make_micros`.
         micro_batch: rows of a micro-batch, on average.
         seed: of the draw; another one on each rank.
 
@@ -120,16 +127,10 @@ def make_minibatches(
     size = exact_div(len(completions), minibatches, "responses of a rank by ppo.minibatches")
     count = exact_div(size, micro_batch, "responses of a minibatch on a rank by ppo.micro_batch")
     order = random.Random(seed).sample(range(len(completions)), len(completions))
-    made = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        made.append(
-            make_micros(
-                [prompts[i] for i in rows], [completions[i] for i in rows], rewards[rows], [groups[i] for i in rows],
-                pad_id, count,
-            )
-        )  # fmt: skip
-    return made
+    return [
+        make_micros(prompts, completions, groups, pad_id, count, order[start : start + size])
+        for start in range(0, len(order), size)
+    ]
 
 
 @dataclass

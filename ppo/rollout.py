@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
 from core.config import Ppo
 from core.data.rows import PromptRow, ResponseRow
@@ -12,10 +13,11 @@ from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
 from core.training import distributed
+from ppo.forward import Forward, Wide
 from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
 from ppo.models import Engines
 from ppo.probe import SyncProbe
-from ppo.records import Clock, Micro, Rollout, Sampled, make_minibatches
+from ppo.records import Clock, Rollout, Sampled, make_minibatches
 from ppo.sampling import prompts_of_step
 from ppo.update import Learner
 
@@ -57,24 +59,28 @@ class Collector:
         clock = Clock()
         self._generator.wake()
         sampled = self._ahead.result() if self._ahead else self._sample(step, self.policy)
-        self._probe.sampled(sampled.prompts, sampled.completions)
-        self._sample_ahead(step + 1)
-        self._generator.sleep()
-        clock.lap("generate")
-        rewards = self._engines.proxy.score(responses(sampled, self._fingerprint))
-        clock.lap("score")
         minibatches = make_minibatches(
-            sampled.prompts, sampled.completions, rewards, sampled.groups, self._pad_id,
+            sampled.prompts, sampled.completions, sampled.groups, self._pad_id,
             minibatches=self._ppo.minibatches, micro_batch=self._ppo.micro_batch,
             seed=stream_seed(self._seed, "ppo", "rows", step, distributed.rank()),
         )  # fmt: skip
-        samples = _log_rows(step, sampled, rewards.tolist())
-        rollout = Rollout(minibatches, samples, sampled.policy, step - 1 - sampled.policy)
-        for micro in rollout.micros:
-            self._evaluate(micro)
+        micros = [micro for minibatch in minibatches for micro in minibatch]
+        self._probe.sampled(micros, current=sampled.policy == self.policy)
+        self._sample_ahead(step + 1)
+        self._generator.sleep()
+        clock.lap("generate")
+        forward = Forward(micros)
+        if self._engines.frozen_layers:
+            forward.fill_frozen(self._engines.frozen_layers)
         clock.lap("logprobs")
-        rollout.seconds = clock.seconds
-        return rollout
+        rewards = self._engines.proxy.score(responses(sampled, self._fingerprint), forward.batches)
+        for micro in micros:
+            micro.proxy = rewards.to(micro.rows.device)[micro.rows]
+        clock.lap("score")
+        self._evaluate(forward)
+        clock.lap("logprobs")
+        samples = _log_rows(step, sampled, rewards.tolist())
+        return Rollout(minibatches, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
 
     def wait(self) -> None:
         """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.
@@ -102,16 +108,20 @@ class Collector:
         return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions)
 
     @torch.no_grad()
-    def _evaluate(self, micro: Micro) -> None:
-        """Fill in the frozen states, the log-probs of actor and reference, the critic's outputs, importance weights."""
-        engines, inputs = self._engines, (micro.input_ids, micro.attention_mask, micro.is_response)
-        micro.frozen = engines.frozen_layers(*inputs[:2]) if engines.frozen_layers else None
-        micro.logprobs = engines.actor(*inputs, frozen=micro.frozen)[0]
-        micro.ref_logprobs = engines.reference(*inputs, reference=True, frozen=micro.frozen)[0]
+    def _evaluate(self, forward: Forward) -> None:
+        """Fill in the log-probs of actor and reference, the critic's outputs and the importance weights."""
+        engines, cap = self._engines, self._ppo.clip.importance_weight
+        for micro in forward.micros:
+            inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
+            micro.logprobs = engines.actor(*inputs, frozen=micro.frozen)[0]
+            micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+        forward.fill("ref_logprobs", self._of_reference)
         if engines.critic:
-            micro.critic_outputs = self._learner.critic_outputs(micro)
-        cap = self._ppo.clip.importance_weight
-        micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+            forward.fill("critic_outputs", self._learner.critic_outputs)
+
+    def _of_reference(self, rows: Wide) -> Tensor:
+        inputs = (rows.input_ids, rows.attention_mask, rows.is_response)
+        return self._engines.reference(*inputs, reference=True, frozen=rows.frozen)[0]
 
 
 def responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:

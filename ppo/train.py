@@ -92,17 +92,14 @@ class Trainer:
         self.generator = _make_generator(cfg.ppo, cfg.policy, cfg.generation, sync_folder=out / "sync")
         self.generator.sleep()
         engines = make_engines(
-            cfg.ppo, cfg.policy, cfg.engine, temperature=cfg.generation.temperature, reward_models=inputs["rm"],
-            tokenizer=self.tokenizer, seed=seed,
+            cfg.ppo, cfg.policy, cfg.engine_of("ppo"), temperature=cfg.generation.temperature,
+            reward_models=inputs["rm"], tokenizer=self.tokenizer, seed=seed,
         )  # fmt: skip
         self.actor, self.critic = engines.actor, engines.critic
         self.scale = RewardScale(cfg.ppo.reward, engines.proxy.mean, engines.proxy.std)
         self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, seed)
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
-        self.probe = SyncProbe(
-            self.actor, self.generator, rows=cfg.ppo.micro_batch, pad_id=self.tokenizer.pad_id,
-            dtype=getattr(torch, cfg.generation.vllm.dtype), frozen_layers=engines.frozen_layers,
-        )  # fmt: skip
+        self.probe = SyncProbe(self.actor, self.generator, dtype=getattr(torch, cfg.generation.vllm.dtype))
         self.collector = Collector(
             cfg.ppo, engines, self.learner, self.generator, self.probe, prompts=prompts, seed=seed
         )
@@ -135,8 +132,9 @@ class Trainer:
         if self.average:
             self.actor.settle()
             self.average.update()
-        self.generator.wake()
+        self.generator.wake("weights")
         self._sync(step)
+        self.generator.wake("kv_cache")  # not before, so that it is not there while whole weights are gathered
         clock.lap("sync")
         stats |= self.probe.after(step)
         self.generator.sleep()

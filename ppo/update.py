@@ -13,6 +13,7 @@ from core.errors import DataError
 from core.training import distributed
 from core.training.distributed import check_finite
 from core.training.engine import Engine
+from ppo.forward import Wide
 from ppo.guard import ADVICE
 from ppo.math import (
     explained_variance,
@@ -51,7 +52,7 @@ class Learner:
     def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
 
-    def critic_outputs(self, micro: Micro) -> torch.Tensor:
+    def critic_outputs(self, micro: Micro | Wide) -> torch.Tensor:
         """The critic's outputs [B, L-1] in units of its head: at column t the one before token t+1.
 
         0 outside responses.

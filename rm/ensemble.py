@@ -75,12 +75,14 @@ class AdapterEnsemble(nn.Module):
         dtype: str = NATIVE_DTYPE,
         attention: Attention = "auto",
         base: str | Path | None = None,
+        where: str | None = None,
     ) -> AdapterEnsemble:
         """The reward models of these adapter folders, in their order.
 
         Args:
             dtype: of the weights.
             base: folder of the base model, in place of the one that the adapters name.
+            where: the device; None for this rank's.
 
         Raises:
             ArtefactError: models of several bases, or anything that `RewardModel.from_pretrained` refuses.
@@ -106,8 +108,7 @@ class AdapterEnsemble(nn.Module):
             )
             member.head.load_state_dict(read_head(adapter.folder, about["head"], hidden_size(lm)))
             members.append(member.eval())
-        lm.to(distributed.device())
-        return cls(members).requires_grad_(False).eval().to(distributed.device())
+        return cls(members).requires_grad_(False).eval().to(where or distributed.device())
 
     def forward(self, *args, member: int, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`RewardModel.forward` of the member of this number."""

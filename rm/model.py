@@ -187,6 +187,7 @@ class RewardModel(nn.Module):
         attention: Attention = "auto",
         base: str | Path | None = None,
         reads: Reads | None = None,
+        where: str | None = None,
     ) -> RewardModel:
         """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
@@ -196,9 +197,10 @@ class RewardModel(nn.Module):
                 files say so.
             base: base model of a LoRA checkpoint, in place of the one that it names.
             reads: which tokens it reads, in place of what its folder or its layout says (`rm.reading`).
+            where: the device; None for this rank's.
 
         Returns:
-            The model in eval mode, on this rank's device.
+            The model in eval mode.
 
         Raises:
             ArtefactError: no reward model there, or something of it does not fit the rest; names the folder.
@@ -212,7 +214,7 @@ class RewardModel(nn.Module):
             parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std, reads=reads or parts.reads
         )
         model.head.load_state_dict(dict(parts.head))
-        return model.eval().to(device())
+        return model.eval().to(where or device())
 
 
 def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Path | None) -> Parts:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.batching import Batch, Group, Ids, by_length, pack, row_length
+from core.batching import Batch, Group, Ids, by_length_on_ranks, pack, row_length
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.models.layers import FrozenStates
@@ -43,8 +43,8 @@ def score_tokens(
     Args:
         forward: a `RewardModel`, or an engine that holds one.
         share: compute a prompt once for several of its responses.
-        together: all ranks pass the same rows and divide the work, with the same number of calls each, as ZeRO-3
-            requires. Every rank gets all rewards.
+        together: all ranks pass the same rows and divide the work evenly, with the same number of calls each, as
+            ZeRO-3 requires. Every rank gets all rewards.
         positions: how many the model has.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
 
@@ -54,14 +54,9 @@ def score_tokens(
     check_lengths([len(prompt) + len(response) for prompt, response in tokens], positions)
     rows = _rows(sorted(set(tokens)), share)
     # Longest first, so that a batch that does not fit into memory fails at once.
-    groups = by_length([row_length(row) for row in rows], batch_tokens, longest_first=True)
-    batches = [[rows[i] for i in group] for group in groups]
-    if together:
-        # The last batch is repeated for the ranks that have one batch less.
-        batches += batches[-1:] * (-len(batches) % world_size())
-        mine = batches[rank() :: world_size()]
-    else:
-        mine = batches
+    ranks, first = (world_size(), rank()) if together else (1, 0)
+    groups = by_length_on_ranks([row_length(row) for row in rows], batch_tokens, ranks)
+    mine = [[rows[i] for i in group] for group in groups[first::ranks]]
     reward_of: dict[tuple, float] = {}
     quiet = not progress or (together and rank() != 0)
     with tqdm(total=sum(len(rs) for b in mine for _, rs in b), desc=progress, disable=quiet, unit="resp") as bar:

@@ -70,7 +70,7 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         if not done.is_file():  # else a run that was killed has finished this variant
             depth = num_layers(cfg.rm, variant)
             if depth not in caches:
-                caches[depth] = frozen_state_cache(cfg.rm, cfg.engine, variant)
+                caches[depth] = frozen_state_cache(cfg.rm, cfg.engine_of("rm"), variant)
             train_variant(cfg, name, variant, train, val, calibration, out / name, caches[depth])
         torch.distributed.barrier()
         metrics[name] = read_json(done)
@@ -108,7 +108,9 @@ def train_variant(
     started = time.time()
     if cache and not fits_cache(cfg.rm, variant):
         cache = None
-    engine, model, metrics = fit(cfg.rm, cfg.engine, variant, train, out, name=name, seed=cfg.run.seed, cache=cache)
+    engine, model, metrics = fit(
+        cfg.rm, cfg.engine_of("rm"), variant, train, out, name=name, seed=cfg.run.seed, cache=cache
+    )
     metrics |= measure(engine, model, val, calibration, out, cache)
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:

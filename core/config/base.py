@@ -44,6 +44,14 @@ def exact_div(numerator: int, denominator: int, what: str) -> int:
     return numerator // denominator
 
 
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` laid over it, key by key, at every depth."""
+    laid = {
+        k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
+    }
+    return {**base, **laid}
+
+
 class Lora(Section):
     rank: int = Field(default=16, ge=1)
     """Rank of the two factors of each adapter. A higher rank trains more parameters."""

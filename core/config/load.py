@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from core.config import Config
+from core.config.base import merge
 from core.config.nearest import keys_of, nearest
 from core.errors import ConfigError
 
@@ -69,14 +70,6 @@ def read_yaml(file: Path) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold a mapping of sections, not {type(tree).__name__}")
     return tree
-
-
-def merge(base: Tree, extra: Tree) -> Tree:
-    """`base` with `extra` laid over it, key by key, at every depth."""
-    laid = {
-        k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in extra.items()
-    }
-    return {**base, **laid}
 
 
 def parse_override(text: str) -> Tree:

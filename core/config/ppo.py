@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config.base import Lora, Optim, Section, exact_div
+from core.config.engine import EngineOfStage
 
 
 class Kl(Section):
@@ -156,6 +157,8 @@ class Ppo(Section):
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
     server_timeout: float = Field(default=600.0, gt=0, json_schema_extra={"decides_result": False})
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
+    engine: EngineOfStage = EngineOfStage()
+    """Processes, memory and number type of this stage, where they differ from `engine`."""
     trackers: tuple[str, ...] = Field(default=(), json_schema_extra={"decides_result": False})
     """Trackers of accelerate that also get the metrics, for example wandb, which must be installed. TensorBoard and
     metrics.jsonl are always written."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config.base import Fraction, Lora, Model, Optim, Section
+from core.config.engine import EngineOfStage
 
 
 class RewardVariant(Section):
@@ -100,6 +101,8 @@ class RewardTraining(Section):
     left out whose responses are then equal. All are counted."""
     optim: Optim = Optim(lr=5e-5)
     """Optimiser of every variant."""
+    engine: EngineOfStage = EngineOfStage()
+    """Processes, memory and number type of this stage, where they differ from `engine`."""
     variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
     """The reward models, by a name of your own. A file that has this key replaces both default variants: grm, with the
     regulariser sft, and bt, which is Bradley-Terry."""

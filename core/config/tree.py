@@ -9,12 +9,13 @@ properties, not fields.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from core.config.base import NATIVE_DTYPE, Model, Section
+from core.config.base import Model, Section
 from core.config.data import Data, Generation, Gold, Preferences
+from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
 from core.config.ppo import Ppo
 from core.config.rm import RewardTraining
 
@@ -52,28 +53,6 @@ class BestOfN(Section):
         if self.n_max and self.n_max > self.samples:
             raise ValueError(f"n_max {self.n_max} exceeds the pool of {self.samples} samples: raise bon.samples")
         return self
-
-
-class Engine(Section):
-    """What DeepSpeed is given."""
-
-    processes: int | Literal["auto"] = "auto"
-    """Ranks on this machine. auto: one per GPU, or two on CPU."""
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """What ZeRO shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters. A higher
-    stage needs less memory and more communication."""
-    dtype: Literal["bfloat16", "float32"] = NATIVE_DTYPE
-    """Number type of training. The default is bfloat16 where the machine computes it fast, else float32. With bfloat16
-    the optimiser keeps float32 master weights."""
-    float32_head: bool = True
-    """With dtype bfloat16: compute the logits that log-probs come from in float32, for the regulariser of reward
-    models, in PPO and in eval's KL."""
-    offload: bool = False
-    """Keep optimiser states (at stage 3 also parameters) in host memory. Slower, for models that do not fit the GPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass in place of storing them: less memory, slower steps."""
-    overrides: dict[str, Any] = {}
-    """Your own DeepSpeed settings, laid over those that follow from this configuration."""
 
 
 class Evaluation(Section):
@@ -152,7 +131,7 @@ class Config(Section):
     ppo: Ppo = Ppo()
     """PPO, and other policy-gradient methods with the same loop."""
     engine: Engine = Engine()
-    """Processes, memory and number type of training."""
+    """Processes, memory and number type of training. rm.engine and ppo.engine say what differs for one stage."""
     eval: Evaluation = Evaluation()
     """Evaluation of PPO's policies, and the intervals of all curves."""
     study: Study = Study()
@@ -175,9 +154,10 @@ class Config(Section):
                 f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is below data.max_prompt_tokens"
                 f" + generation.max_new_tokens = {longest}"
             )
-        if self.ppo.sync == "adapter" and self.engine.dtype != self.generation.vllm.dtype:
+        dtype = self.engine_of("ppo").dtype
+        if self.ppo.sync == "adapter" and dtype != self.generation.vllm.dtype:
             faults.append(
-                f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {self.engine.dtype}, "
+                f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {dtype}, "
                 f"generation.vllm.dtype {self.generation.vllm.dtype}"
             )
         if (self.policy.path, self.policy.revision) == (self.rm.base.path, self.rm.base.revision):
@@ -186,25 +166,37 @@ class Config(Section):
                 for name in CHAT_OPTIONS
                 if getattr(self.policy, name) != getattr(self.rm.base, name)
             ]
-        if self.engine.processes != "auto":
-            faults += self.batch_faults(self.engine.processes)
+        for stage in ENGINE_STAGES:
+            processes = self.engine_of(stage).processes
+            if processes != "auto":
+                faults += self.batch_faults(stage, processes)
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
-    def batch_faults(self, world: int) -> list[str]:
-        """What does not divide on `world` ranks, one line each; empty when all is well."""
-        ranks = f"{world} ranks (engine.processes, or torchrun's)"
+    def engine_of(self, stage: EngineStage) -> Engine:
+        """The section `engine` as it is for one stage: with what `rm.engine` or `ppo.engine` says laid over it."""
+        changes: EngineOfStage = getattr(self, stage).engine
+        return self.engine.changed(changes)
+
+    def batch_faults(self, stage: EngineStage, world: int) -> list[str]:
+        """What of a stage's batches does not divide on `world` ranks, one line each; empty when all is well."""
+        key = "engine.processes" if getattr(self, stage).engine.processes is None else f"{stage}.engine.processes"
+        ranks = f"{world} ranks ({key}, or torchrun's)"
         rm, ppo = self.rm, self.ppo
         rows = f"{ranks} x ppo.micro_batch {ppo.micro_batch} x ppo.minibatches {ppo.minibatches}"
         samples = f"{ranks} x ppo.samples_per_prompt {ppo.samples_per_prompt}"
-        rules = [
-            ("rm.global_batch", rm.global_batch, f"{ranks} x rm.micro_batch {rm.micro_batch}", world * rm.micro_batch),
-            ("ppo.rollouts", ppo.rollouts, rows, world * ppo.micro_batch * ppo.minibatches),
-            ("ppo.rollouts", ppo.rollouts, samples, world * ppo.samples_per_prompt),
-        ]
+        rules = {
+            "rm": [
+                ("rm.global_batch", rm.global_batch, f"{ranks} x rm.micro_batch {rm.micro_batch}", rm.micro_batch),
+            ],
+            "ppo": [
+                ("ppo.rollouts", ppo.rollouts, rows, ppo.micro_batch * ppo.minibatches),
+                ("ppo.rollouts", ppo.rollouts, samples, ppo.samples_per_prompt),
+            ],
+        }  # fmt: skip
         return [
-            f"{name} {value} is not divisible by {parts} = {divisor}"
-            for name, value, parts, divisor in rules
-            if value % divisor
+            f"{name} {value} is not divisible by {parts} = {world * per_rank}"
+            for name, value, parts, per_rank in rules[stage]
+            if value % (world * per_rank)
         ]

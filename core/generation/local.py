@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -187,10 +187,16 @@ class Generator:
         if self._sleeps:
             self._llm.sleep(level=1)
 
-    def wake(self) -> None:
-        """Take the memory that `sleep` gave back."""
+    def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory that `sleep` gave back; not run on a GPU so far.
+
+        Args:
+            parts: only these, where a sync needs the weights before sampling needs the cache; by default both. Both
+                must be awake before vLLM is used or put to sleep.
+        """
         if self._sleeps:
-            self._llm.wake_up()
+            torch.cuda.empty_cache()  # what torch keeps for itself of the trainer's memory, vLLM cannot have
+            self._llm.wake_up(list(parts) or None)
 
     def _run(self, prompts, sampling) -> list[list[Completion]]:
         started = time.perf_counter()

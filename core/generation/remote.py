@@ -127,7 +127,8 @@ class ServerGenerator:
     def sleep(self) -> None:
         """Does nothing: the server has its memory to itself."""
 
-    wake = sleep
+    def wake(self, *parts: str) -> None:
+        """Does nothing."""
 
     def _complete(self, body: dict, expected: int) -> list[dict]:
         choices = self._ask(self._mine, "/v1/completions", {"model": self._name, **body})["choices"]

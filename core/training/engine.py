@@ -1,8 +1,9 @@
 """Training engines: the only file that imports DeepSpeed.
 
-Every model that is trained (actor, critic, reward model) has an engine of its own, and so may models that are not
+Every model that is trained (actor, critic, reward model) has an engine of its own, and so have models that are not
 (reference, proxy). Each comes from a `deepspeed.initialize` call of its own, so that learning rate, clipping and
-checkpoints are each model's own. Call an engine like its module. All ranks must make the same calls in the same order.
+checkpoints are each model's own. Call an engine like its module. All ranks must make the same calls in the same order,
+except of a frozen model at stage 0, which is a plain module on each rank.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from core import config
-from core.config.load import merge
+from core.config.base import merge
 from core.models import CausalLM
-from core.training.distributed import init_distributed
+from core.training.distributed import device, init_distributed
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
+
+FROZEN_SHARE = 0.1
+"""Of a GPU's memory: what frozen models may take together and still be whole on every rank."""
 
 
 class Engine:
@@ -30,7 +34,8 @@ class Engine:
         module: its parameters with `requires_grad` are trained.
         cfg: section `engine` of the configuration.
         micro_batch: rows of a forward pass on one rank, on average.
-        optim: None makes an engine for inference.
+        optim: None makes an engine for inference, at the stage of `frozen_zero_stage`.
+        alike: how many frozen models of about this size each rank will hold, with this one.
         accumulation: backward passes per optimiser step; DeepSpeed divides each loss by it.
         total_steps: length of the learning-rate schedule, in optimiser steps.
 
@@ -50,6 +55,7 @@ class Engine:
         optim: config.Optim | None = None,
         accumulation: int = 1,
         total_steps: int = 1,
+        alike: int = 1,
     ):
         import deepspeed
 
@@ -58,7 +64,11 @@ class Engine:
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
         if optim is None:
             module.requires_grad_(False).eval()
+            if frozen_zero_stage(cfg, alike * num_bytes(module)) == 0:
+                self._forward = module.to(device())
+                return
             self._deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
+            self._forward = self._deepspeed
             return
         module.train()  # gradient checkpointing works in this mode only; dropout is 0 except in adapters
         if cfg.gradient_checkpointing:
@@ -71,9 +81,10 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )
+        self._forward = self._deepspeed
 
     def __call__(self, *args, **kwargs):
-        return self._deepspeed(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed averages over ranks and over the accumulated passes."""
@@ -135,17 +146,34 @@ class Engine:
             raise RuntimeError(f"no engine state in {folder}; delete it and run the stage again")
 
 
+def frozen_zero_stage(cfg: config.Engine, together: int) -> int:
+    """The stage of models that are not trained: 0 or 3.
+
+    Args:
+        together: bytes of all of them.
+    """
+    if cfg.frozen_zero_stage != "auto":
+        return cfg.frozen_zero_stage
+    if cfg.zero_stage < 3 or not (cfg.offload or torch.cuda.is_available()):
+        return 0
+    return 3 if cfg.offload or together > FROZEN_SHARE * torch.cuda.get_device_properties(device()).total_memory else 0
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Of the parameters, each counted once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_batch: int, accumulation: int) -> dict:
     """DeepSpeed's settings, derived from the configuration, with `cfg.overrides` merged over them.
 
     Args:
-        optim: None for an engine that does not train.
+        optim: None for an engine that does not train, at stage 3.
         micro_batch: rows of a forward pass on one rank.
         accumulation: backward passes per optimiser step.
     """
     cpu_offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    # Stages 1 and 2 shard only what is trained, so an engine for inference has nothing to shard there.
-    stage = cfg.zero_stage if optim or cfg.zero_stage == 3 else 0
+    stage = cfg.zero_stage if optim else 3
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000, "overlap_comm": torch.cuda.is_available()}

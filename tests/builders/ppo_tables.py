@@ -21,7 +21,8 @@ def micro(lengths: list[int], proxy: list[float], seed: int, columns: int = 7) -
     ids = torch.randint(0, V, (len(lengths), columns), generator=g)
     mask = torch.arange(columns - 1) < torch.tensor(lengths)[:, None]
     rows = torch.arange(len(lengths))
-    m = Micro(ids, torch.ones_like(ids), mask, torch.zeros(mask.shape), torch.tensor(proxy), rows >= 0, rows)
+    m = Micro(ids, torch.ones_like(ids), mask, torch.zeros(mask.shape), rows >= 0, rows, rows)
+    m.proxy = torch.tensor(proxy)
     m.logprobs, m.ref_logprobs = torch.zeros(mask.shape), torch.zeros(mask.shape)
     return m
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from core.batching import balanced, by_length
+from core.batching import balanced, by_length, by_length_on_ranks
 
 
 def test_balanced_micro_batches_hold_every_row_once():
@@ -40,3 +40,22 @@ def test_batches_by_length_fill_the_budget_and_never_exceed_it(longest_first):
 def test_rows_of_one_length_keep_their_order():
     assert by_length([2, 2, 2], 4) == by_length([2, 2, 2], 4, longest_first=True) == [[0, 1], [2]]
     assert by_length([], 4) == []
+
+
+@pytest.mark.parametrize(("rows", "budget"), [(64, 10**6), (64, 700), (9, 200)])
+def test_ranks_share_the_rows_evenly(rows, budget):
+    """Also where one batch would hold all rows, which every rank computed once."""
+    rng = random.Random(rows)
+    lengths = [rng.randint(30, 60) for _ in range(rows)]
+    groups = by_length_on_ranks(lengths, budget, 2)
+    assert sorted(i for group in groups for i in group) == list(range(rows)) and len(groups) % 2 == 0
+    size = lambda group: len(group) * max(lengths[i] for i in group)  # noqa: E731
+    assert all(size(group) <= budget for group in groups)
+    of_ranks = [sum(map(size, groups[rank::2])) for rank in range(2)]
+    assert max(of_ranks) < 1.4 * min(of_ranks)
+    assert by_length_on_ranks(lengths, budget, 1) == by_length(lengths, budget, longest_first=True)
+
+
+def test_ranks_without_rows_of_their_own_repeat_one():
+    assert by_length_on_ranks([5], 100, 2) == [[0], [0]] and by_length_on_ranks([], 100, 2) == []
+    assert by_length_on_ranks([4, 6, 8], 8, 2) == [[2], [1], [0], [0]]

@@ -6,7 +6,7 @@ import typing
 import pytest
 from pydantic import BaseModel
 
-from core.config import Config, Ensemble, Lora, PreferenceSource, RewardVariant
+from core.config import ENGINE_STAGES, Config, Ensemble, Lora, PreferenceSource, RewardVariant
 from core.config.load import load
 from core.errors import ConfigError
 from tests.builders.processes import ROOT
@@ -16,7 +16,9 @@ from tests.builders.processes import ROOT
 def test_shipped_configs_load(file):
     cfg = load([file])
     assert cfg.ppo.proxy in cfg.rm.variants
-    assert cfg.batch_faults(1 if cfg.engine.processes == "auto" else cfg.engine.processes) == []
+    for stage in ENGINE_STAGES:
+        processes = cfg.engine_of(stage).processes
+        assert cfg.batch_faults(stage, 1 if processes == "auto" else processes) == []
 
 
 def test_all_faults_in_one_message():
@@ -113,3 +115,30 @@ def test_policy_and_reward_models_on_one_base_read_the_same_tokens():
         load([], ["policy.pad_token=<|endoftext|>"])
     load([], ["policy.pad_token=<|endoftext|>", "rm.base.pad_token=<|endoftext|>"])
     load([], ["policy.pad_token=<|endoftext|>", "rm.base.path=other/base"])
+
+
+def test_one_stage_may_have_another_engine():
+    common = ["engine.processes=2", "engine.overrides={zero_optimization: {reduce_bucket_size: 7}, steps_per_print: 1}"]
+    own = ["ppo.engine={zero_stage: 2, offload: false, overrides: {zero_optimization: {reduce_bucket_size: 9}}}"]
+    cfg = load([], [*common, "engine.offload=true", *own, "rm.engine.processes=1"])
+    assert cfg.engine_of("rm") == cfg.engine.model_copy(update={"processes": 1})
+    found = cfg.engine_of("ppo")
+    assert (found.processes, found.zero_stage, found.offload, found.dtype) == (2, 2, False, cfg.engine.dtype)
+    assert found.overrides == {"zero_optimization": {"reduce_bucket_size": 9}, "steps_per_print": 1}
+    assert load([], common).engine_of("ppo") == load([], common).engine
+
+
+def test_batches_must_divide_on_the_ranks_of_their_own_stage():
+    load([], ["engine.processes=2", "rm.engine.processes=3", "rm.global_batch=24", "rm.micro_batch=4"])
+    with pytest.raises(ConfigError, match=r"rm.global_batch 32 is not divisible by 3 ranks \(rm.engine.processes, or"):
+        load([], ["engine.processes=2", "rm.engine.processes=3"])
+    with pytest.raises(ConfigError, match="ppo.sync adapter rounds nothing.* engine.dtype is float32"):
+        load([], ["ppo.sync=adapter", "ppo.engine.dtype=float32", "generation.vllm.dtype=bfloat16"])
+
+
+@pytest.mark.parametrize("stage", ENGINE_STAGES)
+def test_a_wrong_key_of_a_stages_engine_is_named_with_the_nearest(stage):
+    with pytest.raises(ConfigError, match=rf"{stage}.engine.zero_stag: no such key .*{stage}.engine.zero_stage"):
+        load([], [f"{stage}.engine.zero_stag=2"])
+    with pytest.raises(ConfigError, match=rf"{stage}.engine.zero_stage"):
+        load([], [f"{stage}.engine.zero_stage=4"])

@@ -1,12 +1,13 @@
 """DeepSpeed ZeRO-3 for real, on one and two ranks of this machine."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from core.config import Engine, Optim
-from core.training.engine import deepspeed_config
+from core.training.engine import deepspeed_config, frozen_zero_stage
 from tests.builders.processes import run_program
 from tests.builders.tiny_lm import OPTIM, tiny_lm
 
@@ -74,6 +75,13 @@ def test_zero3_equals_plain_pytorch(runs):
         torch.testing.assert_close(found, weight.detach(), atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_saved_state_continues_to_the_same_weights_at_every_stage(tmp_path):
+    run_program("tests/programs/engine_state.py", tmp_path, ranks=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 8 and all(all(facts) for facts in found.values()), found  # loaded, then equal; and it moved
+
+
 def test_overrides_are_merged_over_the_derived_settings():
     settings = deepspeed_config(
         Engine(zero_stage=2, overrides={"zero_optimization": {"reduce_bucket_size": 7}}),
@@ -85,3 +93,20 @@ def test_overrides_are_merged_over_the_derived_settings():
     assert settings["train_micro_batch_size_per_gpu"] == 3
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["gradient_clipping"] == 0.5
+
+
+def test_where_frozen_models_are_whole(monkeypatch):
+    """By their share of the GPU that they would be on; on CPU always, except with offload."""
+    gib = 1 << 30
+    assert frozen_zero_stage(Engine(), 50 * gib) == frozen_zero_stage(Engine(zero_stage=2, offload=True), 50 * gib) == 0
+    assert (
+        frozen_zero_stage(Engine(offload=True), 1)
+        == frozen_zero_stage(Engine(frozen_zero_stage=3, zero_stage=0), 1)
+        == 3
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * gib))
+    assert [frozen_zero_stage(Engine(), n * gib) for n in (7, 9)] == [0, 3]
+    assert frozen_zero_stage(Engine(frozen_zero_stage=0, offload=True), 50 * gib) == 0
+    assert frozen_zero_stage(Engine(zero_stage=2), 50 * gib) == 0

@@ -16,7 +16,7 @@ import sys, rm, ppo, bon, pipelines
 from pipelines import __main__, launch
 from core.config import Config
 from core.environment import variables
-launch.num_processes(Config())
+launch.num_processes("ppo", Config())
 variables(2)
 print(*sys.modules)
 """

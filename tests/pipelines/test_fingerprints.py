@@ -9,7 +9,7 @@ from core.config import Config, Gold
 from core.config.load import load
 from core.errors import ArtefactError, DataError
 from core.files import path_digest
-from pipelines.stages import STAGES, Correction, Stage, fingerprint
+from pipelines.stages import STAGES, Correction, Stage, fingerprint, plain_values
 from tests.builders.processes import ROOT
 
 EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").read_text())
@@ -19,7 +19,7 @@ EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").r
 def sections(stage: Stage, *overrides: str) -> Fingerprint:
     """What the stage reads of configs/smoke.yaml, without the digests of its inputs."""
     types = ["engine.dtype=float32", "generation.vllm.dtype=float32"]
-    plain = json.loads(load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]).model_dump_json())
+    plain = plain_values(stage, load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]))
 
     def read(field: str):
         value = plain
@@ -86,3 +86,21 @@ def test_a_template_of_ones_own_is_an_input(policy_path, tmp_path):
     assert len(inputs("qwen3_training")) == len(first) - 1
     with pytest.raises(DataError, match="is neither a file nor one of TRL's templates"):
         inputs(str(tmp_path / "missing.jinja"))
+
+
+def test_another_engine_of_ppo_leaves_reward_models_up_to_date():
+    """And the other way round; where a value comes from does not matter, and eval reads PPO's."""
+    plain = {name: {"config": sections(STAGES[name]).sections} for name in ("rm", "ppo", "eval")}
+
+    def changed(*overrides: str) -> dict[str, list[str]]:
+        return {name: sections(STAGES[name], *overrides).differences(old) for name, old in plain.items()}
+
+    of_ppo = ["engine.zero_stage: 3 -> 2"]
+    assert changed("ppo.engine.zero_stage=2") == {"rm": [], "ppo": of_ppo, "eval": []}
+    assert changed("rm.engine.zero_stage=2") == {"rm": of_ppo, "ppo": [], "eval": []}
+    assert changed("engine.zero_stage=2") == {"rm": of_ppo, "ppo": of_ppo, "eval": []}
+    same = dict.fromkeys(plain, [])
+    assert changed("ppo.engine={zero_stage: 3, dtype: float32}", "rm.engine.processes=2") == same
+    assert changed("engine.zero_stage=2", "rm.engine.zero_stage=3", "ppo.engine.zero_stage=3") == same
+    head = ["engine.float32_head: True -> False"]
+    assert changed("ppo.engine.float32_head=false") == {"rm": [], "ppo": head, "eval": head}

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from core.config.load import load
 from core.environment import variables
+from core.errors import ConfigError
 from core.files import read_rows
 from pipelines import launch
 from pipelines.__main__ import main
@@ -56,6 +58,15 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, sta
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert main([stage, *SMOKE, "ppo.rollouts=32", "engine.processes=2"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_each_stage_has_its_own_number_of_ranks():
+    cfg = load([ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1"])
+    assert [launch.num_processes(stage, cfg) for stage in ("rm", "ppo")] == [1, 2]
+    fits_ppo = load([ROOT / "configs" / "smoke.yaml"], ["ppo.rollouts=48"])
+    launch.check_ranks("ppo", fits_ppo, 3)  # whatever the batches of reward models are
+    with pytest.raises(ConfigError, match="rm.global_batch 16 is not divisible by 3 ranks"):
+        launch.check_ranks("rm", fits_ppo, 3)
 
 
 @pytest.mark.slow

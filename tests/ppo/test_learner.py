@@ -114,6 +114,7 @@ def test_a_rollout_that_is_not_finite_is_refused_by_name(name, bad):
     minibatches[1][0] = dataclasses.replace(minibatches[1][0])
     for field in ("logprobs", "ref_logprobs", "critic_outputs"):
         setattr(minibatches[1][0], field, torch.zeros(1, 6))
+    minibatches[1][0].proxy = torch.zeros(1)
     getattr(minibatches[1][0], name).view(-1)[0] = bad
     with pytest.raises(
         DataError, match=rf"ppo step 3: 1 of \d+ {guard._OF_ROLLOUT[name]} are NaN or infinite. Nothing"

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from core.generation.local import Completion
 from ppo.records import make_minibatches
@@ -21,7 +20,7 @@ def responses(rng: random.Random, rows: int) -> list[Completion]:
 def divide(completions: list[Completion], seed: int, micro_batch: int = 4, minibatches: int = MINIBATCHES):
     rows = len(completions)
     return make_minibatches(
-        [[5] * (1 + i) for i in range(rows)], completions, torch.arange(rows).float(), list(range(rows)), 0,
+        [[5] * (1 + i) for i in range(rows)], completions, list(range(rows)), 0,
         minibatches=minibatches, micro_batch=micro_batch, seed=seed,
     )  # fmt: skip
 
@@ -35,7 +34,7 @@ def test_every_row_is_in_one_micro_batch_with_what_belongs_to_it():
         for b, i in enumerate(m.group.tolist()):
             tokens = len(completions[i].token_ids)
             assert m.is_response[b].nonzero().flatten().tolist() == list(range(i, i + tokens))  # behind 1 + i of prompt
-            assert (float(m.proxy[b]), bool(m.finished[b])) == (i, completions[i].finished)
+            assert (int(m.rows[b]), bool(m.finished[b])) == (i, completions[i].finished)
             seen.append(i)
     assert sorted(seen) == list(range(32))
     again, other = divide(completions, seed=3), divide(completions, seed=4)

@@ -110,8 +110,9 @@ def rollout(ppo: Ppo, policy, reference, rewards, step: int, generator) -> list[
         by_length = rows[mask[rows].sum(-1).argsort()]
         minibatch = []
         for part in by_length.chunk(2):
-            finished, proxy = torch.ones(len(part), dtype=torch.bool), rewards[prompts[part], which[part]]
-            m = Micro(ids[part], torch.ones_like(ids[part]), mask[part], None, proxy, finished, groups[part])
+            finished = torch.ones(len(part), dtype=torch.bool)
+            m = Micro(ids[part], torch.ones_like(ids[part]), mask[part], None, finished, groups[part], part)
+            m.proxy = rewards[prompts[part], which[part]]
             m.logprobs, m.ref_logprobs = (lm(m.input_ids, None, m.is_response)[0] for lm in (policy, reference))
             minibatch.append(m)
         made.append(minibatch)

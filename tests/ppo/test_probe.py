@@ -15,6 +15,7 @@ from core.training.weights import named_weights
 from ppo.guard import MAX_MISMATCH
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
+from ppo.records import make_micros
 from tests.builders.processes import run_program
 
 pytestmark = pytest.mark.slow
@@ -62,9 +63,9 @@ def steps(model: config.Model, lr: float, count: int, layers: int = 4, dtype: st
     lm = add_lora(load_causal_lm(model, dtype=dtype, num_layers=layers), config.Lora(rank=8, top_layers=2))
     actor, sampler = Plain(PolicyModule(lm, 0.8)), Rounded(model, layers)
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=lr)
-    probe = SyncProbe(actor, sampler, rows=4, pad_id=tokenizer.pad_id, dtype=torch.bfloat16)
+    probe = SyncProbe(actor, sampler, dtype=torch.bfloat16)
     for _ in range(count):
-        probe.sampled(prompts, completions)
+        probe.sampled(make_micros(prompts, completions, range(4), tokenizer.pad_id, 1), current=True)
         probe.before()
         m = probe._micro
         for _ in range(2):
@@ -97,6 +98,38 @@ def test_rounding_of_the_actor_is_not_taken_for_weights_that_did_not_arrive(poli
     for probe, _ in steps(model, 1e-3, 1, dtype="bfloat16"):
         with pytest.raises(DataError, match="the new weights did not arrive"):
             probe.after(1)
+
+
+def test_at_temperature_1_the_log_probs_of_the_rollout_are_the_readings_before_the_updates(policy_path):
+    """Nothing is run before the updates then, and what is found is the same."""
+    model = config.Model(path=str(policy_path))
+    tokenizer = ChatTokenizer(model)
+    prompts = [tokenizer.prompt_ids([{"role": "user", "content": q}]) for q in PROMPTS]
+    answers = list(map(tokenizer.response_ids, ANSWERS))
+    torch.manual_seed(0)
+    lm = add_lora(load_causal_lm(model, dtype="float32", num_layers=4), config.Lora(rank=8, top_layers=2))
+    actor, sampler = Plain(PolicyModule(lm, 1.0)), Rounded(model, 4)
+    sampled = sampler.logprobs_of([p + a for p, a in zip(prompts, answers, strict=True)])
+    done = [Completion(a, row[-len(a) :], "", True) for a, row in zip(answers, sampled, strict=True)]
+    (m,) = micros = make_micros(prompts, done, range(4), tokenizer.pad_id, 1)
+    with torch.no_grad():
+        m.logprobs = actor(m.input_ids, m.attention_mask, m.is_response)[0]
+    given, asked = (SyncProbe(actor, sampler, dtype=torch.bfloat16) for _ in range(2))
+    asked._at_one = False  # as at any other temperature
+    calls, ask = [], sampler.logprobs_of
+    sampler.logprobs_of = lambda rows: calls.append(len(rows)) or ask(rows)
+    for probe, readings in ((given, []), (asked, [4])):
+        probe.sampled(micros, current=True)
+        probe.before()
+        assert calls == readings
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=1e-3)
+    (-actor(m.input_ids, m.attention_mask, m.is_response)[0].sum() / m.is_response.sum()).backward()
+    optimizer.step()
+    sampler.sync(named_weights(lm, watch=given.watch))
+    asked._exact, asked._kept = given._exact, given._kept
+    assert given.after(1) == pytest.approx(asked.after(1), rel=1e-3)
+    given.sampled(micros, current=False)  # with ppo.overlap: by weights that the sampler no longer has
+    assert calls == [4] * 4
 
 
 def test_a_skipped_sync_of_vllm_is_caught_and_a_real_one_passes(small_policy):

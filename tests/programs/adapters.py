@@ -42,7 +42,7 @@ def config(base: str, save: str) -> Config:
         f"rm.base.path={base}", f"rm.save={save}", "rm.lora={rank: 4, alpha: 32, top_layers: 2}", "rm.global_batch=8",
         "rm.micro_batch=2", "rm.optim.lr=0.02", "engine.dtype=float32", "rm.num_layers=3",
         "rm.variants={a: {text_regulariser: sft}, b: {seed: 1}, grm: {}}",
-        "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        "engine.frozen_zero_stage=3", "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ]  # fmt: skip
     return load([], settings)
 
@@ -54,7 +54,7 @@ def main(base: str, out: str) -> None:
     for name in ("a", "b"):
         variant = cfg.rm.variants[name]
         engine, model, _ = train.fit(
-            cfg.rm, cfg.engine, variant, rows(), folder / "log" / name, name=name, seed=cfg.run.seed
+            cfg.rm, cfg.engine_of("rm"), variant, rows(), folder / "log" / name, name=name, seed=cfg.run.seed
         )
         train.measure(engine, model, rows(), rows(), folder / "log" / name)
         for save in ("merged", "adapter"):

@@ -28,8 +28,9 @@ def micro_of(rows: list[dict]) -> Micro:
     for b, r in enumerate(rows):
         span = slice(r["prompt"] - 1, len(r["ids"]) - 1)
         is_response[b, span], shift[b, span], weight[b, span] = True, r["ref_shift"], r["weight"]
-    proxy, finished = torch.tensor([r["proxy"] for r in rows]), torch.tensor([r["finished"] for r in rows])
-    m = Micro(ids, mask, is_response, None, proxy, finished, torch.arange(len(rows)))
+    finished, numbers = torch.tensor([r["finished"] for r in rows]), torch.arange(len(rows))
+    m = Micro(ids, mask, is_response, None, finished, numbers, numbers)
+    m.proxy = torch.tensor([r["proxy"] for r in rows])
     m.ref_logprobs, m.is_weight = shift, weight
     return m
 

@@ -16,6 +16,7 @@ from core.training import distributed
 from core.training.engine import Engine
 from ppo.policy import PolicyModule
 from ppo.probe import SyncProbe
+from ppo.records import make_micros
 
 QUESTIONS = ["Name three fruits.", "Why is the sky blue?", "Write a short greeting.", "What is two plus two?"]
 
@@ -35,9 +36,9 @@ def main(path: str) -> None:
     optim = config.Optim(lr=2e-4, schedule="constant", warmup=0.0)
     actor = Engine(PolicyModule(lm, 0.8), settings, micro_batch=4, optim=optim, total_steps=9)
     dtype = getattr(torch, generation.vllm.dtype)
-    probe, found = SyncProbe(actor, generator, rows=4, pad_id=tokenizer.pad_id, dtype=dtype), []
+    probe, found = SyncProbe(actor, generator, dtype=dtype), []
     for step in (1, 2):
-        probe.sampled(prompts, completions)
+        probe.sampled(make_micros(prompts, completions, range(4), tokenizer.pad_id, 1), current=True)
         probe.before()
         m = probe._micro
         for _ in range(3):

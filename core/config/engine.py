@@ -1,0 +1,63 @@
+"""Section `engine`, and what one stage changes in it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from core.config.base import NATIVE_DTYPE, Section, merge
+
+EngineStage = Literal["rm", "ppo"]
+"""The stages that train, each of which may have an engine of its own."""
+ENGINE_STAGES: tuple[EngineStage, ...] = ("rm", "ppo")
+
+
+class Engine(Section):
+    """What DeepSpeed is given. `rm.engine` and `ppo.engine` say what differs for one stage."""
+
+    processes: int | Literal["auto"] = "auto"
+    """Ranks on this machine. auto: one per GPU, or two on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What ZeRO shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters. A higher
+    stage needs less memory and more communication."""
+    frozen_zero_stage: Literal["auto", 0, 3] = "auto"
+    """The same for the models of PPO that are not trained (reference, proxy, shared frozen layers). 0: each rank holds
+    them whole, which is faster. 3: sharded. auto: 3 where zero_stage is 3 and either offload is set or they would
+    together take more than a tenth of a GPU's memory, else 0."""
+    dtype: Literal["bfloat16", "float32"] = NATIVE_DTYPE
+    """Number type of training. The default is bfloat16 where the machine computes it fast, else float32. With bfloat16
+    the optimiser keeps float32 master weights."""
+    float32_head: bool = True
+    """With dtype bfloat16: compute the logits that log-probs come from in float32, for the regulariser of reward
+    models, in PPO and in eval's KL."""
+    offload: bool = False
+    """Keep optimiser states (at stage 3 also parameters) in host memory. Slower, for models that do not fit the GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass in place of storing them: less memory, slower steps."""
+    overrides: dict[str, Any] = {}
+    """Your own DeepSpeed settings, laid over those that follow from this configuration."""
+
+    def changed(self, changes: EngineOfStage) -> Engine:
+        """This section with those of `changes` that are not null; DeepSpeed's own settings are laid over each other."""
+        given = {name: value for name, value in changes if value is not None}
+        return Engine.model_validate(merge(self.model_dump(), given))
+
+
+class EngineOfStage(Section):
+    """What differs from the section `engine` for this stage alone. null: nothing differs."""
+
+    processes: int | Literal["auto"] | None = None
+    """As engine.processes."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """As engine.zero_stage."""
+    frozen_zero_stage: Literal["auto", 0, 3] | None = None
+    """As engine.frozen_zero_stage."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """As engine.dtype."""
+    float32_head: bool | None = None
+    """As engine.float32_head. That of ppo.engine holds for eval's KL too."""
+    offload: bool | None = None
+    """As engine.offload."""
+    gradient_checkpointing: bool | None = None
+    """As engine.gradient_checkpointing."""
+    overrides: dict[str, Any] = {}
+    """As engine.overrides, over which these are laid."""
