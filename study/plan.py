@@ -4,7 +4,7 @@
     grm plan --config F --measure         measure this machine first: one or two minutes, kept for later plans
     grm plan --config F --gpus 8xH100     the same on GPUs, from published peaks
     grm plan --config F --check RUN       predicted beside actual seconds of a finished run
-    grm plan --config F --curves FOLDER   how cost grows, as measured: cost-curves.md and cost-curves.png
+    grm plan --config F --curves FOLDER   how cost grows, as measured: cost-curves.md and its figure
 
 Where the configuration has a section `study`, its matrix is planned. docs/plan.md explains the counts.
 """

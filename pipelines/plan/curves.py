@@ -15,7 +15,7 @@ KINDS = {"forward": "forward", "weights": "forward and backward, weights", "lora
 
 
 def write_curves(file: Path, folder: Path) -> str:
-    """Write `cost-curves.md` and `cost-curves.png` into `folder`; the line to print.
+    """Write `cost-curves.md` and `images/cost-curves.png` into `folder`; the line to print.
 
     Raises:
         ArtefactError: nothing was measured.
@@ -23,10 +23,11 @@ def write_curves(file: Path, folder: Path) -> str:
     if not file.is_file():
         raise ArtefactError("nothing was measured for this configuration on this machine: --measure first")
     kept = read_json(file)
-    folder.mkdir(parents=True, exist_ok=True)
+    image = folder / "images" / "cost-curves.png"
+    image.parent.mkdir(parents=True, exist_ok=True)
     (folder / "cost-curves.md").write_text(as_table(kept))
-    _figure(kept, folder)
-    return f"{folder / 'cost-curves.md'}, {folder / 'cost-curves.png'}"
+    _figure(kept, image)
+    return f"{folder / 'cost-curves.md'}, {image}"
 
 
 def passes(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,6 +70,7 @@ def as_table(kept: Mapping[str, Any]) -> str:
         f"{versions}, code {kept['code'].get('git_sha', '')[:10]}. It took {took} seconds, and the load before it was "
         f"{kept.get('load', 0):g}. Seconds are of the faster of two calls, of the slowest rank. All ranks work at once "
         "and share the cores.", "",
+        "![Tokens a second against batch tokens, length, layers and sequences](images/cost-curves.png)", "",
         "## Passes", "",
         "Tokens a second of one rank through the given number of layers. `fit` is by how much the fit that `grm plan` "
         "uses misses this point.", "",
@@ -102,7 +104,7 @@ def as_table(kept: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _figure(kept: Mapping[str, Any], folder: Path) -> None:
+def _figure(kept: Mapping[str, Any], image: Path) -> None:
     from core import plotting
 
     figure, axes = plotting.plt.subplots(1, 4, figsize=(15, 3.6))
@@ -131,7 +133,7 @@ def _figure(kept: Mapping[str, Any], folder: Path) -> None:
     axes[3].set_title("vLLM")
     axes[0].legend(fontsize=6)
     axes[3].legend(fontsize=6)
-    figure.savefig(folder / "cost-curves.png", dpi=130)
+    figure.savefig(image, dpi=130)
     plotting.plt.close(figure)
 
 

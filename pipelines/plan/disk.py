@@ -84,5 +84,5 @@ def disk_warnings(stages: dict[str, Disk], folder: Path) -> tuple[float, list[st
     free = shutil.disk_usage(there).free
     if most > free:
         gb = lambda count: f"{count / 1e9:.1f} GB"  # noqa: E731
-        return most, [f"disk: the run needs {gb(most)} at its peak, and {there} on this machine has {gb(free)} free"]
+        return most, [f"disk: the run needs {gb(most)} at its peak, and the disk of {folder} has {gb(free)} free here"]
     return most, []

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core.artefacts import code_version, package_versions
 from core.config import Config
@@ -68,12 +68,12 @@ class Measured:
                 if k is None:
                     return None
                 features = pass_features(item.tokens, item.length, item.layers)
-                return item.calls * predicted(k, features) * self._scale(item.shape, item.shape.linear_params)
+                return item.calls * predicted(k, features) * self._scale(item.shape, "linear_params")
             case work.Logits():
                 k = self._logits.get((item.ranks, "backward" if item.backward else "forward"))
                 if k is None:
                     return None
-                one = predicted(k, [1, item.tokens]) * self._scale(item.shape, item.shape.head_params)
+                one = predicted(k, [1, item.tokens]) * self._scale(item.shape, "head_params")
                 if item.zero == 3:  # the head is gathered, once more for the backward pass
                     gather = _of_zero(group.get("gather", {}), 3) or 0.0
                     one += (1 + item.backward) * item.shape.head_params * gather
@@ -85,19 +85,17 @@ class Measured:
                 if item.ranks not in self._samples:
                     return None
                 features = [item.steps, item.tokens, item.prefill]
-                scale = self._scale(item.shape, item.shape.params)
+                scale = self._scale(item.shape, "params")
                 return item.calls * predicted(self._samples[item.ranks], features) * scale
             case work.Read():
                 rate = group.get("read")
-                return None if rate is None else item.calls * item.tokens * rate * self._scale(
-                    item.shape, item.shape.params
-                )  # fmt: skip
+                return None if rate is None else item.calls * item.tokens * rate * self._scale(item.shape, "params")
             case work.Gather():
                 rate = _of_zero(group.get("sync" if item.to_vllm else "gather", {}), item.zero)
                 return None if rate is None else item.calls * item.shape.params * rate
             case work.Kl():
                 rate = group.get("kl")
-                return None if rate is None else item.tokens * rate * self._scale(item.shape, item.shape.head_params)
+                return None if rate is None else item.tokens * rate * self._scale(item.shape, "head_params")
             case work.Judge():
                 return None if "judge" not in group else item.samples * group["judge"]
             case work.Load():
@@ -113,17 +111,14 @@ class Measured:
     def _group(self, ranks: int) -> Mapping[str, Any]:
         return self.groups.get(ranks, {})
 
-    def _scale(self, shape: Shape, size: int) -> float:
-        """What a model of another width costs, as a multiple of the measured one: by parameters."""
-        mine = {
-            shape.linear_params: self.shape.linear_params, shape.head_params: self.shape.head_params,
-            shape.params: self.shape.params,
-        }[size]  # fmt: skip
+    def _scale(self, shape: Shape, part: Literal["linear_params", "head_params", "params"]) -> float:
+        """What a model of another size costs, as a multiple of the measured one: by parameters of a part.
+
+        Layers are counted in the work, so models of one width differ in what stands outside the layers only.
+        """
         if (shape.hidden, shape.linear_params) != (self.shape.hidden, self.shape.linear_params):
             self.scaled.add(shape.name)
-        elif size != shape.params:  # the same width: layers are counted in the work
-            return size / mine
-        return size / mine
+        return getattr(shape, part) / getattr(self.shape, part)
 
     @cached_property
     def _passes(self) -> dict[tuple[int, str, int | None], list[float]]:

@@ -45,6 +45,6 @@ def test_curves_show_every_point(kept, tmp_path):
     _, file = kept
     write_curves(file, tmp_path)
     table, points = (tmp_path / "cost-curves.md").read_text(), passes(read_json(file))
-    assert (tmp_path / "cost-curves.png").stat().st_size > 10_000
+    assert (tmp_path / "images" / "cost-curves.png").stat().st_size > 10_000
     assert table.count("\n| ") > len(points) and {p["ranks"] for p in points} == {1, 2}
     assert {(p["kind"], p["zero"]) for p in points} >= {("forward", None), ("weights", 2), ("lora", 2)}
