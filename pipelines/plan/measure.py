@@ -46,9 +46,6 @@ def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]
     """
     kept: dict[str, Any] = read_json(file) if file.is_file() else {"groups": {}}
     load = os.getloadavg()[0]
-    # DeepSpeed compiles an operation the first time; later stages find it, so that is not measured.
-    once = "from core.training.distributed import init_distributed; init_distributed()"
-    subprocess.run([sys.executable, "-c", once], env={**os.environ, **variables(1)}, capture_output=True)
     command = _command(cfg)
     for name, (ranks, engines) in names.items():
         started = time.time()
