@@ -72,7 +72,8 @@ def test_two_ranks_with_two_passes_each_equal_one_large_batch(found, base, metho
 def test_every_option_of_a_variant_is_among_them():
     """A new option comes with a method that uses it; the others change its pairs or a number in its loss."""
     tried = {option for options in METHODS.values() for option in options}
-    assert set(RewardVariant.model_fields) - tried == {"alpha", "beta", "head_weight", "pairs", "label_noise", "seed"}
+    others = {"alpha", "beta", "head_weight", "pairs", "label_noise", "seed", "data_seed"}
+    assert set(RewardVariant.model_fields) - tried == others
     for option in ("head", "text_regulariser", "regularise"):
         known = set(RewardVariant.model_fields[option].annotation.__args__)
         used = {options.get(option, RewardVariant.model_fields[option].default) for options in METHODS.values()}
