@@ -63,7 +63,7 @@ ready: # what every target that runs something needs; costs a look at a few file
 test-fast: | ready   ## unit tests: about two minutes
 	@$(PYTEST) -m "not slow and not e2e and not long and not models"
 
-test: | ready browser  ## also vLLM, ZeRO-3 on two ranks and one small run of all stages: 35 minutes without bfloat16 instructions
+test: | ready browser  ## also vLLM, ZeRO-3 on two ranks and one small run of all stages: 14 minutes with bfloat16 instructions
 	@$(PYTEST) -m "not long and not models"
 
 test-all: | ready browser  ## also the long tests of resuming, servers and the study
