@@ -69,7 +69,7 @@ test: | ready browser  ## also vLLM, ZeRO-3 on two ranks and one small run of al
 test-all: | ready browser  ## also the long tests of resuming, servers and the study
 	@$(PYTEST) -m "not models"
 
-test-models: | ready ## a tiny model of each family through rm, bon, ppo and eval; writes docs/models.md
+test-models: | ready ## a tiny model of each family through rm, bon, ppo and eval: 10 minutes; writes docs/models.md
 	@RLHF_MODELS_TABLE=docs/models.md $(PYTEST) -m models
 
 browser: # some tests of the study's page drive one
