@@ -124,7 +124,7 @@ def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, se
     if len(pairs) < size:
         raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
     batches = []
-    for epoch in range(rm.epochs):
+    for epoch in range(rm.epochs_of(variant)):
         rng = random.Random(stream_seed(seed, "rm", "order", epoch, *seed_name(variant)))
         order = rng.sample(range(len(pairs)), len(pairs))
         batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]

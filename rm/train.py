@@ -40,8 +40,8 @@ from rm.score import check_lengths, score_tokens
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
 NOT_FINITE = (
-    "Nothing of this reward model is saved. Lower rm.optim.lr, or set engine.dtype=float32; at step 1, look for broken "
-    "weights in rm.base.path"
+    "Nothing of this reward model is saved. Lower rm.optim.lr, or the variant's own lr, or set engine.dtype=float32; "
+    "at step 1, look for broken weights in rm.base.path"
 )
 """What to do about numbers that are not finite."""
 
@@ -143,7 +143,7 @@ def fit(
     check_lengths([pair.length for pair in pairs], model.positions, "training pair (bounded by rm.max_tokens)")
     batches = batch_plan(pairs, rm, variant, seed)
     engine = Engine(
-        model, settings, micro_batch=rm.micro_batch, optim=rm.optim, total_steps=len(batches),
+        model, settings, micro_batch=rm.micro_batch, optim=rm.optim_of(variant), total_steps=len(batches),
         accumulation=rm.global_batch // (rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
     if variant.text_regulariser == "dpo" and variant.alpha > 0:

@@ -205,7 +205,14 @@ def degenerate(samples: Sequence[Mapping], what: str) -> list[Check]:
     ]
 
 
-def equal_cost(steps: Mapping[str, int]) -> Check:
-    """(12) Reward models of one matrix saw equally many pairs; name -> pairs of its training, of one data size."""
-    kinds = sorted(set(steps.values()))
-    return Check("reward models compared cost alike", len(kinds) <= 1, f"pairs seen: {', '.join(map(str, kinds))}")
+def equal_cost(steps: Mapping[str, int], epochs: Iterable[int] = ()) -> Check:
+    """(12) Reward models of one matrix saw equally many pairs; name -> pairs of its training, of one data size.
+
+    Args:
+        epochs: passes over these pairs that the configuration asks for; several are on purpose, and are named.
+    """
+    kinds, passes = sorted(set(steps.values())), sorted(set(epochs))
+    detail = f"pairs seen: {', '.join(map(str, kinds))}"
+    if len(passes) > 1:
+        detail += f"; in {', '.join(map(str, passes[:-1]))} or {passes[-1]} epochs, as rm.variants say"
+    return Check("reward models compared cost alike", len(kinds) <= 1, detail)

@@ -130,10 +130,11 @@ def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
     conditions = list(dict.fromkeys(arm.condition.name for arm in arms))
     prompts = cfg.bon.prompts or "all evaluation"
     steps = len(policies) * cfg.ppo.steps
+    epochs = sorted({cfg.rm.epochs_of(cfg.rm.variants[arm.name]) for arm in arms})
     lines = [
         f"study {cfg.run_dir}: {len(conditions)} conditions x {cfg.study.seeds} seeds = {len(arms)} reward models, "
         f"{len(policies)} policies",
-        f"  rm        {len(arms)} trainings of {cfg.rm.epochs} epoch(s): {', '.join(conditions)}",
+        f"  rm        {len(arms)} trainings of {', '.join(map(str, epochs))} epoch(s): {', '.join(conditions)}",
         f"  bon       {cfg.bon.samples} samples on {prompts} prompts, scored by {len(arms)} reward models and gold",
         f"  ppo       {steps} steps of {cfg.ppo.rollouts} rollouts: {', '.join(p.name for p in policies) or 'none'}",
         f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints",

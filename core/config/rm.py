@@ -57,6 +57,10 @@ class RewardVariant(Section):
     label_noise: Fraction = Field(default=0.0, le=0.5)
     """Share of this variant's training labels that are flipped, after preferences.label_noise. Variants with equally
     many pairs and one data_seed get the same flips."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes of this variant over its training pairs (null: as rm.epochs)."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of this variant (null: as rm.optim.lr). The rest of rm.optim is common to all variants."""
     seed: int = Field(default=0, ge=0)
     """Another seed gives another start of the head and another order of the pairs."""
     data_seed: int = Field(default=0, ge=0)
@@ -88,7 +92,7 @@ class RewardTraining(Section):
     """merged: whole weights. adapter: with lora, only the adapter and the head, some MB per variant, which are put on
     the base again when the model is read. Variants with trainable_layers of their own are saved whole."""
     epochs: int = Field(default=1, ge=1)
-    """Passes over the training pairs. Reward models overfit soon: 1 or 2 are usual."""
+    """Passes over the training pairs. Reward models overfit soon: 1 or 2 are usual. A variant may have its own."""
     global_batch: int = Field(default=32, ge=1)
     """Pairs per optimiser step, over all ranks. A multiple of engine.processes * micro_batch."""
     micro_batch: int = Field(default=8, ge=1)
@@ -102,7 +106,7 @@ class RewardTraining(Section):
     left out. truncate_right: each conversation is cut at its right end, as the GRM authors' code does, and a pair is
     left out whose responses are then equal. All are counted."""
     optim: Optim = Optim(lr=5e-5)
-    """Optimiser of every variant."""
+    """Optimiser of every variant. A variant may have its own learning rate."""
     engine: EngineOfStage = EngineOfStage()
     """Processes, memory and number type of this stage, where they differ from `engine`."""
     variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
@@ -120,3 +124,11 @@ class RewardTraining(Section):
         if self.cache_frozen_layers and not self.trainable_layers:
             raise ValueError("cache_frozen_layers needs trainable_layers: otherwise no layer is frozen")
         return self
+
+    def epochs_of(self, variant: RewardVariant) -> int:
+        """Passes of the variant over its training pairs."""
+        return self.epochs if variant.epochs is None else variant.epochs
+
+    def optim_of(self, variant: RewardVariant) -> Optim:
+        """The optimiser of the variant: the common one, with its learning rate."""
+        return self.optim if variant.lr is None else self.optim.model_copy(update={"lr": variant.lr})

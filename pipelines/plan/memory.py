@@ -10,7 +10,7 @@ from core.models.logprobs import KEPT_LOGITS
 from pipelines.plan.pools import SCORE_TOKENS
 from pipelines.plan.shapes import Shape
 from pipelines.plan.sizes import Part, Sizes
-from pipelines.plan.training import ppo_micro, rm_caches, rm_pairs
+from pipelines.plan.training import cached_orders, ppo_micro, rm_caches, rm_pairs
 
 GIB = 2**30
 PROCESS = 1.2 * GIB
@@ -156,7 +156,7 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
         if rm_caches(sizes, variant):
             frozen = shape.layers - (cfg.trainable_layers or 0)
             parts["frozen layers"] = (frozen * shape.layer_params + shape.embedding_params) * size
-            orders = len({v.seed for v in cfg.variants.values()}) * cfg.epochs
+            orders = cached_orders(sizes)
             share = 1 - (1 - 1 / ranks) ** orders
             rows = rm_pairs(sizes, variant) * share + sizes.lengths.pairs["rm_val"] / ranks
             states = (rows * sizes.pair_row + sizes.lengths.calibration * sizes.row(2) / ranks) * shape.hidden * size

@@ -13,17 +13,20 @@ def rm(sizes: Sizes) -> Phases:
     """Every variant: load, train, measure on the validation pairs, save."""
     phases: Phases = {"start": _libraries(sizes), "train": [], "measure": [], "save": []}
     cfg, ranks = sizes.cfg.rm, sizes.ranks
-    seeds: dict[int, set[int]] = {}  # layers of the backbone -> seeds whose orders have filled the cache of its states
+    filled: dict[int, dict[int, int]] = {}
+    """Layers of the backbone -> seed -> epochs whose orders have filled the cache of its states."""
     if cfg.cache_frozen_layers:
         depths = {sizes.variant_shape(variant).layers for variant in cfg.variants.values()}
         phases["start"].append(Load(len(depths), sizes.base.params, ranks))
     for variant in cfg.variants.values():
         shape, part = sizes.variant_shape(variant), sizes.rm_part(variant)
         phases["start"] += [Load(1, shape.params, ranks), Start("engine", ranks=ranks)]
-        known = seeds.setdefault(shape.layers, set()) if rm_caches(sizes, variant) else set()
-        phases["train"] += _training(sizes, variant, part, orders=len(known), new_order=variant.seed not in known)
+        known = filled.setdefault(shape.layers, {}) if rm_caches(sizes, variant) else {}
+        epochs, before = cfg.epochs_of(variant), sum(known.values())
+        new_orders = max(epochs - known.get(variant.seed, 0), 0)
+        phases["train"] += _training(sizes, variant, part, orders=before, new_orders=new_orders)
         phases["measure"] += _measuring(sizes, variant, first=not known)
-        known.add(variant.seed)
+        known[variant.seed] = max(epochs, known.get(variant.seed, 0))
         size = sizes.rm_trained(variant) if cfg.save == "adapter" and part.kind == "lora" else shape.params
         phases["save"] += [Gather(shape, 1, sizes.rm_zero, ranks), Write(size * sizes.bytes_per_weight)]
     return phases
@@ -35,11 +38,19 @@ def _libraries(sizes: Sizes) -> list[Item]:
 
 def rm_steps(sizes: Sizes, variant: RewardVariant) -> int:
     """Optimiser steps of a variant."""
-    return sizes.cfg.rm.epochs * (rm_pairs(sizes, variant) // sizes.cfg.rm.global_batch)
+    return sizes.cfg.rm.epochs_of(variant) * (rm_pairs(sizes, variant) // sizes.cfg.rm.global_batch)
 
 
 def rm_pairs(sizes: Sizes, variant: RewardVariant) -> int:
     return min(variant.pairs or 10**12, sizes.lengths.pairs["rm_train"])
+
+
+def cached_orders(sizes: Sizes) -> int:
+    """In how many orders the variants together see the pairs: each seed has one for each epoch."""
+    epochs: dict[int, int] = {}
+    for variant in sizes.cfg.rm.variants.values():
+        epochs[variant.seed] = max(sizes.cfg.rm.epochs_of(variant), epochs.get(variant.seed, 0))
+    return sum(epochs.values())
 
 
 def rm_caches(sizes: Sizes, variant: RewardVariant) -> bool:
@@ -51,29 +62,27 @@ def rm_caches(sizes: Sizes, variant: RewardVariant) -> bool:
     return own <= rm.trainable_layers < sizes.variant_shape(variant).layers
 
 
-def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, new_order: bool) -> list[Item]:
+def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, new_orders: int) -> list[Item]:
     """All passes of a variant on one rank.
 
     Args:
-        orders: by how many seeds the cache was filled before.
-        new_order: the variant sees the pairs in an order that no variant before it saw: a rank then gets pairs whose
-            states it does not have yet.
+        orders: of the pairs, by which the cache was filled before; each seed has one for each epoch.
+        new_orders: how many of the variant's epochs have an order that no variant before it had: a rank then gets pairs
+            whose states it does not have yet.
     """
     cfg, ranks, zero, shape = sizes.cfg.rm, sizes.ranks, sizes.rm_zero, sizes.variant_shape(variant)
     steps, passes = rm_steps(sizes, variant), cfg.global_batch // (cfg.micro_batch * ranks)
     calls = steps * passes
+    of_epoch = calls / cfg.epochs_of(variant)
     tokens, length = sizes.pair_batch(cfg.global_batch, ranks * passes), sizes.pair_length
     items: list[Item] = []
     if rm_caches(sizes, variant):
         assert cfg.trainable_layers is not None
         depth = shape.layers - cfg.trainable_layers
-        if new_order:
-            # A rank lacks the pairs that it did not get in one of the orders before; each epoch has one of its own.
-            for k in range(orders * cfg.epochs, (orders + 1) * cfg.epochs):
-                lacks = (1 - 1 / ranks) ** k
-                some = 1 - (1 - lacks) ** cfg.micro_batch  # of the micro-batches lack a pair
-                of_epoch = Pass(shape, calls / cfg.epochs * some, tokens * lacks / some, length, depth, ranks=ranks)
-                items.append(of_epoch)
+        for k in range(orders, orders + new_orders):
+            lacks = (1 - 1 / ranks) ** k  # the pairs that the rank did not get in one of the orders before
+            some = 1 - (1 - lacks) ** cfg.micro_batch  # of the micro-batches lack a pair
+            items.append(Pass(shape, of_epoch * some, tokens * lacks / some, length, depth, ranks=ranks))
         between = part.frozen - depth
     else:
         between = part.frozen
@@ -87,8 +96,8 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, 
         items.append(Logits(shape, calls, read, True, head_trained, zero, ranks))
         if variant.text_regulariser == "dpo":
             items += [
-                Pass(shape, calls / cfg.epochs, tokens, length, shape.layers, zero=zero, ranks=ranks),
-                Logits(shape, calls / cfg.epochs, read, zero=zero, ranks=ranks),
+                Pass(shape, of_epoch, tokens, length, shape.layers, zero=zero, ranks=ranks),
+                Logits(shape, of_epoch, read, zero=zero, ranks=ranks),
             ]
     if variant.head == "odin":
         items.append(Pass(shape, calls, tokens, length, part.trained, zero=zero, ranks=ranks))

@@ -128,7 +128,7 @@ def run_checks(
         check.gold_lineage(cfg.gold.kind, gold_base(cfg), cfg.rm.base.path),
         *check.golds_agree(results),
         *check.degenerate(samples, "pools"),
-        check.equal_cost(seen),
+        check.equal_cost(seen, [cfg.rm.epochs_of(variants[name]) for name in seen]),
     ]
     return checks + (check.degenerate(last, "last step of the policies") if last else [])
 

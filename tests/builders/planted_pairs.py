@@ -36,9 +36,17 @@ METHODS: dict[str, dict] = {
     "odin, grm sft": {"head": "odin", "text_regulariser": "sft", "head_dropout": 0.1},
     "some layers": {"num_layers": 1, "trainable_layers": 1},
     "lora": {"lora": True},
+    "bt, own epochs and rate": {
+        "head": "linear",
+        "micro_batch": 4,
+        "epochs": 2,
+        "lr": 0.01,
+        "common_epochs": 5,
+        "common_lr": 0.3,
+    },
     "lora, saved as an adapter": {"lora": True, "save": "adapter", "text_regulariser": "sft"},
 }
-"""Name -> options of the variant, and `lora`, `save` and `micro_batch` of section `rm`."""
+"""Name -> options of the variant, and those of `settings`."""
 
 
 def write_base(tokenizer_path: Path, folder: Path) -> Path:
@@ -50,7 +58,10 @@ def write_base(tokenizer_path: Path, folder: Path) -> Path:
     return folder
 
 
-def settings(base, *, lora: bool = False, save: str = "merged", micro_batch: int = 8, **variant) -> list[str]:
+def settings(
+    base, *, lora: bool = False, save: str = "merged", micro_batch: int = 8, common_epochs: int = 2,
+    common_lr: float = 0.01, **variant,
+) -> list[str]:  # fmt: skip
     """Overrides that train one variant, `it`, on `base` under ZeRO-3, with whole weights only inside their layers.
 
     Batches have 16 pairs: one pass on each of two ranks, or two passes where `micro_batch` is 4.
@@ -58,8 +69,8 @@ def settings(base, *, lora: bool = False, save: str = "merged", micro_batch: int
     adapters = "{rank: 8, alpha: 16, dropout: 0.05}" if lora else "null"
     return [
         f"rm.base.path={base}", "rm.base.attention=eager", f"rm.save={save}", "rm.global_batch=16",
-        f"rm.micro_batch={micro_batch}", "rm.epochs=2", "rm.optim.lr=0.01", "rm.optim.warmup=0.1",
-        f"rm.lora={adapters}", f"rm.variants={{it: {json.dumps(variant)}}}", "ppo.proxy=it",
+        f"rm.micro_batch={micro_batch}", f"rm.epochs={common_epochs}", f"rm.optim.lr={common_lr}",
+        "rm.optim.warmup=0.1", f"rm.lora={adapters}", f"rm.variants={{it: {json.dumps(variant)}}}", "ppo.proxy=it",
         "engine.dtype=float32", "engine.overrides={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ]  # fmt: skip
 

@@ -33,6 +33,7 @@ def main(base: str, out: str) -> None:
             again = RewardModel.from_pretrained(folder / name, dtype="float32", attention="eager")
             found[name] = {
                 "steps": counts["steps"],
+                "folder": str(folder / name),
                 "accuracy": measured["accuracy_gold"]["mean"],
                 "read_again": accuracy(again, held_out),
                 "files": sorted(file.name for file in (folder / name).iterdir()),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core.config import RewardVariant
 from core.config.load import load
@@ -18,7 +19,7 @@ from tests.builders.planted_pairs import METHODS, pair_rows, settings, write_bas
 from tests.builders.processes import run_program
 
 pytestmark = pytest.mark.slow
-OF_SECTION = ("lora", "save", "micro_batch")
+OF_SECTION = ("lora", "save", "micro_batch", "common_epochs", "common_lr")
 """Options of METHODS that are not the variant's."""
 
 
@@ -67,6 +68,18 @@ def test_two_ranks_with_two_passes_each_equal_one_large_batch(found, base, metho
     engine = PlainEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
     row = train.train_step(engine, model, variant, [pairs[i] for i in first], None)
     assert {key: found[method]["log"][0][key] for key in row} == pytest.approx(row, rel=1e-3, abs=1e-6)
+
+
+def test_a_variants_own_epochs_and_rate_train_what_common_ones_do(found, base):
+    """The same batches, learning rates and weights as where rm.epochs and rm.optim.lr have these values."""
+    own, common = found["bt, own epochs and rate"], found["bt, linear head"]
+    assert own["steps"] == common["steps"] == len(own["log"])
+    for mine, theirs in zip(own["log"], common["log"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    mine, theirs = (load_file(Path(made["folder"]) / "model.safetensors") for made in (own, common))
+    for name, weight in load_file(base / "model.safetensors").items():
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(mine[name], weight)
 
 
 def test_every_option_of_a_variant_is_among_them():

@@ -113,3 +113,5 @@ def test_relatives_responses_and_cost():
         assert not all(c.ok for c in check.degenerate([r | broken for r in good], "x"))
     assert not all(c.ok for c in check.degenerate([r | {"prompt_id": "0", "response": "a"} for r in good], "x"))
     assert check.equal_cost({"a": 10, "b": 10}).ok and not check.equal_cost({"a": 10, "b": 50}).ok
+    planned = check.equal_cost({"a": 10, "b": 10}, [1, 8])
+    assert planned.ok and planned.detail == "pairs seen: 10; in 1 or 8 epochs, as rm.variants say"

@@ -44,6 +44,20 @@ def test_passes_of_reward_models():
     assert [u.params for u in of_kind(found, "train", Update)] == [tiny_shape().layer_params] * 2
 
 
+def test_a_variant_with_epochs_of_its_own():
+    """Steps, and orders that fill the cache of frozen states: each seed has one for each epoch."""
+    variants = {"four": {"epochs": 4}, "one": {"epochs": 1, "lr": 1e-3}, "other": {"seed": 1}, "five": {"epochs": 5}}
+    found = sizes(rm=RM | {"variants": variants})
+    pairs = [Pair([1], [2], [3])] * found.lengths.pairs["rm_train"]
+    steps = [training.rm_steps(found, v) for v in found.cfg.rm.variants.values()]
+    assert steps == [len(batch_plan(pairs, found.cfg.rm, v, 0)) for v in found.cfg.rm.variants.values()]
+    assert steps == [16, 4, 8, 20]
+    phases = training.rm(found)
+    assert [u.calls for u in of_kind(phases, "train", Update)] == steps
+    assert len([p for p in of_kind(phases, "train", Pass) if not p.trained]) == 4 + 0 + 2 + 1
+    assert training.cached_orders(found) == 5 + 2
+
+
 def test_states_that_a_rank_has_are_not_computed_again():
     """Pairs go to ranks at random in every order; of a micro-batch the pairs are computed that are new to its rank."""
     ranks, micro, count, orders, draws = 2, 4, 64, 4, 200
