@@ -77,9 +77,9 @@ def test_a_variants_own_epochs_and_rate_train_what_common_ones_do(found, base):
     for mine, theirs in zip(own["log"], common["log"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     mine, theirs = (load_file(Path(made["folder"]) / "model.safetensors") for made in (own, common))
-    for name, weight in load_file(base / "model.safetensors").items():
-        assert torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-6)
-        assert not torch.equal(mine[name], weight)
+    before = load_file(base / "model.safetensors")
+    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-6) for name in before)
+    assert any(not torch.allclose(mine[name], before[name], atol=1e-3) for name in before)  # it was trained
 
 
 def test_every_option_of_a_variant_is_among_them():
