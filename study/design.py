@@ -62,9 +62,31 @@ class Arm:
 class Policy:
     """One PPO run of the study."""
 
-    arm: Arm
+    arms: tuple[Arm, ...]
+    """The reward models that it is trained against: one, or all seeds of a condition. The critic starts from the
+    first."""
     kl_coef: float
+    seed: int
+    """Of the study: that of its reward model, or where these are combined, of PPO's own draws alone."""
+    rule: str | None = None
+    """How their rewards are combined; None for a single one."""
+
+    @property
+    def condition(self) -> Condition:
+        """What it has in common with the policies of other seeds."""
+        own = self.arms[0].condition
+        return own.ensemble(self.rule, len(self.arms)) if self.rule else own
+
+    @property
+    def proxy(self) -> str:
+        """What it optimises, for tables and figures."""
+        return self.condition.name if self.rule else self.arms[0].name
 
     @property
     def name(self) -> str:
-        return f"{self.arm.name}-kl{self.kl_coef:g}"
+        """For tables, figures and folders."""
+        proxy = self.proxy
+        if self.rule:
+            members = f"{self.condition.members.name}-x{len(self.arms)}"
+            proxy = f"{members}-{self.rule.replace(':', '')}-seed{self.seed}"
+        return f"{proxy}-kl{self.kl_coef:g}"

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from bon.pools import Pools
+from bon.scores import optimised_rewards
 from core.artefacts import read_manifest
 from core.files import read_json, read_table, write_json, write_table
 from study.analysis import conditions as analysis
@@ -88,10 +90,18 @@ def plain(value):
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def read_policy(folder: Path, policy: Policy) -> Series:
-    """The series that stage `eval` measured."""
-    rows = read_table(folder / "eval" / "rl_eval.parquet")
-    return Series(rows, policy.arm.name, policy.arm.condition, policy.kl_coef)
+def read_policy(run: Path, policy: Policy, pools: Pools) -> Series:
+    """The series that stage `eval` measured.
+
+    Args:
+        run: the folder of the study's run.
+        pools: with the rewards of all its reward models.
+    """
+    rows = read_table(run / "policies" / policy.name / "eval" / "rl_eval.parquet")
+    combined = None
+    if policy.rule:
+        combined = optimised_rewards(run / "rm", pools, [arm.name for arm in policy.arms], policy.rule)
+    return Series(rows, policy.proxy, policy.condition, policy.kl_coef, policy.seed, combined)
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from core.config import Config, RewardVariant
 from core.errors import ConfigError
 from core.files import read_json
-from study.analysis.combiners import rule as combiner
+from rm.combine import combiner
+from study.analysis.combiners import rule as sweep_rule
 from study.design import Arm, Condition, Policy
 
 SHARED = ("prompts", "preferences", "rm", "bon")
@@ -27,9 +29,12 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
     study = cfg.study
     if cfg.ppo.ensemble:
         raise ConfigError(
-            "ppo.ensemble is not part of a study, whose policies have one arm each as proxy: set ppo.ensemble=null"
+            "a study takes its ensembles from study.ppo_ensembles, which combines the seeds of a condition: set "
+            "ppo.ensemble=null"
         )
-    for rule in (*study.ensembles, *study.sweep):
+    for rule in study.sweep:
+        sweep_rule(rule)
+    for rule in (*study.ensembles, *study.ppo_ensembles):
         combiner(rule)
     variants = study.variants or tuple(cfg.rm.variants)
     if unknown := sorted({*variants, *study.ppo_variants} - set(cfg.rm.variants)):
@@ -51,12 +56,40 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
     chosen = [
         arm for arm in arms
         if arm.condition.variant in study.ppo_variants and arm.condition.label_noise in noises
-        and arm.condition.layers in depths and arm.seed < study.ppo_seeds
+        and arm.condition.layers in depths
     ]  # fmt: skip
-    policies = [Policy(arm, coef) for arm, coef in product(chosen, study.kl_coefs)]
+    policies = policies_of(cfg, chosen)
     if faults := size_faults(cfg, arms, policies):
         raise ConfigError("study.layers do not fit:\n  " + "\n  ".join(faults))
     return arms, policies
+
+
+def policies_of(cfg: Config, chosen: Sequence[Arm]) -> list[Policy]:
+    """The policies that are trained against these arms: each of the first seeds alone, and ensembles of all seeds.
+
+    Raises:
+        ConfigError: ensembles of fewer than two seeds, or whose policies would not differ; two policies of one name.
+    """
+    study = cfg.study
+    first = [arm for arm in chosen if arm.seed < study.ppo_seeds]
+    policies = [Policy((arm,), coef, arm.seed) for arm, coef in product(first, study.kl_coefs)]
+    if not study.ppo_ensembles:
+        return policies
+    if study.seeds < 2:
+        raise ConfigError("study.ppo_ensembles combines the seeds of a condition: set study.seeds to 2 or more")
+    if study.ppo_seeds > 1 and "sampling" not in study.seeds_differ_in:
+        raise ConfigError(
+            "policies against an ensemble differ in their sampling alone: add sampling to study.seeds_differ_in, or "
+            "set study.ppo_seeds=1"
+        )
+    groups: dict[Condition, list[Arm]] = {}
+    for arm in chosen:
+        groups.setdefault(arm.condition, []).append(arm)
+    cells = product(groups.values(), study.ppo_ensembles, range(study.ppo_seeds), study.kl_coefs)
+    policies += [Policy(tuple(members), coef, seed, rule) for members, rule, seed, coef in cells]
+    if len({policy.name for policy in policies}) < len(policies):
+        raise ConfigError("study: two policies have one name (a variant whose name looks like an ensemble?): rename it")
+    return policies
 
 
 def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
@@ -77,7 +110,7 @@ def size_faults(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[st
         if own is None and rm.lora and (rm.lora.top_layers or 0) > layers:
             faults.append(f"rm.lora.top_layers {rm.lora.top_layers} exceeds {layers} layers")
     critic = ppo.critic_trainable_layers if ppo.estimator == "gae" and ppo.critic_init == "proxy" else None
-    for layers in dict.fromkeys(p.arm.condition.layers for p in policies):
+    for layers in dict.fromkeys(p.condition.layers for p in policies):
         if critic and layers and critic > layers:
             faults.append(
                 f"ppo.critic_trainable_layers {critic} exceeds {layers} layers of the proxy that the critic starts "
@@ -109,8 +142,13 @@ def variant(base: RewardVariant, arm: Arm, differ: Sequence[str]) -> RewardVaria
 
 
 def policy_overrides(cfg: Config, policy: Policy) -> list[str]:
-    seed = policy.arm.seed if "sampling" in cfg.study.seeds_differ_in else 0
-    return [
-        f"run.name={cfg.run.name}/policies/{policy.name}", f"ppo.proxy={policy.arm.name}",
+    """What distinguishes a policy's run from the study's configuration."""
+    seed = policy.seed if "sampling" in cfg.study.seeds_differ_in else 0
+    found = [
+        f"run.name={cfg.run.name}/policies/{policy.name}", f"ppo.proxy={policy.arms[0].name}",
         f"ppo.kl.coef={policy.kl_coef}", f"ppo.seed={cfg.ppo.seed + seed}",
     ]  # fmt: skip
+    if policy.rule:
+        ensemble = {"members": [arm.name for arm in policy.arms], "combine": policy.rule}
+        found.append(f"ppo.ensemble={json.dumps(ensemble)}")
+    return found

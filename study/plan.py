@@ -157,7 +157,7 @@ def of_configuration(cfg: Config, lengths: Lengths, where: Where, price: float |
     stages: list[tuple[StagePlan, Sizes]] = [(plan_stage(name, sizes, where), sizes) for name in SHARED]
     kinds: dict[tuple, list] = {}  # policies against proxies of one size cost the same
     for policy in policies:
-        kinds.setdefault((policy.arm.condition.variant, policy.arm.condition.layers), []).append(policy)
+        kinds.setdefault((policy.condition.variant, policy.condition.layers, len(policy.arms)), []).append(policy)
     for alike in kinds.values():
         own = load_over(whole, policy_overrides(whole, alike[0]))
         of_policy = replace(sizes, cfg=own)

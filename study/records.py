@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,11 +17,21 @@ class Series:
 
     rows: list[dict]
     proxy: str | None = None
-    """Name of its reward model among the pools' proxies."""
+    """Name of what it was trained against: one of the pools' proxies, or an ensemble."""
     condition: Condition | None = None
-    """Of that reward model."""
+    """Of that reward model, or the ensemble of its seeds."""
     kl_coef: float | None = None
     """Of the KL penalty it was trained with."""
+    seed: int | None = None
+    """Of the study, or of PPO's own draws: what distinguishes it from the other policies of its condition."""
+    pool: np.ndarray | None = None
+    """[P, N]: the pools by what it was trained against, where that is none of the pools' proxies."""
+
+    def pools(self, pools: Pools) -> Pools:
+        """The pools with what it was trained against among the proxies."""
+        if self.pool is None or self.proxy is None:
+            return pools
+        return replace(pools, proxies={**pools.proxies, self.proxy: self.pool})
 
 
 @dataclass
@@ -34,7 +44,7 @@ class Results:
     conditions: dict[str, list[str]]
     """Name of a condition -> its proxies, which differ in their seed only."""
     designs: dict[str, Condition]
-    """Name of a condition or ensemble -> what it is."""
+    """Name of a condition or ensemble, of best-of-n or a policy's -> what it is."""
     curves: list[Curve] = field(default_factory=list)
     findings: dict[str, dict] = field(default_factory=dict)
     """Name of a condition or ensemble -> its numbers and verdict."""
@@ -50,9 +60,8 @@ class Results:
 
     def condition_of(self, name: str) -> str | None:
         """The condition that a condition, an ensemble or a policy belongs to; None for baselines and strangers."""
-        if name in self.designs:
-            return self.designs[name].members.name
-        return self.policies.get(name, {}).get("condition")
+        design = self.designs.get(self.policies.get(name, {}).get("condition") or name)
+        return design.members.name if design else None
 
     @property
     def rows(self) -> list[dict]:

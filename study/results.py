@@ -100,10 +100,12 @@ def results(
     grid = plan.ns[np.unique(np.round(np.geomspace(1, len(plan.ns), 12)).astype(int) - 1)]
     out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in out.conditions}, grid)
     for name, one in series.items():
-        curves = series_curves(name, with_kl(one.rows), plan, pools=pools, proxy=one.proxy)
-        trained = one.condition.name if one.condition else None
+        curves = series_curves(name, with_kl(one.rows), plan, pools=one.pools(pools), proxy=one.proxy)
+        if one.condition:
+            out.designs.setdefault(one.condition.name, one.condition)
         out.policies[name] = series_findings(curves) | {
-            "condition": trained, "rm": one.proxy, "kl_coef": one.kl_coef
+            "condition": one.condition.name if one.condition else None, "rm": one.proxy, "kl_coef": one.kl_coef,
+            "rule": one.condition.rule if one.condition else None, "seed": one.seed,
         }  # fmt: skip
         out.curves += curves.values()
     return out

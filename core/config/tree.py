@@ -34,7 +34,7 @@ class Run(Section):
 
 class BestOfN(Section):
     samples: int = Field(default=16, ge=2)
-    """N, the samples in each prompt's pool. Curves reach up to n = N and are trusted up to n = N / 4."""
+    """N, the samples in each prompt's pool. Curves reach up to n = N."""
     n_max: int | None = Field(default=None, ge=1)
     """Largest n of the curves (null: N)."""
     prompts: int | None = Field(default=None, ge=2)
@@ -103,7 +103,10 @@ class Study(Section):
     ppo_layers: tuple[int, ...] = ()
     """Sizes of the reward models that policies are trained against (empty: all of layers)."""
     ppo_seeds: int = Field(default=1, ge=1)
-    """Policies are trained against the first n seeds of each of these conditions."""
+    """Policies are trained against the first n seeds of each of these conditions, and n against each ensemble."""
+    ppo_ensembles: tuple[str, ...] = ()
+    """Policies are also trained against ensembles: each of these rules combines all seeds of each of these conditions,
+    as ppo.ensemble does: mean, min, median, uwo:WEIGHT, quantile:Q or soft_min:BETA (empty: no ensemble)."""
     kl_coefs: tuple[float, ...] = (0.02,)
     """Values of ppo.kl.coef. One policy is trained with each, against each of these reward models."""
 

@@ -33,7 +33,7 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
         conditions.setdefault(arm.condition, []).append(arm.name)
     pools = read_pools(run / "bon", [arm.name for arm in arms], run / "study" / "gold2.parquet")
     folders = {p.name: run / "policies" / p.name for p in policies}
-    series = {p.name: files.read_policy(folders[p.name], p) for p in policies}
+    series = {p.name: files.read_policy(run, p, pools) for p in policies}
     plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples, cfg.study)
     realised = realised_noise(cfg, [arm.name for arm in arms])
     results = study_results.results(
@@ -76,7 +76,11 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
     )
     if policies:
         coefs = ", ".join(f"{c:g}" for c in dict.fromkeys(p.kl_coef for p in policies))
-        text += f" PPO against {len(policies)} of them, KL coefficient {coefs}."
+        alone = len({p.arms for p in policies if not p.rule})
+        text += f" PPO against {alone} of them"
+        if ensembles := dict.fromkeys(p.rule for p in policies if p.rule):
+            text += f" and against ensembles of the seeds ({', '.join(map(str, ensembles))})"
+        text += f": {len(policies)} policies, KL coefficient {coefs}."
     return text
 
 

@@ -174,7 +174,7 @@ def frontier(results: Results) -> Figure | None:
         facts = results.policies.get(curve.rm, {})
         if curve.method == "ppo" and curve.metric == "gold" and facts.get("kl_coef") is not None:
             groups.setdefault(facts["rm"], []).append((facts["kl_coef"], curve))
-    groups = {name: curves for name, curves in groups.items() if len(curves) > 1}
+    groups = {name: curves for name, curves in groups.items() if len({coef for coef, _ in curves}) > 1}
     if not groups:
         return None
     columns = min(3, len(groups))

@@ -98,7 +98,8 @@ def run_pools(cfg: Config, inputs: Mapping[str, Path]) -> Pools:
 def run_series(cfg: Config, folder: Path) -> Series:
     """The policies along PPO, as stage `eval` measured them."""
     return Series(
-        read_table(folder / "rl_eval.parquet"), cfg.ppo.label, Condition(cfg.ppo.label), cfg.ppo.kl.coef
+        read_table(folder / "rl_eval.parquet"), cfg.ppo.label, Condition(cfg.ppo.label), cfg.ppo.kl.coef,
+        cfg.ppo.seed,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from tests.builders.study_plan import ASKED, planned
 def test_the_matrix_is_complete_and_seeds_differ_in_nothing_else(tmp_path):
     cfg, arms, policies = planned(tmp_path)
     assert len(arms) == len(cfg.rm.variants) == 2 * 2 * 2 * 3
-    assert len(policies) == 2 * 2 * 1 * 2 and {p.arm.condition.variant for p in policies} == {"grm"}
+    assert len(policies) == 2 * 2 * 1 * 2 and {p.condition.variant for p in policies} == {"grm"}
     group = [cfg.rm.variants[f"grm-200pairs-noise0.25-seed{s}"] for s in range(3)]
     assert [v.seed for v in group] == [v.data_seed for v in group] == [0, 1, 2] and {v.pairs for v in group} == {200}
     assert len({v.model_copy(update={"seed": 0, "data_seed": 0}).model_dump_json() for v in group}) == 1
@@ -50,7 +50,7 @@ def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
     (tmp_path / "s" / "rm" / "manifest.json").write_text("{}")
     for policy in policies:
         own = load([file], matrix.policy_overrides(cfg, policy))
-        assert own.ppo.proxy == policy.arm.name and own.ppo.kl.coef == policy.kl_coef
+        assert own.ppo.proxy == policy.arms[0].name and own.ppo.kl.coef == policy.kl_coef
         assert (own.run_dir / "rm" / "manifest.json").is_file()
     assert len({load([file], matrix.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
 
@@ -82,7 +82,7 @@ def test_a_dry_run_counts(tmp_path, capsys):
 def test_sizes_are_an_axis_of_the_matrix(tmp_path):
     """Each size is a reward model of that many layers; policies can be trained against some of them."""
     cfg, arms, policies = planned(tmp_path, "study.layers=[6, 12]", "study.ppo_layers=[12]")
-    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.arm.condition.layers for p in policies} == {12}
+    assert len(arms) == 2 * 2 * 2 * 2 * 3 and {p.condition.layers for p in policies} == {12}
     variants = cfg.rm.variants
     assert variants["grm-100pairs-6layers-noise0.25-seed2"].num_layers == 6
     assert num_layers(cfg.rm, variants["bt-100pairs-12layers-seed0"]) == 12
@@ -188,7 +188,42 @@ def test_a_study_that_trains_on_its_evaluation_prompts_is_refused(tmp_path):
         study.refuse_leaks(cfg)
 
 
-@pytest.mark.parametrize("axis", ["ensembles", "sweep"])
+@pytest.mark.parametrize("axis", ["ensembles", "sweep", "ppo_ensembles"])
 def test_combiners_that_are_not_known_are_reported_before_anything_runs(tmp_path, axis):
     with pytest.raises(DataError, match="no combiner 'mode'"):
         planned(tmp_path, f"study.{axis}=[mean, mode]")
+
+
+ENSEMBLES = ["study.ppo_ensembles=[mean, 'uwo:0.1']", "study.ppo_label_noise=[0.25]"]
+
+
+def test_policies_against_ensembles_of_the_seeds(tmp_path):
+    """One a condition, rule, PPO seed and KL coefficient; all seeds of the condition are members."""
+    cfg, arms, policies = planned(tmp_path, *ENSEMBLES, "study.ppo_seeds=2")
+    alone, together = ([p for p in policies if bool(p.rule) == combined] for combined in (False, True))
+    assert len(alone) == 2 * 2 * 2 and len(together) == 2 * 2 * 2 * 2  # sizes x (rules x) seeds x KL coefficients
+    assert len({p.name for p in policies}) == len(policies)
+    for policy in together:
+        own = load([study.write_config(cfg, "study.yaml")], matrix.policy_overrides(cfg, policy))
+        of_condition = [arm.name for arm in arms if arm.condition == policy.condition.members]
+        assert own.ppo.members == tuple(of_condition) and len(of_condition) == 3
+        assert (own.ppo.proxy, own.ppo.combine) == (of_condition[0], policy.rule)
+        assert own.ppo.seed == policy.seed and own.ppo.kl.coef == policy.kl_coef
+    conditions = {(p.condition.pairs, p.rule) for p in together}
+    assert conditions == {(size, rule) for size in (100, 200) for rule in ("mean", "uwo:0.1")}
+    first = next(p for p in together if p.rule == "uwo:0.1")
+    assert first.name == "grm-100pairs-noise0.25-x3-uwo0.1-seed0-kl0" and first.condition.combined == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([*ENSEMBLES, "study.seeds=1"], "set study.seeds to 2 or more"),
+        ([*ENSEMBLES, "study.ppo_seeds=2", "study.seeds_differ_in=[data, training]"], "differ in their sampling alone"),
+        (["ppo.ensemble={members: [grm, bt]}"], "from study.ppo_ensembles"),
+        (["study.ppo_ensembles=[mean, mean]"], "ppo_ensembles .* has an entry twice"),
+    ],
+)
+def test_ensembles_that_cannot_be_trained_against(tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, *more)

@@ -11,7 +11,7 @@ from tests.builders.processes import GRM, ROOT, background, wait_for
 TINY = [
     "--config", "configs/smoke.yaml", "study.variants=[bt, grm]", "study.seeds=2", "study.pairs=[32]",
     "study.layers=[3]", "study.label_noise=[0.25]", "study.ppo_variants=[bt]", "study.kl_coefs=[0.0]", "ppo.steps=2",
-    "ppo.minibatches=1", "ppo.ensemble=null", "bon.shard_prompts=4",
+    "ppo.minibatches=1", "ppo.ensemble=null", "study.ppo_ensembles=[min]", "bon.shard_prompts=4",
 ]  # fmt: skip
 
 
@@ -50,7 +50,9 @@ def test_a_study_from_prompts_to_its_page(small_policy, whole):
     assert 0 <= one["accuracy"]["mean"] <= 1 and one["val_loss_nats"] > 0
     checks = {c["name"]: c["ok"] for c in json.loads((out / "checks.json").read_text())}
     assert checks["training never reads gold"] and checks["label noise is what was configured"]
-    assert finish(small_policy, whole.parent).count("up to date") == 4 + 2
+    policies = json.loads((out / "policies.json").read_text())
+    assert {f["condition"] for f in policies.values()} == {f"bt-{base}", f"bt-{base} x 2, min"}
+    assert finish(small_policy, whole.parent).count("up to date") == 4 + 2 * len(policies)
 
 
 @pytest.mark.long
