@@ -35,6 +35,8 @@ class Pools:
     """[P], the last user turn of each, for display."""
     responses: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
     """[P][N], for display."""
+    of_reference: bool = True
+    """Whether the samples are from the distribution that policies start from: PPO's temperature, all tokens."""
 
     def __post_init__(self) -> None:
         if self.gold.ndim != 2 or self.gold.shape[0] != len(self.prompt_ids):

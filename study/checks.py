@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bon.pools import Pools
+from core.config import Config
 from core.data.splits import normalised
 from study.analysis.agreement import within_prompt_correlation
 from study.analysis.verdict import ENOUGH_SEEDS
@@ -78,13 +79,30 @@ def gold_untouched(manifests: Mapping[str, Mapping]) -> Check:
 def same_scoring(results: Results) -> Check:
     """(3) Policies at step 0 are the reference, so gold must give them what it gave the pools: the same template,
     truncation and decoding."""
+    name = "gold scores step 0 of policies as it scores the pools"
+    if not results.pools.of_reference:
+        return Check(name, True, "not comparable: the pools are sampled from another distribution")
     off = []
     for curve in results.curves:
         if curve.method == "ppo" and curve.metric == "gold" and int(curve.x[0]) == 0:
             error = float(curve.draws[:, 0].std(ddof=1))
             if abs(curve.mean[0]) > 4 * error and error > 0:
                 off.append(f"{curve.rm} {curve.mean[0]:+.2f} SD, SE {error:.2f}")
-    return Check("gold scores step 0 of policies as it scores the pools", not off, "; ".join(off) or "within 4 SE")
+    return Check(name, not off, "; ".join(off) or "within 4 SE")
+
+
+def one_reference(cfg: Config) -> Check:
+    """(3) Best-of-n and policies start from one distribution, or their curves have two origins and two KLs."""
+    policies, bon = cfg.generation.temperature, cfg.bon
+    here = bon.temperature or policies
+    both = f"temperature {policies:g}, all tokens"
+    apart = (
+        f"pools have temperature {here:g} and top-p {bon.top_p:g}, policies {both}: each KL is from its own "
+        "distribution, and gains of policies begin at their own step 0"
+    )
+    return Check(
+        "best-of-n and policies start from one distribution", cfg.one_reference, both if cfg.one_reference else apart
+    )
 
 
 def aligned(results: Results) -> Check:

@@ -40,8 +40,9 @@ class BestOfN(Section):
     prompts: int | None = Field(default=None, ge=2)
     """Use only the first n evaluation prompts, in hash order (null: all)."""
     temperature: float | None = Field(default=None, gt=0)
-    """Sampling temperature of the pools (null: generation.temperature). The GRM paper has 0.7. With another one than
-    PPO's, pools and policies start from two distributions, and their curves cannot be laid over each other."""
+    """Sampling temperature of the pools (null: generation.temperature). The GRM paper has 0.7. The KL of best-of-n is
+    that from the distribution that the pools are sampled from. With another one than PPO's, pools and policies start
+    from two distributions: their curves cannot be laid over each other, and the report says so."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most probable tokens of this total probability alone (1: from all). The GRM paper has 0.95. Below
     1 the same holds as for temperature."""
@@ -147,6 +148,11 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
+
+    @property
+    def one_reference(self) -> bool:
+        """Whether the pools of best-of-n are sampled from the distribution that policies start from."""
+        return self.bon.top_p == 1 and self.bon.temperature in (None, self.generation.temperature)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -22,9 +22,9 @@ def series_curves(
 ) -> dict[str, Curve]:
     """proxy and gold curves of one run from rows of step, prompt_id, proxy, gold, kl (nats) and kl_kind, one a sample.
 
-    Gains are over the pool of the same prompt where `pools` holds all prompts, else over the first step of the run,
-    prompt by prompt. Their unit is the SD within prompts of the pools; without pools of that proxy, the SD over prompts
-    of the first step.
+    Gains are over the pool of the same prompt where `pools` holds all prompts and samples of the reference, else over
+    the first step of the run, prompt by prompt. Their unit is the SD within prompts of the pools; without pools of that
+    proxy, the SD over prompts of the first step.
 
     Raises:
         ArtefactError: steps with different prompts, scores that are not finite.
@@ -61,7 +61,7 @@ def _origin(
     if pools is None or table is None:
         return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0
     place = {p: i for i, p in enumerate(pools.prompt_ids)}
-    if set(prompts) <= place.keys():
+    if pools.of_reference and set(prompts) <= place.keys():
         return table[[place[p] for p in prompts]].mean(axis=1, keepdims=True), scale(table)
     return values[:, :1], scale(table)
 

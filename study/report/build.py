@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
     for arm in arms:
         conditions.setdefault(arm.condition, []).append(arm.name)
     pools = read_pools(run / "bon", [arm.name for arm in arms], run / "study" / "gold2.parquet")
+    pools = replace(pools, of_reference=cfg.one_reference)
     folders = {p.name: run / "policies" / p.name for p in policies}
     series = {p.name: files.read_policy(run, p, pools) for p in policies}
     plan = study_results.plan_of(cfg, cfg.bon.n_max or cfg.bon.samples, cfg.study)
@@ -81,7 +83,17 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
         if ensembles := dict.fromkeys(p.rule for p in policies if p.rule):
             text += f" and against ensembles of the seeds ({', '.join(map(str, ensembles))})"
         text += f": {len(policies)} policies, KL coefficient {coefs}."
-    return text
+    return text + pool_sampling(cfg)
+
+
+def pool_sampling(cfg: Config) -> str:
+    """What a reader must know of pools that are sampled otherwise than policies; empty where they are not."""
+    if cfg.one_reference:
+        return ""
+    return (
+        f" Pools are sampled at temperature {cfg.bon.temperature or cfg.generation.temperature:g} with top-p "
+        f"{cfg.bon.top_p:g}: the KL of best-of-n is that from this distribution, not from the one that PPO starts from."
+    )
 
 
 def realised_noise(cfg: Config, names: Sequence[str]) -> dict[str, float]:
@@ -122,6 +134,7 @@ def run_checks(
         check.leakage(prompts, evaluated, trained),
         check.gold_untouched(manifests),
         check.same_scoring(results),
+        *([check.one_reference(cfg)] if series else []),
         check.aligned(results),
         check.length_confound(results.pools, results),
         check.kl_estimates(series),

@@ -22,7 +22,7 @@ from study import files, reward_models
 from study.design import Condition
 from study.records import Results, Series
 from study.report import page, training
-from study.report.build import realised_noise, run_checks
+from study.report.build import pool_sampling, realised_noise, run_checks
 from study.results import plan_of, results
 
 NUM_SAMPLES = 20
@@ -89,6 +89,7 @@ def run_pools(cfg: Config, inputs: Mapping[str, Path]) -> Pools:
     """The pools with the rewards of every reward model, and of what PPO optimised where that is an ensemble."""
     names = list(read_json(inputs["rm"] / "manifest.json")["metrics"]["variants"])
     pools = read_pools(inputs["bon"], names)
+    pools = replace(pools, of_reference=cfg.one_reference)
     if cfg.ppo.ensemble is None:
         return pools
     combined = optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine)
@@ -121,7 +122,7 @@ def description(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
         f"Policy {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}. Reward models {', '.join(cfg.rm.variants)}, "
         f"trained on {pairs} pairs with {cfg.preferences.label_noise:.0%} of the labels wrong. Best-of-n from pools of "
         f"{cfg.bon.samples}; PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.label}, KL "
-        f"coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}."
+        f"coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}.{pool_sampling(cfg)}"
     )
 
 
@@ -159,8 +160,8 @@ def reward_table(trained: Mapping[str, Mapping], judge: str) -> list[list[str]]:
 def before_and_after(series: Series, pools: Pools, proxy: str, seed: int) -> list[dict]:
     """Responses of the reference and of the last policy to the same prompts, most proxy gained beyond gold first.
 
-    Values are gains as in the tables: over the pool of the same prompt, and for a prompt without one over the response
-    of the reference.
+    Values are gains as in the tables: over the pool of the same prompt, and for a prompt without one, or with one of
+    another distribution, over the response of the reference.
     """
     first = [r for r in series.rows if r["sample_id"] == 0]
     last = max(r["step"] for r in first)
@@ -168,7 +169,7 @@ def before_and_after(series: Series, pools: Pools, proxy: str, seed: int) -> lis
     tables = {"proxy": pools.proxies[proxy], "gold": pools.gold}
     units = {metric: scale(table) for metric, table in tables.items()}
     origins = {metric: {p: b[metric] for p, b in before.items()} for metric in tables}
-    for metric, table in tables.items():
+    for metric, table in tables.items() if pools.of_reference else ():
         origins[metric] |= dict(zip(pools.prompt_ids, table.mean(axis=1).tolist(), strict=True))
     value = lambda row, metric: float((row[metric] - origins[metric][row["prompt_id"]]) / units[metric])  # noqa: E731
     gap = {

@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bon.gains import scale
 from bon.pools import Pools
+from core.config.load import load
 from study import checks as check
 from study.design import Condition
 from study.other_tools import by_seed
 from study.records import Series
+from study.report.build import pool_sampling
 from study.results import results
 from tests.builders.planted import PLAN, pools, series
 
@@ -73,6 +76,37 @@ def test_policies_that_gold_scores_otherwise_than_pools():
     assert check.same_scoring(of(rows)).ok
     moved = [r | {"gold": r["gold"] - 1.0} for r in rows]  # as if gold saw another template
     assert not check.same_scoring(of(moved)).ok
+
+
+def test_policies_of_another_distribution_than_the_pools_start_from_their_own_first_step():
+    """Pools at a low temperature score 2 higher here; nothing of that may be taken for a gain or a loss of PPO."""
+    rows = series(bend=0.2, P=40)
+    ids = tuple(sorted({r["prompt_id"] for r in rows}))
+    rng = np.random.default_rng(0)
+    first, last = (np.array([r["gold"] for r in rows if r["step"] == step]) for step in (0, 11))
+    table = Pools(ids, first[:, None] + 2 + 0.5 * rng.normal(size=(40, 32)), {"bt": rng.normal(size=(40, 32))})
+    of = lambda table: results(table, {Condition("bt"): ["bt"]}, {"run": Series(rows, "bt")}, PLAN)  # noqa: E731
+    shared, apart = of(table), of(replace(table, of_reference=False))
+    change = (last - first).mean() / scale(table.gold)
+    assert apart.policies["run"]["gold"].mean == pytest.approx(change)
+    assert shared.policies["run"]["gold"].mean < change - 2  # what sound pools would be wrong about
+    assert not check.same_scoring(shared).ok and "not comparable" in check.same_scoring(apart).detail
+
+
+@pytest.mark.parametrize(
+    ("options", "ok"),
+    [
+        ([], True), (["generation.temperature=0.7"], True), (["bon.temperature=1"], True),
+        (["bon.temperature=0.7"], False), (["bon.top_p=0.95"], False),
+        (["bon.temperature=0.7", "generation.temperature=0.7"], True),
+    ],
+)  # fmt: skip
+def test_pools_and_policies_of_one_distribution(options, ok):
+    cfg = load([], options)
+    found = check.one_reference(cfg)
+    assert (found.ok, cfg.one_reference, not pool_sampling(cfg)) == (ok, ok, ok)
+    if options == ["bon.top_p=0.95"]:
+        assert found.detail.startswith("pools have temperature 1 and top-p 0.95, policies temperature 1, all tokens")
 
 
 def test_estimates_of_kl():
