@@ -11,6 +11,7 @@ from core.config import Config, Data, Splits
 from core.data.chat import ChatTokenizer, Message, with_system
 from core.data.layouts.pairing import prompt_of
 from core.data.layouts.readers import PROMPTS, asked
+from core.data.near import Known
 from core.data.rows import PromptRow
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
@@ -20,7 +21,8 @@ from core.row_files import numbered_rows
 
 DUPLICATE = "duplicate"
 TOO_LONG = "longer than data.max_prompt_tokens"
-NOT_MALFORMED = (DUPLICATE, TOO_LONG)
+REPEATS = {"exactly": "repeats a prompt of another split", "nearly": "nearly repeats a prompt of another split"}
+NOT_MALFORMED = (DUPLICATE, TOO_LONG, *REPEATS.values())
 
 
 class PromptsMetrics(TypedDict):
@@ -28,7 +30,9 @@ class PromptsMetrics(TypedDict):
     prompts: dict[str, int]
     """Prompts of each split."""
     rejected: dict[str, int]
-    """Rows of the file that are not used, by reason."""
+    """Rows of `data.prompts` that are not used, by reason."""
+    eval_rejected: dict[str, int]
+    """The same of `data.eval_prompts`; empty without it."""
     changed: dict[str, int]
     """Rows that were used after a change, by what was done."""
     system_moved: int
@@ -36,16 +40,18 @@ class PromptsMetrics(TypedDict):
 
 
 class Rejected(TypedDict):
-    """A line of `rejected.jsonl`."""
+    """A line of `rejected.jsonl`, or of `eval_rejected.jsonl`."""
 
     line: int
-    """Line or row of `data.prompts`, from 1."""
+    """Line or row of the file, from 1."""
     reason: str
     row: dict[str, Any] | None
     """None for a line that cannot be read."""
 
 
 class Prompts(NamedTuple):
+    """What one file holds."""
+
     usable: list[PromptRow]
     """In the order of the run."""
     rejected: list[Rejected]
@@ -56,49 +62,81 @@ class Prompts(NamedTuple):
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PromptsMetrics:
-    """Writes `prompts.parquet` and `rejected.jsonl`."""
+    """Writes `prompts.parquet`, `rejected.jsonl`, and with `data.eval_prompts` `eval_rejected.jsonl`."""
     tokenizer = ChatTokenizer(cfg.policy)
     tokenizer.check()
     starting.working()
-    prompts, rejected, malformed, changed = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed)
-    write_jsonl(out / "rejected.jsonl", rejected)  # before the share is checked: whoever reads of it wants to see them
-    if not prompts:
-        fault = rejected[0] if rejected else "the file holds no rows"
-        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt; first fault: {fault}")
-    reasons = Counter(_kind(r) for r in rejected)
-    if malformed > cfg.data.max_rejected_share * (rows := len(prompts) + len(rejected)):
-        raise ArtefactError(
-            f"{cfg.data.prompts}: {malformed} of {rows} rows are malformed, more than data.max_rejected_share "
-            f"{cfg.data.max_rejected_share:g}: " + "; ".join(_lines(reasons, rejected))
-        )
+    own, other = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed)
+    reasons = _checked(cfg.data, cfg.data.prompts, own, out / "rejected.jsonl")
+    of_other: dict[str, int] = {}
+    if other and cfg.data.eval_prompts:
+        of_other = _checked(cfg.data, cfg.data.eval_prompts, other, out / "eval_rejected.jsonl")
+    prompts = in_order(own, other)
     write_table(out / "prompts.parquet", prompts, PromptRow)
     counts = Counter(row["split"] for row in prompts)
     sizes = ", ".join(f"{name} {counts[name]}" for name in Splits.model_fields)
+    left_out = f"{len(own.rejected)} rejected"
+    if other:
+        left_out += f", and {len(other.rejected)} of {cfg.data.eval_prompts}"
     return {
-        "headline": f"{len(prompts)} prompts ({sizes}), {len(rejected)} rejected",
+        "headline": f"{len(prompts)} prompts ({sizes}), {left_out}",
         "prompts": dict(counts),
-        "rejected": dict(reasons),
-        "changed": dict(changed),
+        "rejected": reasons,
+        "eval_rejected": of_other,
+        "changed": dict(own.changed + (other.changed if other else Counter())),
         "system_moved": sum(tokenizer.moves_system(row["prompt"]) for row in prompts),
     }
 
 
-def read_prompts(data: Data, tokenizer: ChatTokenizer, *, seed: int) -> Prompts:
-    """The rows of `data.prompts`.
+def _checked(data: Data, file: Path, found: Prompts, rejected: Path) -> dict[str, int]:
+    """The rejected rows by reason, which are written to a file.
+
+    Raises:
+        ArtefactError: no usable prompt, or too many malformed rows.
+    """
+    write_jsonl(rejected, found.rejected)  # before the share is checked: whoever reads of it wants to see them
+    if not found.usable:
+        fault = found.rejected[0] if found.rejected else "the file holds no rows"
+        raise ArtefactError(f"{file}: no usable prompt; first fault: {fault}")
+    reasons = Counter(_kind(r) for r in found.rejected)
+    if found.malformed > data.max_rejected_share * (rows := len(found.usable) + len(found.rejected)):
+        raise ArtefactError(
+            f"{file}: {found.malformed} of {rows} rows are malformed, more than data.max_rejected_share "
+            f"{data.max_rejected_share:g}: " + "; ".join(_lines(reasons, found.rejected))
+        )
+    return dict(reasons)
+
+
+def read_prompts(data: Data, tokenizer: ChatTokenizer, *, seed: int) -> tuple[Prompts, Prompts | None]:
+    """The rows of `data.prompts`, and those of `data.eval_prompts`, which are then the split eval.
 
     Raises:
         ArtefactError: a file that cannot be read.
     """
+    own = _read(data.prompts, data, tokenizer, seed)
+    if data.eval_prompts is None:
+        return own, None
+    own = own._replace(usable=[row for row in own.usable if row["split"] != "eval"])
+    known = Known(row["prompt"] for row in own.usable)
+    return own, _read(data.eval_prompts, data, tokenizer, seed, known)
+
+
+def _read(file: Path, data: Data, tokenizer: ChatTokenizer, seed: int, known: Known | None = None) -> Prompts:
+    """The rows of a file; with `known`, all are for the split eval, and those that repeat one of these are left out."""
     prompts: dict[str, PromptRow] = {}
     rejected: list[Rejected] = []
     changed: Counter[str] = Counter()
     unread = lambda number, fault: rejected.append({"line": number, "reason": fault, "row": None})  # noqa: E731
-    for number, row in numbered_rows(data.prompts, unread):
+    for number, row in numbered_rows(file, unread):
         notes: list[str] = []
         try:
             prompt = _prompt(row, data, tokenizer, seed, notes)
             if prompt["prompt_id"] in prompts:
                 raise DataError(DUPLICATE)
+            if known is not None:
+                prompt["split"] = "eval"
+                if how := known.repeated_by(prompt["prompt"]):
+                    raise DataError(REPEATS[how])
         except DataError as error:
             rejected.append({"line": number, "reason": str(error), "row": row})
             continue
@@ -106,6 +144,11 @@ def read_prompts(data: Data, tokenizer: ChatTokenizer, *, seed: int) -> Prompts:
         changed.update(set(notes))
     malformed = sum(_kind(r) not in NOT_MALFORMED for r in rejected)
     return Prompts(sorted(prompts.values(), key=lambda row: row["order"]), rejected, malformed, changed)
+
+
+def in_order(own: Prompts, other: Prompts | None) -> list[PromptRow]:
+    """The usable prompts of both files, in the order of the run."""
+    return sorted([*own.usable, *(other.usable if other else [])], key=lambda row: row["order"])
 
 
 def _kind(rejected: Rejected) -> str:

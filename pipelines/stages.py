@@ -81,8 +81,8 @@ _SAMPLING = ("policy", "generation", "run.seed")
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"), ("data.prompts", *_POLICY_FILES),
-              makes="prompts, split by hash"),
+        Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"),
+              ("data.prompts", "data.eval_prompts", *_POLICY_FILES), makes="prompts, split by hash"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
               (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"),
               corrections=(Correction("read imported pairs without their system turns and histories",
@@ -147,7 +147,7 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 inputs[f"{field}={path}"] = _cached_digest(path)
             elif field.endswith("chat_template"):
                 named_template(str(path))  # one of TRL's
-            elif field in ("data.prompts", "preferences.decontaminate") or _looks_local(path):
+            elif field in ("data.prompts", "data.eval_prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
     corrections = tuple(c.fault if _concerns(c, cfg, plain) else "" for c in stage.corrections)
     return Fingerprint(sections, inputs, corrections)

@@ -5,7 +5,6 @@ The numbers in brackets are those of the list that they come from, docs/study.md
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from bon.pools import Pools
 from core.config import Config
-from core.data.splits import normalised
+from core.data.near import NEAR, Known
 from study.analysis.agreement import within_prompt_correlation
 from study.analysis.verdict import ENOUGH_SEEDS
 from study.records import Results, Series
@@ -22,8 +21,6 @@ from study.records import Results, Series
 ENOUGH_PROMPTS = 500
 MISMATCH = 0.1
 """Nats a token by which log-probs of vLLM and the trainer may differ: rounding to bfloat16 gives 0.03 to 0.05."""
-NEAR = 0.8
-"""Jaccard similarity of word trigrams from which two prompts are near-duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +38,13 @@ def leakage(prompts: Sequence[Mapping], evaluated: Iterable[str], trained: Itera
         evaluated, trained: prompt ids.
     """
     evaluated, trained = set(evaluated), set(trained)
-    texts = {row["prompt_id"]: normalised(row["prompt"]) for row in prompts}
-    used = {texts[i] for i in trained if i in texts}
-    same = sum(i in trained or texts.get(i) in used for i in evaluated)
-    words = {row["prompt_id"]: " ".join(m["content"] for m in row["prompt"]) for row in prompts}
-    grams = {i: _trigrams(words[i].lower()) for i in evaluated | trained if i in words}
-    where: dict[tuple, list[str]] = {}
-    for i in trained & grams.keys():
-        for gram in grams[i]:
-            where.setdefault(gram, []).append(i)
-    near = 0
-    for i in evaluated & grams.keys():
-        shared = Counter(j for gram in grams[i] for j in where.get(gram, ()))
-        near += any(n / len(grams[i] | grams[j]) >= NEAR for j, n in shared.items())
+    texts = {row["prompt_id"]: row["prompt"] for row in prompts}
+    known = Known(texts[i] for i in trained if i in texts)
+    seen = Counter("exactly" if i in trained else known.repeated_by(texts[i]) for i in evaluated if i in texts)
     return Check(
-        "evaluated prompts were not trained on", not same and not near,
-        f"{same} of {len(evaluated)} were, {near} nearly (word trigrams {NEAR:g} alike)",
+        "evaluated prompts were not trained on", not seen["exactly"] and not seen["nearly"],
+        f"{seen['exactly']} of {len(evaluated)} were, {seen['nearly']} nearly (word trigrams {NEAR:g} alike)",
     )  # fmt: skip
-
-
-def _trigrams(text: str) -> set[tuple]:
-    words = re.findall(r"\w+", text)
-    return {tuple(words[k : k + 3]) for k in range(max(1, len(words) - 2))}
 
 
 def gold_untouched(manifests: Mapping[str, Mapping]) -> Check:

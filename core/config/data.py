@@ -37,6 +37,10 @@ class Data(Section):
     prompts: Path = Path("data/prompts.jsonl")
     """File of rows with `prompt` (a text, or messages that end with a user turn, as TRL writes prompts) or `messages`.
     `system`, `history` and `input` are used as in [data.md](data.md)."""
+    eval_prompts: Path | None = None
+    """Another file of prompts that best-of-n and policies are measured on, such as prompts of another kind, in place of
+    the split eval of `prompts`, which is then not used (null: that split). Prompts that a prompt of another split
+    repeats, exactly or nearly, are left out, counted."""
     system: str | None = None
     """System message put before every prompt that has none (null: none is added)."""
     max_prompt_tokens: int = Field(default=256, ge=8)
@@ -45,6 +49,12 @@ class Data(Section):
     """A larger share of malformed rows in `prompts` is an error. Repeated and long prompts are not malformed."""
     splits: Splits = Splits()
     """What each prompt is used for."""
+
+    @model_validator(mode="after")
+    def _other_file(self) -> Data:
+        if self.eval_prompts == self.prompts:
+            raise ValueError("eval_prompts is the file of prompts itself: leave it out, or name another one")
+        return self
 
 
 class Vllm(Section):

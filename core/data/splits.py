@@ -51,6 +51,7 @@ def read_split(folder: Path, split: str, limit: int | None = None) -> list[Promp
     rows = [row for row in read_table(folder / "prompts.parquet", PromptRow) if row["split"] == split]
     if len(rows) < 2:
         raise ArtefactError(
-            f"split {split!r} has {len(rows)} prompts: give data.prompts more rows or raise data.splits.{split}"
+            f"split {split!r} has {len(rows)} prompts: give data.prompts (for eval, data.eval_prompts, if that is set) "
+            f"more rows or raise data.splits.{split}"
         )
     return rows[:limit]

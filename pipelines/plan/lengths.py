@@ -6,15 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-from core.config import Config, Splits
+from core.config import Config, Data, Splits
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError, DataError
 from core.files import count_rows
 from core.row_files import numbered_rows
-from pipelines.prompts import read_prompts
+from pipelines.prompts import in_order, read_prompts
 
 SHARE = 0.8
 """Assumed mean length of responses, as a share of generation.max_new_tokens."""
@@ -100,9 +100,10 @@ def _prompts(cfg: Config, notes: list[str]) -> tuple[dict[str, int], list[int], 
         if not _is_here(cfg.policy.path):
             raise ArtefactError("the tokenizer would have to be fetched")
         tokenizer = ChatTokenizer(cfg.policy)
-        rows = sum(1 for _ in islice(numbered_rows(cfg.data.prompts, lambda *_: None), MOST_ROWS + 1))
+        files = [numbered_rows(file, lambda *_: None) for file in prompt_files(cfg.data)]
+        rows = sum(1 for _ in islice(chain(*files), MOST_ROWS + 1))
         started = time.perf_counter()
-        if rows <= MOST_ROWS and (usable := read_prompts(cfg.data, tokenizer, seed=cfg.run.seed).usable):
+        if rows <= MOST_ROWS and (usable := in_order(*read_prompts(cfg.data, tokenizer, seed=cfg.run.seed))):
             tokens = [row["num_tokens"] for row in usable]
             mean = sum(tokens) / len(tokens)
             notes.append(f"{len(tokens)} prompts of {mean:.1f} tokens on average (read and tokenised)")
@@ -110,13 +111,20 @@ def _prompts(cfg: Config, notes: list[str]) -> tuple[dict[str, int], list[int], 
         why = f"a plan does not tokenise more than {MOST_ROWS} rows" if rows else "the file has no rows"
     except (OSError, ValueError, ArtefactError, DataError):
         pass
-    total = (count_rows(cfg.data.prompts) or 0) if cfg.data.prompts.is_file() else 0
+    counts = [(count_rows(file) or 0) if file.is_file() else 0 for file in prompt_files(cfg.data)]
+    splits = {name: round(counts[0] * getattr(cfg.data.splits, name)) for name in Splits.model_fields}
+    splits |= {"eval": counts[1]} if cfg.data.eval_prompts else {}
     mean = PROMPT_SHARE * cfg.data.max_prompt_tokens
     notes.append(
-        f"{total} prompts, all taken as usable, of {mean:.0f} tokens (assumed: {PROMPT_SHARE:g} of "
+        f"{sum(counts)} prompts, all taken as usable, of {mean:.0f} tokens (assumed: {PROMPT_SHARE:g} of "
         f"data.max_prompt_tokens, since {why})"
     )
-    return {name: round(total * getattr(cfg.data.splits, name)) for name in Splits.model_fields}, [round(mean)], 0.0
+    return splits, [round(mean)], 0.0
+
+
+def prompt_files(data: Data) -> list[Path]:
+    """`data.prompts`, and `data.eval_prompts` where it is set."""
+    return [data.prompts, *([data.eval_prompts] if data.eval_prompts else [])]
 
 
 def _is_here(path: str) -> bool:

@@ -37,7 +37,7 @@ from core.training import distributed
 from core.training.engine import Engine
 from pipelines.plan.work import Trained
 from pipelines.policy_kl import measure_kl
-from pipelines.prompts import read_prompts
+from pipelines.prompts import in_order, read_prompts
 from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
 
@@ -105,7 +105,7 @@ class Probes:
         generation = cfg.generation.model_copy(update={"max_new_tokens": most})
         calls = [(count, 1) for count in SEQUENCES] + [(SEQUENCES[-1] // 8, 8)]
         needed = 2 + sum(count for count, _ in calls)  # none is used twice: vLLM keeps the keys of what it has read
-        usable = read_prompts(cfg.data, self.tokenizer, seed=cfg.run.seed).usable
+        usable = in_order(*read_prompts(cfg.data, self.tokenizer, seed=cfg.run.seed))
         prompts = [usable[(rank * needed + i) % len(usable)]["prompt"] for i in range(needed)]
         ids = [self.tokenizer.prompt_ids(prompt) for prompt in prompts]
         self.prompt = prompts[0]

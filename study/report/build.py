@@ -83,15 +83,19 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
         if ensembles := dict.fromkeys(p.rule for p in policies if p.rule):
             text += f" and against ensembles of the seeds ({', '.join(map(str, ensembles))})"
         text += f": {len(policies)} policies, KL coefficient {coefs}."
-    return text + pool_sampling(cfg)
+    return text + remarks(cfg)
 
 
-def pool_sampling(cfg: Config) -> str:
-    """What a reader must know of pools that are sampled otherwise than policies; empty where they are not."""
+def remarks(cfg: Config) -> str:
+    """What a reader must know of evaluation prompts from another file, and of pools that are sampled otherwise than
+    policies; empty where there are none."""
+    text = ""
+    if cfg.data.eval_prompts:
+        text = f" Evaluated on the prompts of {cfg.data.eval_prompts.name}, not of {cfg.data.prompts.name}."
     if cfg.one_reference:
-        return ""
+        return text
     return (
-        f" Pools are sampled at temperature {cfg.bon.temperature or cfg.generation.temperature:g} with top-p "
+        f"{text} Pools are sampled at temperature {cfg.bon.temperature or cfg.generation.temperature:g} with top-p "
         f"{cfg.bon.top_p:g}: the KL of best-of-n is that from this distribution, not from the one that PPO starts from."
     )
 

@@ -22,7 +22,7 @@ from study import files, reward_models
 from study.design import Condition
 from study.records import Results, Series
 from study.report import page, training
-from study.report.build import pool_sampling, realised_noise, run_checks
+from study.report.build import realised_noise, remarks, run_checks
 from study.results import plan_of, results
 
 NUM_SAMPLES = 20
@@ -122,7 +122,7 @@ def description(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
         f"Policy {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}. Reward models {', '.join(cfg.rm.variants)}, "
         f"trained on {pairs} pairs with {cfg.preferences.label_noise:.0%} of the labels wrong. Best-of-n from pools of "
         f"{cfg.bon.samples}; PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts against {cfg.ppo.label}, KL "
-        f"coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}.{pool_sampling(cfg)}"
+        f"coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}.{remarks(cfg)}"
     )
 
 

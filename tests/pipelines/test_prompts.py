@@ -7,7 +7,9 @@ import pytest
 from core.config import Config
 from core.errors import ArtefactError, DataError
 from core.files import read_table
+from pipelines import stages
 from pipelines.prompts import run
+from pipelines.stages import STAGES, fingerprint
 from tests.builders.pair_files import chat
 from tests.builders.tokenizers import of_family
 
@@ -104,3 +106,56 @@ def test_a_template_that_leaves_a_choice_is_one_error_not_one_of_each_row(tokeni
         run(Config.model_validate(sections), {}, tmp_path)
     sections["policy"]["template_kwargs"] = {"enable_thinking": False}
     assert run(Config.model_validate(sections), {}, tmp_path)["prompts"]
+
+
+def test_evaluation_prompts_from_another_file(stage, tmp_path):
+    """They alone are the split eval. What repeats a prompt of another split is left out, counted; what repeats one that
+    the split eval would have had is not."""
+    splits = {"rm_train": 0.3, "rm_val": 0.1, "rl_train": 0.2, "calibration": 0.1, "eval": 0.3}
+    _, before, _ = stage(*questions(60), splits=splits)
+    text = lambda row: row["prompt"][-1]["content"]  # noqa: E731
+    replaced = [text(row) for row in before if row["split"] == "eval"]
+    trained = [text(row) for row in before if row["split"] != "eval"]
+    others = ["Write a poem.", trained[0].upper() + " ", trained[1] + " Say.", replaced[0], "Name a fruit.", ""]
+    file = tmp_path / "others.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text}) for text in [*others, others[0]]))
+    metrics, prompts, rejected = stage(*questions(60), eval_prompts=file, splits=splits, max_rejected_share=0.2)
+    assert {text(row) for row in prompts if row["split"] == "eval"} == {others[0], replaced[0], others[4]}
+    assert [row for row in prompts if row["split"] != "eval"] == [row for row in before if row["split"] != "eval"]
+    assert (metrics["rejected"], rejected) == ({}, [])
+    assert metrics["eval_rejected"] == {
+        "repeats a prompt of another split": 1, "nearly repeats a prompt of another split": 1, "no prompt": 1,
+        "duplicate": 1,
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "eval_rejected.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in lines] == [2, 3, 6, 7] and lines[1]["row"] == {"prompt": others[2]}
+
+
+def test_a_file_of_evaluation_prompts_that_holds_nothing_new_is_an_error(stage, tmp_path):
+    file = tmp_path / "others.jsonl"
+    file.write_text(json.dumps(questions(3)[1]))
+    none = {"rm_train": 1.0, "rm_val": 0.0, "rl_train": 0.0, "calibration": 0.0, "eval": 0.0}
+    with pytest.raises(ArtefactError, match=r"others.jsonl: no usable prompt; first fault: .* another split"):
+        stage(*questions(3), eval_prompts=file, splits=none)
+    with pytest.raises(ValueError, match="eval_prompts is the file of prompts itself"):
+        stage(*questions(3), eval_prompts=tmp_path / "prompts.jsonl")
+
+
+def test_another_file_of_evaluation_prompts_makes_the_stage_run_again(tmp_path):
+    """By content; and a file that is not there is named before anything runs."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    other = tmp_path / "others.jsonl"
+
+    def inputs(**data) -> dict[str, str]:
+        policy = {"path": str(tmp_path)}
+        cfg = Config.model_validate({"policy": policy, "data": {"prompts": tmp_path / "prompts.jsonl"} | data})
+        return fingerprint(STAGES["prompts"], cfg).inputs
+
+    with pytest.raises(ArtefactError, match="data.eval_prompts: no file"):
+        inputs(eval_prompts=other)
+    found = []
+    for text in ("Why?", "How?"):
+        other.write_text(json.dumps({"prompt": text}))
+        stages._digests.clear()
+        found.append(inputs(eval_prompts=other)[f"data.eval_prompts={other}"])
+    assert found[0] != found[1] and not any("eval_prompts" in key for key in inputs())

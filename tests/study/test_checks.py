@@ -12,7 +12,7 @@ from study import checks as check
 from study.design import Condition
 from study.other_tools import by_seed
 from study.records import Series
-from study.report.build import pool_sampling
+from study.report.build import remarks
 from study.results import results
 from tests.builders.planted import PLAN, pools, series
 
@@ -104,9 +104,11 @@ def test_policies_of_another_distribution_than_the_pools_start_from_their_own_fi
 def test_pools_and_policies_of_one_distribution(options, ok):
     cfg = load([], options)
     found = check.one_reference(cfg)
-    assert (found.ok, cfg.one_reference, not pool_sampling(cfg)) == (ok, ok, ok)
+    assert (found.ok, cfg.one_reference, not remarks(cfg)) == (ok, ok, ok)
     if options == ["bon.top_p=0.95"]:
         assert found.detail.startswith("pools have temperature 1 and top-p 0.95, policies temperature 1, all tokens")
+    apart = load([], [*options, "data.eval_prompts=data/others.jsonl"])
+    assert remarks(apart).startswith(" Evaluated on the prompts of others.jsonl, not of prompts.jsonl.")
 
 
 def test_estimates_of_kl():
