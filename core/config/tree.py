@@ -60,7 +60,8 @@ class Evaluation(Section):
     prompts: int | None = Field(default=None, ge=2)
     """Use only the first n evaluation prompts, in hash order (null: all)."""
     samples: int = Field(default=1, ge=1)
-    """Responses per prompt and checkpoint, at the training temperature."""
+    """Responses per prompt and checkpoint, at the training temperature. Those of a prompt are averaged, and intervals
+    are over prompts: more of them help where samples differ more than prompts do."""
     micro_batch: int = Field(default=8, ge=1)
     """Sequences per forward pass when KL is measured. Lower it when memory runs out."""
     bootstrap: int = Field(default=1000, ge=100)
