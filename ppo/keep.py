@@ -1,4 +1,5 @@
-"""Which policies of a run are kept: the last n, and the best by a rule that does not look at gold."""
+"""Which policies of a run are kept: those of some steps, and wherever the KL has moved; of these the last n, and the
+best by a rule that does not look at gold."""
 
 from __future__ import annotations
 
@@ -26,6 +27,12 @@ class PolicyKeeper:
         """Where the policy after `step` is saved."""
         return self._folder / f"step-{step:04d}"
 
+    def forget_after(self, step: int) -> None:
+        """Delete the policies of later steps, which a run that is resumed after `step` may not come to again."""
+        for folder in self._folder.glob("step-*"):
+            if int(folder.name.split("-")[1]) > step:
+                shutil.rmtree(folder)
+
     def scored(self, step: int, score: float) -> None:
         """Record the score of the policy after `step`, if that policy was saved, and delete what need not be kept."""
         if not self.folder(step).is_dir():
@@ -41,3 +48,33 @@ class PolicyKeeper:
         for old in set(steps) - kept:
             shutil.rmtree(self.folder(old))
         write_json(self._file, {str(k): v for k, v in scores.items() if k in kept})
+
+
+class Spacing:
+    """Which policies are saved: every few steps, and whenever the KL from the reference has moved.
+
+    Args:
+        every: steps between those that are saved after their step.
+        nats: by which the KL must have moved since the last saved policy; None for no such rule.
+    """
+
+    def __init__(self, every: int, nats: float | None):
+        self._every, self._nats, self._last = every, nats, 0.0
+
+    def after(self, step: int) -> bool:
+        """Whether the policy after `step` is saved at once."""
+        return step % self._every == 0
+
+    def measured(self, step: int, kl: float) -> bool:
+        """Whether the policy after `step`, 0 for the reference, is to be saved now that its KL (nats) is known."""
+        saved = step == 0 or self.after(step)
+        moved = self._nats is not None and not saved and abs(kl - self._last) >= self._nats
+        if saved or moved:
+            self._last = kl
+        return moved
+
+    def state_dict(self) -> dict[str, float]:
+        return {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._last = state["last"]

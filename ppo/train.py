@@ -34,7 +34,7 @@ from ppo import guard
 from ppo.card import write_card
 from ppo.ema import WeightAverage
 from ppo.extend import LAST
-from ppo.keep import PolicyKeeper
+from ppo.keep import PolicyKeeper, Spacing
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
 from ppo.models import make_engines
@@ -104,6 +104,7 @@ class Trainer:
             cfg.ppo, engines, self.learner, self.generator, self.probe, prompts=prompts, seed=seed
         )
         self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
+        self.spacing = Spacing(cfg.ppo.checkpoint_every, cfg.ppo.checkpoint_kl)
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
         self.log: RunLog | None = None
 
@@ -120,6 +121,8 @@ class Trainer:
         stats = statistics(rollout)
         if not rollout.behind:  # with ppo.overlap, vLLM and the actor differ by an update too
             guard.check_mismatch(step, stats["mismatch_mean_abs"])
+        if self.spacing.measured(step - 1, stats["kl_nats_per_response"]):
+            self._save_policy(self.policies.folder(step - 1))
         self.probe.before()
         clock.lap("collect")
 
@@ -174,7 +177,7 @@ class Trainer:
 
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps
-        if step % ppo.checkpoint_every == 0 or last:
+        if self.spacing.after(step) or last:
             self._save_policy(self.policies.folder(step))
         if step % ppo.save_every == 0 and not last:
             self.save_state(step)
@@ -192,7 +195,7 @@ class Trainer:
         torch.distributed.barrier()
         if distributed.rank() == 0:
             state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": distributed.world_size()}
-            write_json(self.out / RESUME / LAST, {"step": step, **state})
+            write_json(self.out / RESUME / LAST, {"step": step, "spacing": self.spacing.state_dict(), **state})
             for old in (self.out / RESUME).glob("[0-9]*"):
                 if old != folder:
                     shutil.rmtree(old)
@@ -227,12 +230,14 @@ class Trainer:
                 self.average.load(folder)
             self.kl.load_state_dict(state["kl"])
             self.scale.load_state_dict(state["scale"])
+            self.spacing.load_state_dict(state.get("spacing", self.spacing.state_dict()))  # earlier versions: none
         if state["step"] or self.cfg.ppo.vllm_servers:  # servers may have the weights of another run
             self.generator.wake()
             self._sync(state["step"])
             self.generator.sleep()
         if distributed.rank() == 0:
             (self.out / MARK).unlink(missing_ok=True)
+            self.policies.forget_after(state["step"])
             self.log = RunLog(self.cfg, self.out, state["step"] + 1)
         return state["step"] + 1
 

@@ -137,7 +137,8 @@ def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
         f"  rm        {len(arms)} trainings of {', '.join(map(str, epochs))} epoch(s): {', '.join(conditions)}",
         f"  bon       {cfg.bon.samples} samples on {prompts} prompts, scored by {len(arms)} reward models and gold",
         f"  ppo       {steps} steps of {cfg.ppo.rollouts} rollouts: {', '.join(p.name for p in policies) or 'none'}",
-        f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints",
+        f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints"
+        + (f", and more wherever KL moves by {kl:g} nats" if (kl := cfg.ppo.checkpoint_kl) else ""),
     ]
     for stage in SHARED:
         manifest = read_manifest(cfg.run_dir / stage)

@@ -137,6 +137,10 @@ class Ppo(Section):
     average)."""
     checkpoint_every: int = Field(default=4, ge=1)
     """Steps between policies that are kept for evaluation. The last step is always one of them."""
+    checkpoint_kl: float | None = Field(default=None, gt=0)
+    """Besides those, keep a policy whose KL from the reference, measured on the rollout that it sampled, is this many
+    nats from that of the last one that was kept (null: none). So a policy that moves fast is evaluated as densely as
+    one that moves slowly. With overlap it is the policy one step after the one that was measured."""
     keep_policies: int | None = Field(default=None, ge=1)
     """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all)."""
     save_every: int = Field(default=4, ge=1, json_schema_extra={"decides_result": False})

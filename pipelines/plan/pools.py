@@ -128,7 +128,8 @@ def eval_prompts(sizes: Sizes) -> int:
 
 
 def checkpoints(sizes: Sizes) -> int:
-    """Policies that stage `eval` finds, without the reference."""
+    """Policies that stage `eval` finds, without the reference, and without those that `ppo.checkpoint_kl` adds: how far
+    KL moves is not known before."""
     ppo = sizes.cfg.ppo
     saved = len({*range(ppo.checkpoint_every, ppo.steps + 1, ppo.checkpoint_every), ppo.steps})
     return saved if ppo.keep_policies is None else min(saved, ppo.keep_policies + 1)
