@@ -77,6 +77,15 @@ def test_a_study_is_planned_with_its_matrix(capsys):
     assert found["seconds"] == pytest.approx(whole, rel=1e-3)
 
 
+def test_policies_against_ensembles_score_with_all_members(capsys):
+    options = ("--config", "configs/study.yaml", "study.ppo_ensembles=[mean, min]", "study.ppo_variants=[bt]")
+    found = planned(capsys, *options, "ppo.steps=5000", "--gpus", "H100")
+    alone, ensembles = (s for s in found["stages"] if s["stage"] == "ppo")
+    assert (alone["times"], ensembles["times"]) == (1, 2)
+    assert ensembles["seconds_of_phases"]["score"] == pytest.approx(3 * alone["seconds_of_phases"]["score"], rel=0.01)
+    assert ensembles["memory_parts"]["proxies"] == pytest.approx(3 * alone["memory_parts"]["proxies"])
+
+
 def test_peaks_by_hand():
     """One H100: 0.45 of 989 TFLOP/s forward, 150 us a layer at least; two: a gather of 2 bytes a parameter besides."""
     shape = shape_of_config(_wide(), "wide", "test")
