@@ -17,7 +17,7 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study human-preferences ppo-seeds verdict-errors test-fast test test-all test-models \
+.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds verdict-errors test-fast test test-all test-models \
 	check lint types docs-config bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
@@ -42,6 +42,9 @@ eval: | ready
 
 study: | ready       ## the over-optimisation study of CONFIG=configs/study.yaml: hours on two cores; DRY=--dry-run
 	@$(GRM) study --config $(STUDY_CONFIG) $(DRY) $(SET)
+
+study-quick: | ready ## a part of the study, with the turn of PPO in it: an hour on two cores; DRY=--dry-run
+	@$(GRM) study --config configs/study.yaml --config configs/study-quick.yaml $(DRY) $(SET)
 
 human-preferences: | ready  ## reward models on the human preferences of RLHF_DATA: an hour or two on two cores
 	@$(GRM) prompts --config configs/human.yaml

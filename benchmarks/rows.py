@@ -45,7 +45,7 @@ def rows() -> dict[str, Row]:
             "GRM also computes log-probs of the chosen responses", "cost", "grm-rlhf GRM sft",
         ),
         Row(
-            "ppo", "PPO iteration of configs/offline.yaml's sizes", "rollouts", 4.0,
+            "ppo", "PPO iteration, 64 rollouts of up to 48 tokens", "rollouts", 4.0,
             Program("benchmarks.ours.ppo", ranks=_ranks()), Program("benchmarks/peers/trl_ppo.py", TRL_PPO.python),
             "TRL 0.24 PPOTrainer", tasks.ppo, agreement.ppo_training,
             "weights, prompts, rollouts, longest response, adapters, trained parameters, epochs, minibatches and "

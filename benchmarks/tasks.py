@@ -20,7 +20,7 @@ from core.files import read_json, write_table
 
 WORK = ROOT / "runs" / "bench"
 """Models, tables and logs of the rows; can be deleted."""
-CONFIG = "configs/offline.yaml"
+CONFIG = "benchmarks/ppo.yaml"
 BATCH = 8
 """Pairs per optimiser step of the rows on training."""
 POOL_PROMPTS, POOL_RESPONSES = 2, 64
@@ -58,7 +58,7 @@ def regulariser(runs: int) -> Task:
 
 
 def ppo(runs: int, changes: Sequence[str] = (), work: Path = WORK) -> Task:
-    """Iterations of the sizes of configs/offline.yaml, all on the same prompts.
+    """Iterations of the sizes of benchmarks/ppo.yaml, all on the same prompts.
 
     Args:
         changes: overrides of that configuration.

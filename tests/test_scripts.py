@@ -71,6 +71,13 @@ def test_the_main_job_runs_every_stage_once_in_order():
     assert [line.rstrip() for line in commands("rm", "ppo", "eval")] == expected
 
 
+def test_the_quick_study_is_a_part_of_the_study():
+    (line,) = commands("study-quick", "SET=run.seed=2", "DRY=--dry-run")
+    assert line.split()[1:] == [
+        "study", "--config", "configs/study.yaml", "--config", "configs/study-quick.yaml", "--dry-run", "run.seed=2"
+    ]  # fmt: skip
+
+
 def test_options_of_make_reach_every_stage():
     found = commands("ppo", "CONFIG=a.yaml", "FROM=runs/offline", "SET=run.name=kl01 ppo.kl.coef=0.1")
     assert found == [

@@ -111,6 +111,9 @@ class Study(Section):
     as ppo.ensemble does: mean, min, median, uwo:WEIGHT, quantile:Q or soft_min:BETA (empty: no ensemble)."""
     kl_coefs: tuple[float, ...] = (0.02,)
     """Values of ppo.kl.coef. One policy is trained with each, against each of these reward models."""
+    kl_sweep: tuple[float, ...] = ()
+    """Further values of ppo.kl.coef, each for one policy more against the first seed of the first of these conditions
+    (empty: none)."""
 
     @model_validator(mode="after")
     def _once(self) -> Study:

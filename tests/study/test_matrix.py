@@ -55,6 +55,18 @@ def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
     assert len({load([file], matrix.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
 
 
+def test_a_sweep_of_the_kl_coefficient_is_of_one_reward_model(tmp_path):
+    _, _, without = planned(tmp_path, "study.ppo_seeds=2")
+    coefs = [without[0].kl_coef + 0.5, without[0].kl_coef + 1]
+    _, _, policies = planned(tmp_path, "study.ppo_seeds=2", f"study.kl_sweep={coefs}")
+    more = [policy for policy in policies if policy not in without]
+    assert [policy.kl_coef for policy in more] == coefs and {p.arms for p in more} == {without[0].arms}
+    with pytest.raises(ConfigError, match=r"study\.kl_sweep .* are among study\.kl_coefs"):
+        planned(tmp_path, f"study.kl_sweep=[{without[0].kl_coef}]")
+    with pytest.raises(ConfigError, match=r"study\.kl_sweep needs study\.ppo_variants"):
+        planned(tmp_path, "study.ppo_variants=[]", "study.kl_sweep=[1.5]")
+
+
 def test_commands_of_a_scheduler(tmp_path):
     cfg, _, policies = planned(tmp_path)
     shared, arms, last = "\n".join(study.commands(Path("s.yaml"), policies, cfg, Path("m.yaml"))).split("\n\n")

@@ -14,7 +14,7 @@ from study import files
 from study.design import Condition
 from study.records import Series
 from study.report import page, training
-from study.report.of_run import analyse, before_and_after, checkpoint_table, reward_table
+from study.report.of_run import analyse, before_and_after, checkpoint_table, description, reward_table
 from study.results import plan_of, results
 
 pytestmark = pytest.mark.slow
@@ -95,6 +95,18 @@ def test_policies_have_the_unit_of_best_of_n_and_an_origin_on_their_own_prompts(
     other = analyse(CFG, planted(), {"policy": Series(trained("other"), "grm", Condition("grm"), 0.05)})
     curve = next(c for c in other.curves if c.method == "ppo" and c.metric == "gold")
     assert curve.mean[0] == 0 and curve.mean[2] == pytest.approx(gold.mean[2] - gold.mean[0])
+
+
+@pytest.mark.parametrize(
+    ("all_pairs", "of_a_variant", "share"), [(0.0, 0.25, "25%"), (0.1, 0.0, "10%"), (0.1, 0.25, "30%")]
+)
+def test_the_share_of_wrong_labels_counts_those_of_the_variants(all_pairs, of_a_variant, share):
+    variant = {"label_noise": of_a_variant}
+    cfg = load(
+        [], [f"preferences.label_noise={all_pairs}", f"rm.variants={json.dumps({'grm': variant, 'bt': variant})}"]
+    )
+    text = description(cfg, {"preferences": {"pairs": {"rm_train": 100}}})
+    assert f"trained on 100 pairs with {share} of the labels wrong." in text
 
 
 def test_the_page_has_every_section_and_escapes(folder):
