@@ -36,7 +36,7 @@ def main(path: str, folder: str, nats: str) -> None:
         generation=config.Generation(max_new_tokens=8, vllm=config.Vllm(max_model_len=128, dtype="float32")),
         ppo=config.Ppo(lora=config.Lora(rank=4, top_layers=2), steps=STEPS, rollouts=8, micro_batch=1, minibatches=2,
                        critic_trainable_layers=1, save_every=2, checkpoint_every=EVERY, checkpoint_kl=float(nats),
-                       kl=config.Kl(coef=0.0), actor=config.Optim(lr=0.02, schedule="constant", warmup=0.0)),
+                       kl=config.Kl(coef=0.0), actor=config.Optim(lr=0.004, schedule="constant", warmup=0.0)),
     )  # fmt: skip
     out = where / "ppo"
     trainer = Trainer(cfg, {name: where / name for name in ("prompts", "rm")}, out)
