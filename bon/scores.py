@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -10,9 +10,11 @@ from typing import cast
 import numpy as np
 import torch
 
-from bon.pools import Pools, from_tables
+from bon.joining import Keys
+from bon.pools import Pools, Scores, from_columns
+from core.column_files import Kind, first_row, pick, read_columns
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
-from core.files import digest, read_table, write_table
+from core.files import digest, write_table
 from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
 from core.models.state_cache import FrozenStateCache
@@ -91,9 +93,45 @@ def read_pools(folder: Path, names: Sequence[str], second_gold: Path | None = No
     Args:
         second_gold: a table of scores by another gold, if there is one.
     """
-    scores = {name: read_table(folder / "scores" / f"{name}.parquet") for name in ("gold", *names)}
-    others = read_table(second_gold) if second_gold and second_gold.is_file() else None
-    return from_tables(read_table(folder / "samples.parquet"), scores.pop("gold"), scores, others)
+    files = {name: folder / "scores" / f"{name}.parquet" for name in ("gold", *names)}
+    other = second_gold if second_gold and second_gold.is_file() else None
+    return pools_of_files(folder / "samples.parquet", files.pop("gold"), files, other)
+
+
+def pools_of_files(samples: Path, gold: Path, proxies: Mapping[str, Path], second_gold: Path | None = None) -> Pools:
+    """Pools from a table of samples (`SampleRow`) and tables of their scores (`ScoreRow`), read column by column."""
+    about = first_row(samples)
+    scores = {name: _scores(file) for name, file in {"gold": gold, **proxies}.items()}
+    second = _scores(second_gold) if second_gold else None
+    wanted: dict[str, tuple[str, Kind]] = dict(IDS)
+    for name, column, kind in (
+        ("length", "n_tokens", "number"), ("logp", "logp_sampler", "number"), ("responses", "response", "text")
+    ):  # fmt: skip
+        if column in about:
+            wanted[name] = (column, kind)
+    if "response" in about and any(s.texts is not None for s in (*scores.values(), second) if s):
+        wanted["texts"] = ("response", "digest")  # so that scores of other texts under the same ids are refused
+    found = read_columns(samples, wanted)
+    keys = Keys(found.pop("prompt_id"), found.pop("sample_id"))
+    prompts = None
+    if "prompt" in about:
+        first = np.unique(keys.prompts.codes, return_index=True)[1]
+        chats = pick(samples, "prompt", first.tolist())
+        prompts = {i: chat[-1]["content"] for i, chat in zip(keys.prompts.distinct, chats, strict=True)}
+    return from_columns(keys, scores.pop("gold"), scores, second, prompts=prompts, **found)
+
+
+IDS: dict[str, tuple[str, Kind]] = {"prompt_id": ("prompt_id", "name"), "sample_id": ("sample_id", "whole")}
+"""Columns that name a sample."""
+
+
+def _scores(file: Path) -> Scores:
+    """A table of scores, with the digests of what was scored where it has them."""
+    wanted: dict[str, tuple[str, Kind]] = {**IDS, "score": ("score", "number")}
+    if first_row(file).get("text_sha") is not None:
+        wanted["text_sha"] = ("text_sha", "hex")
+    found = read_columns(file, wanted)
+    return Scores(Keys(found["prompt_id"], found["sample_id"]), found["score"], found.get("text_sha"))
 
 
 def optimised_rewards(reward_models: Path, pools: Pools, members: Sequence[str], rule: str | None) -> np.ndarray:
