@@ -63,7 +63,7 @@ class Samples:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.order.shape  # type: ignore[return-value]
+        return self.order.shape
 
     def rows(self, keys: Keys) -> Whole:
         """[P, N]: the row of each sample in another table.

@@ -104,11 +104,10 @@ def pools_of_files(samples: Path, gold: Path, proxies: Mapping[str, Path], secon
     scores = {name: _scores(file) for name, file in {"gold": gold, **proxies}.items()}
     second = _scores(second_gold) if second_gold else None
     wanted: dict[str, tuple[str, Kind]] = dict(IDS)
-    for name, column, kind in (
-        ("length", "n_tokens", "number"), ("logp", "logp_sampler", "number"), ("responses", "response", "text")
-    ):  # fmt: skip
-        if column in about:
-            wanted[name] = (column, kind)
+    others: dict[str, tuple[str, Kind]] = {
+        "length": ("n_tokens", "number"), "logp": ("logp_sampler", "number"), "responses": ("response", "text")
+    }  # fmt: skip
+    wanted |= {name: (column, kind) for name, (column, kind) in others.items() if column in about}
     if "response" in about and any(s.texts is not None for s in (*scores.values(), second) if s):
         wanted["texts"] = ("response", "digest")  # so that scores of other texts under the same ids are refused
     found = read_columns(samples, wanted)

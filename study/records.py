@@ -22,6 +22,8 @@ class Series:
     """Of that reward model."""
     kl_coef: float | None = None
     """Of the KL penalty it was trained with."""
+    seed: int | None = None
+    """Which of the policies of its condition and KL coefficient; None where that is not known."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bon.pools import Pools
 from core.config import Config, Study
@@ -34,10 +35,11 @@ SERIES_COLUMNS = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}
 """Column of a KL -> its kind, in order of preference."""
 
 
-def plan_of(cfg: Config, n_max: int, study: Study | None = None) -> Plan:
-    """How a run is analysed; with `study`, ensembles of the seeds and soft best-of-n too."""
+def plan_of(cfg: Config, n_max: int, study: Study | None = None, *, ns: NDArray[np.int64] | None = None) -> Plan:
+    """How a run is analysed, up to `n_max` or at `ns`; with `study`, ensembles of the seeds and soft best-of-n too."""
     return Plan(
-        np.arange(1, n_max + 1), draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
+        np.arange(1, n_max + 1) if ns is None else ns,
+        draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
         ensembles=study.ensembles if study else (), temperatures=study.soft_temperatures if study else (),
     )  # fmt: skip
 
@@ -99,14 +101,21 @@ def results(
         out.curves.append(analysis.disagreement_curve(pools, name, out.proxies[name], plan))
     grid = plan.ns[np.unique(np.round(np.geomspace(1, len(plan.ns), 12)).astype(int) - 1)]
     out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in out.conditions}, grid)
+    add_policies(out, series, plan, baseline or {})
+    return out
+
+
+def add_policies(
+    out: Results, series: Mapping[str, Series], plan: Plan, baseline: Mapping[Condition, Condition]
+) -> None:
+    """Each policy by itself."""
     for name, one in series.items():
-        curves = series_curves(name, with_kl(one.rows), plan, pools=pools, proxy=one.proxy)
+        curves = series_curves(name, with_kl(one.rows), plan, pools=out.pools, proxy=one.proxy)
         trained = one.condition.name if one.condition else None
         out.policies[name] = series_findings(curves) | {
             "condition": trained, "rm": one.proxy, "kl_coef": one.kl_coef
         }  # fmt: skip
         out.curves += curves.values()
-    return out
 
 
 def _design(condition: Condition) -> dict[str, str | int | float | None]:

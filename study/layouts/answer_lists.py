@@ -3,8 +3,8 @@
     instruction, input, answers [N], gold_scores [N], proxy_scores [N] or several such columns
 
 Their own code writes a file a seed, `runs/NAME/seed1/proxy_labelled_sorted.json`, each sorted by its own proxy. Such a
-folder is read as a whole: its files are joined by the texts of prompts and answers. Their ensembles' files are left out,
-since the gold in them was not sorted with the proxy.
+folder is read as a whole: its files are joined by the texts of prompts and answers. Their ensembles' files are left
+out, since the gold in them was not sorted with the proxy.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The files of the GRM repository's best-of-n (arXiv 2406.10216, rlhf/bon): proxy_score.csv and gold_score.csv.
 
-    proxy_score.csv  of all samples: prompts (the rendered conversation), rewards, source_ids, id_ids. A sample's order is
-                     its place among the rows of its id, from 1, as their step 4 counts it
+    proxy_score.csv  of all samples: prompts (the rendered conversation), rewards, source_ids, id_ids. A sample's order
+                     is its place among the rows of its id, from 1, as their step 4 counts it
     gold_score.csv   prompts, gold_rewards, source_ids, id_ids, order_ids: of the samples only that the proxy chooses
                      among the first n, for some n
 
 They lie in a folder, or in a folder for each method (grm/, bt/) anywhere below it. Where gold covers every sample the
-result is pools. Where it covers the chosen ones it is what their step 6 computes, gold of the best of the first n samples:
-one draw for each n, not the mean over all subsets.
+result is pools. Where it covers the chosen ones it is what their step 6 computes, gold of the best of the first n
+samples: one draw for each n, not the mean over all subsets.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ REWARD = {
 }
 POINTS = 48
 """Of a curve of chosen responses, at equal steps of log n."""
-LOOKED_AT = 200
-"""Gold's texts that are compared with the proxy's. Templates differ, and long texts are cut off at different places."""
+LOOKED_AT, ENDING = 200, 24
+"""Texts of gold that are compared with the proxy's, and how many letters at their ends."""
 
 
 @dataclass
@@ -186,28 +187,36 @@ def _of_equal_texts(values: Array, prompts: NDArray[np.int64], texts: NDArray[np
 def _check_texts(proxy_file: Path, rows: NDArray[np.int64], gold_file: Path) -> None:
     """ArtefactError when gold's texts are not those of the proxy's rows that their ids and orders name.
 
-    The two are renderings by two templates. So the end of the answer is looked for, as letters and digits; most must
-    be found, and not all, since a long one is cut off at another place."""
+    The two are renderings by two templates, which share the answer at their ends. So the letters and digits at the ends
+    are compared, and must agree more than those of rows that have nothing to do with each other.
+    """
     texts = [_column(file, TEXT, needed=False) for file in (proxy_file, gold_file)]
     if not all(texts):
         return
     some = np.unique(np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int))
-    mine, theirs = pick(proxy_file, texts[0], rows[some].tolist()), pick(gold_file, texts[1], some.tolist())
-    found = sum(_ending(a) in _letters(b) or _ending(b) in _letters(a) for a, b in zip(mine, theirs, strict=True))
-    if found < 0.5 * len(some):
+    mine = [_letters(text) for text in pick(proxy_file, texts[0], rows[some].tolist())]
+    theirs = [_letters(text) for text in pick(gold_file, texts[1], some.tolist())]
+    own = float(np.mean([_agreeing(a, b) for a, b in zip(mine, theirs, strict=True)]))
+    other = float(np.mean([_agreeing(a, b) for a, b in zip(mine[1:] + mine[:1], theirs, strict=True)]))
+    if own < 0.5 * ENDING and own <= 2 * other + 1:
         raise ArtefactError(
-            f"{gold_file.name} and {proxy_file.name} are about other samples: of {len(some)} texts of one id and order, "
-            f"only {found} are the same; {proxy_file.name} may have been sorted or made again since"
+            f"{gold_file.name} and {proxy_file.name} are about other samples: {len(some)} texts of one id and order "
+            f"end in {own:.1f} equal letters on average, and texts of different samples in {other:.1f}; {proxy_file.name} "
+            "may have been sorted or made again since"
         )
 
 
-def _letters(text: str) -> str:
-    """The text without what templates add between < > and [ ], and without all but letters and digits."""
+def _letters(text: str | None) -> str:
+    """The letters and digits of a text without what templates put between < > and [ ]."""
     return "".join(c for c in re.sub(r"<[^<>\s]{1,30}>|\[/?INST\]", "", text or "") if c.isalnum())
 
 
-def _ending(text: str) -> str:
-    return _letters(text)[-40:]
+def _agreeing(first: str, second: str) -> int:
+    """How many letters at their ends agree, at most ENDING; long texts may be cut off at different places."""
+    if first[-ENDING:] in second or second[-ENDING:] in first:
+        return min(ENDING, len(first), len(second))
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _chosen(methods: Sequence[_Method]) -> Chosen:

@@ -58,13 +58,99 @@ def test_a_table_in_any_order_and_format(tmp_path, suffix):
     np.testing.assert_array_equal(pools.length[0], np.arange(1, N + 1))  # characters, where there are no tokens
 
 
-def test_gold_labelled_gens(tmp_path):
-    (tmp_path / "gens.json").write_text(json.dumps(gens()))
-    pools = read_scores(tmp_path / "gens.json")
-    at = {text: i for i, text in enumerate(pools.prompts)}
-    assert set(pools.proxies) == {"proxy", "other"} and "q1\n\nmore" in at and "q0" in at
-    np.testing.assert_allclose(pools.gold[at["q1\n\nmore"]], GOLD[1])
-    np.testing.assert_allclose(pools.proxies["other"][at["q0"]], PROXY["bt-seed1"][0])
+def by_answer(pools, values, prompt):
+    """Text of a sample -> its score, for one prompt of pools."""
+    at = pools.prompts.index(prompt)
+    return dict(zip(pools.responses[at], values[at].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_gold_labelled_gens(tmp_path, suffix):
+    file = tmp_path / f"gens.{suffix}"
+    if suffix == "json":
+        file.write_text(json.dumps(gens(), indent=4))  # as their own code writes it
+    else:
+        {"jsonl": write_jsonl, "parquet": write_table}[suffix](file, gens())
+    pools = read_scores(file)
+    assert set(pools.proxies) == {"proxy", "other"} and {"q1\n\nmore", "q0"} < set(pools.prompts)
+    for prompt, p in (("q1\n\nmore", 1), ("q0", 0)):
+        for values, table in ((pools.gold, GOLD), (pools.proxies["other"], PROXY["bt-seed1"])):
+            assert by_answer(pools, values, prompt) == {f"a{k}": table[p, k] for k in range(N)}
+    np.testing.assert_array_equal(np.sort(pools.length[0]), np.sort([len(f"a{k}") for k in range(N)]))
+
+
+def test_columns_of_seeds_are_seeds_of_one_condition(tmp_path):
+    rows = [{k: v for k, v in row.items() if "proxy" not in k} for row in gens()]
+    for seed in range(1, 6):
+        for p, row in enumerate(rows):
+            row[f"proxy_scores_seed{seed}"] = (GOLD[p] + seed).tolist()
+            row[f"proxy_scores_grm_seed{seed}"] = (GOLD[p] - seed).tolist()
+    write_jsonl(tmp_path / "gens.jsonl", rows)
+    found = by_seed(list(read_scores(tmp_path / "gens.jsonl").proxies))
+    assert found == {
+        Condition("proxy"): [f"proxy-seed{s}" for s in range(1, 6)],
+        Condition("grm"): [f"grm_seed{s}" for s in range(1, 6)],
+    }
+
+
+def seed_folder(folder, ensemble=True, texts=None):
+    """What `run_bon_pipeline.py` leaves: a file a seed, each sorted by its own proxy, and files of ensembles whose
+    gold is in the wrong order."""
+    proxies = {s: GOLD + np.random.default_rng(s).normal(size=(P, N)) for s in (1, 2, 3)}
+    for seed, proxy in proxies.items():
+        rows = gens()
+        for p, row in enumerate(rows):
+            row.pop("proxy_scores_other")
+            order = proxy[p].argsort()
+            row |= {"answers": [(texts or "a{k}").format(k=k) for k in order], "gold_scores": GOLD[p][order].tolist(),
+                    "proxy_scores": proxy[p][order].tolist()}  # fmt: skip
+        names = [f"seed{seed}"] + (["ensemble_mean"] if ensemble and seed == 1 else [])
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "proxy_labelled_sorted.json").write_text(json.dumps(rows[::-1] if seed == 2 else rows))
+            (folder / name / "bon_sampled_results.json").write_text('[{"n": 1, "proxy_score": 0, "gold_score": 0}]')
+    return proxies
+
+
+def test_files_of_seeds_are_joined_by_their_texts(tmp_path):
+    proxies = seed_folder(tmp_path)
+    pools = read_scores(tmp_path)
+    assert by_seed(list(pools.proxies)) == {Condition("proxy"): ["proxy-seed1", "proxy-seed2", "proxy-seed3"]}
+    for seed, table in proxies.items():
+        for prompt, p in (("q3\n\nmore", 3), ("q0", 0)):
+            found = by_answer(pools, pools.proxies[f"proxy-seed{seed}"], prompt)
+            assert found == {f"a{k}": table[p, k] for k in range(N)}
+            assert by_answer(pools, pools.gold, prompt) == {f"a{k}": GOLD[p, k] for k in range(N)}
+
+
+def test_files_about_other_samples_or_of_another_gold_do_not_join(tmp_path):
+    seed_folder(tmp_path, ensemble=False)
+    file = tmp_path / "seed2" / "proxy_labelled_sorted.json"
+    rows = json.loads(file.read_text())
+    changed = [rows[0] | {"answers": ["other", *rows[0]["answers"][1:]]}, *rows[1:]]
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ArtefactError, match="seed2.* and seed1.* are not about the same responses"):
+        read_scores(tmp_path)
+    file.write_text(json.dumps([rows[0] | {"gold_scores": rows[0]["gold_scores"][::-1]}, *rows[1:]]))
+    with pytest.raises(ArtefactError, match="gold of seed2.* and of seed1.* differ on 16 of 192"):
+        read_scores(tmp_path)
+    file.write_text(json.dumps(rows[1:]))
+    with pytest.raises(ArtefactError, match="are not about the same prompts: 1 are in one of them only"):
+        read_scores(tmp_path)
+
+
+def test_equal_answers_are_one_that_was_drawn_twice(tmp_path):
+    """Two scores of one text differ by rounding only, so best-of-n must take them for a tie."""
+    row = {
+        "instruction": "q",
+        "answers": ["a", "b", "a"],
+        "gold_scores": [1.0, 5.0, 1.2],
+        "proxy_scores": [0.1, 3, 0.3],
+    }
+    write_jsonl(tmp_path / "g.jsonl", [row, row | {"instruction": "r"}])
+    pools = read_scores(tmp_path / "g.jsonl")
+    scores = sorted(zip(pools.responses[0], pools.proxies["proxy"][0], pools.gold[0], strict=True))
+    np.testing.assert_allclose([s[1:] for s in scores], [(0.2, 1.1), (0.2, 1.1), (3, 5)])
 
 
 @pytest.mark.parametrize("lines", [True, False], ids=["lines", "columns"])
@@ -96,21 +182,92 @@ def test_results_of_rewardbench_2_are_scores(tmp_path):
         read_scores(tmp_path / "mine.json")
 
 
-def test_files_of_the_grm_repository(tmp_path):
+def test_files_of_the_grm_repository_with_texts_in_place_of_orders(tmp_path):
+    """Gold of all samples: rows are joined by id and text, in whatever order they are."""
     write_csv(tmp_path / "proxy_score.csv", grm_rows(PROXY["bt-seed0"]))
-    write_csv(tmp_path / "gold_score.csv", grm_rows(GOLD))
-    pools = read_scores(tmp_path)
-    order = sorted(range(P), key=str)
-    np.testing.assert_allclose(pools.gold, GOLD[order])
-    np.testing.assert_allclose(pools.proxies["proxy"], PROXY["bt-seed0"][order])
     moved = grm_rows(GOLD)
-    moved[0], moved[1] = moved[1], moved[0]  # without ids of samples an order that differs must not be joined
+    np.random.default_rng(0).shuffle(moved)
     write_csv(tmp_path / "gold_score.csv", moved)
-    with pytest.raises(ArtefactError, match="2 ids name different texts"):
+    pools = read_scores(tmp_path)
+    for p, prompt in enumerate(pools.prompts):
+        at = int(prompt)
+        assert {t: GOLD[at, int(t.split()[1])] for t in pools.responses[p]} == by_answer(pools, pools.gold, prompt)
+        found = by_answer(pools, pools.proxies["proxy"], prompt)
+        assert found == {f"{at} {k}": PROXY["bt-seed0"][at, k] for k in range(N)}
+    write_csv(tmp_path / "gold_score.csv", [row | {"response": f"[INST]{row['response']}"} for row in moved])
+    with pytest.raises(ArtefactError, match="192 of 192 rows of gold_score.csv .* needs a column order_ids"):
         read_scores(tmp_path)
-    write_csv(tmp_path / "gold_score.csv", grm_rows(GOLD)[:5])
-    with pytest.raises(ArtefactError, match="gold_score.csv has 5 rows .* score the whole pool"):
+
+
+def repository(folder, methods, chosen=True, seed=0):
+    """The files of steps 3 and 5 of the GRM repository, with its columns: gold of what the proxy chooses among the
+    first n, rendered by another template."""
+    rng = np.random.default_rng(seed)
+    answers = [[f"The answer {k} to question {p} is {rng.integers(1e9)}." for k in range(N)] for p in range(P)]
+    for name, proxy in methods.items():
+        (folder / "step3" / name).mkdir(parents=True)
+        (folder / "step5" / name).mkdir(parents=True)
+        order = rng.permutation([(p, k) for p in range(P) for k in range(N)])
+        place = {p: [k for q, k in order.tolist() if q == p] for p in range(P)}  # the order in the file is theirs
+        gemma = "<bos><bos><start_of_turn>user\nquestion {p}<end_of_turn>\n<start_of_turn>model\n{a}<end_of_turn>\n"
+        write_csv(folder / "step3" / name / "proxy_score.csv", [
+            {"prompts": gemma.format(p=p, a=answers[p][k]), "rewards": proxy[p, k], "source_ids": "all",
+             "id_ids": p + 100}
+            for p, k in order.tolist()
+        ])  # fmt: skip
+        rows = []
+        for p, drawn in place.items():
+            best = {max(range(n), key=lambda i, p=p, drawn=drawn: proxy[p, drawn[i]]) for n in range(1, N + 1)}
+            rows += [
+                {"prompts": f"<s><s> [INST] question {p} [/INST]{answers[p][drawn[i]]}</s>",
+                 "gold_rewards": GOLD[p, drawn[i]], "source_ids": "all", "id_ids": p + 100, "order_ids": i + 1}
+                for i in (sorted(best) if chosen else range(N))
+            ]  # fmt: skip
+        rng.shuffle(rows)
+        write_csv(folder / "step5" / name / "gold_score.csv", rows)
+        methods[name] = (proxy, place)
+    return methods
+
+
+def test_the_grm_repositorys_own_columns_with_gold_of_all_samples(tmp_path):
+    repository(tmp_path, {"grm": PROXY["bt-seed0"].copy(), "bt": PROXY["bt-seed1"].copy()}, chosen=False)
+    pools = read_scores(tmp_path)
+    assert set(pools.proxies) == {"grm", "bt"} and pools.gold.shape == (P, N)
+    for name, table in (("grm", PROXY["bt-seed0"]), ("bt", PROXY["bt-seed1"])):
+        p = int(pools.prompt_ids[5]) - 100
+        found = {int(t.split("answer ")[1].split()[0]): i for i, t in enumerate(pools.responses[5])}
+        np.testing.assert_allclose([pools.proxies[name][5, found[k]] for k in range(N)], table[p])
+        np.testing.assert_allclose([pools.gold[5, found[k]] for k in range(N)], GOLD[p])
+
+
+def test_gold_of_chosen_answers_alone_gives_the_best_of_the_first_n(tmp_path):
+    """As step 6 of the GRM repository computes it, from its own columns."""
+    methods = repository(tmp_path, {"grm": PROXY["bt-seed0"].copy(), "bt": PROXY["bt-seed1"].copy()})
+    found = read_scores(tmp_path)
+    assert "which is all choices up to n = 16" in found.about and len({r["step"] for r in found.rows}) == N
+    for row in found.rows:
+        proxy, place = methods[row["run"]]
+        p, n = int(row["prompt_id"]) - 100, row["step"]
+        best = max(place[p][:n], key=lambda k, p=p, proxy=proxy: proxy[p, k])
+        assert (row["proxy"], row["gold"]) == pytest.approx((proxy[p, best], GOLD[p, best]))
+        assert row["kl"] == pytest.approx(np.log(n) - (n - 1) / n)
+
+
+def test_gold_of_other_samples_is_refused(tmp_path):
+    repository(tmp_path, {"grm": PROXY["bt-seed0"].copy()})
+    file = tmp_path / "step3" / "grm" / "proxy_score.csv"
+    rows = list(csv.DictReader(file.open(newline="")))
+    write_csv(file, sorted(rows, key=lambda row: float(row["rewards"])))  # orders then name other rows
+    with pytest.raises(ArtefactError, match=r"are about other samples: \d+ texts of one id and order "):
         read_scores(tmp_path)
+    write_csv(file, rows)
+    gold = tmp_path / "step5" / "grm" / "gold_score.csv"
+    write_csv(gold, [r for r in csv.DictReader(gold.open(newline="")) if r["order_ids"] != "1"])
+    with pytest.raises(ArtefactError, match="gold lacks the best of the first 1 samples of id 10"):
+        read_scores(tmp_path)
+    gold.unlink()
+    with pytest.raises(ArtefactError, match="no gold_score.csv"):
+        read_scores(tmp_path / "step3" / "grm")
 
 
 def without(column):
