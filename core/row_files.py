@@ -30,6 +30,8 @@ BATCH_ROWS = 1024
 """Rows of a Parquet file that are in memory at a time."""
 PIECE_CHARACTERS = 1 << 20
 """Of a JSON array that are read at a time."""
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+"""Space, or the mark that some programs put at the start of UTF-8."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -120,8 +122,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a JSON array, or of JSON Lines where the first line with text is an object of its own."""
     with opened(path) as file:
         lines = enumerate(_lines(file, path), start=1)
-        number, first = next(((n, line) for n, line in lines if line.strip()), (1, b""))
-        if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        number, first = next(((n, line) for n, line in lines if line.strip(_BLANK)), (1, b""))
+        if first.lstrip(_BLANK).startswith(b"["):
             rest = (line for _, line in lines)
             yield from enumerate(_elements(chain([first], rest), path), start=1)
             return

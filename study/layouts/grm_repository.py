@@ -201,8 +201,8 @@ def _check_texts(proxy_file: Path, rows: NDArray[np.int64], gold_file: Path) -> 
     if own < 0.5 * ENDING and own <= 2 * other + 1:
         raise ArtefactError(
             f"{gold_file.name} and {proxy_file.name} are about other samples: {len(some)} texts of one id and order "
-            f"end in {own:.1f} equal letters on average, and texts of different samples in {other:.1f}; {proxy_file.name} "
-            "may have been sorted or made again since"
+            f"end in {own:.1f} equal letters on average, and texts of different samples in {other:.1f}; "
+            f"{proxy_file.name} may have been sorted or made again since"
         )
 
 
