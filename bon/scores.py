@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -14,11 +14,12 @@ from bon.joining import Keys
 from bon.pools import Pools, Scores, from_columns
 from core.column_files import Kind, first_row, pick, read_columns
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
+from core.errors import ArtefactError
 from core.files import digest, write_table
 from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
 from core.models.state_cache import FrozenStateCache
-from rm.checkpoints.folder import read_config
+from rm.checkpoints.folder import locate, read_config
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.model import RewardModel
@@ -30,22 +31,44 @@ CACHED_STATES = 4 << 30
 def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str]:
     """Write a table of rewards for each reward model that has none yet; returns the names of all of them."""
     names = reward_models(folder)
-    load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
-    waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
+    score_models({name: (folder / name, out / "scores" / f"{name}.parquet") for name in names}, samples)
+    return names
+
+
+def score_models(
+    models: Mapping[str, tuple[str | Path, Path]], samples: list[SampleRow], *, title: str = "bon",
+    load: Callable[[str | Path], RewardModel] = RewardModel.from_pretrained,
+) -> None:  # fmt: skip
+    """Score samples by reward models, where that is not done yet.
+
+    Args:
+        models: name -> a folder or hub id, and the table of its rewards.
+        title: of progress bars.
+        load: what makes a model of a folder or hub id.
+    """
+    waiting = [name for name, (_, file) in models.items() if not file.exists()]
     rows = cast(list[ResponseRow], samples)
     # Size by size: models of two sizes share only the frozen layers of the smaller one.
-    depth = lambda name: text_config(read_config(folder / name)).num_hidden_layers  # noqa: E731
-    for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
-        shared, models = None, {}
+    size = {name: _size(models[name][0]) for name in waiting}
+    for alike in (list(names) for _, names in groupby(sorted(waiting, key=size.__getitem__), key=size.__getitem__)):
+        shared, loaded = None, {}
         if len(alike) > 1:
-            models = {name: load(name) for name in alike[:2]}
-            shared = SharedLayers.of(models[alike[0]], models[alike[1]], rows)
+            loaded = {name: load(models[name][0]) for name in alike[:2]}
+            shared = SharedLayers.of(loaded[alike[0]], loaded[alike[1]], rows)
         for name in alike:
-            model = models.pop(name, None) or load(name)
+            model = loaded.pop(name, None) or load(models[name][0])
             cache = shared.cache if shared and shared.fits(model) else None
-            rewards = model.score_rows(rows, frozen=cache, progress=f"bon: {name}")
-            write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
-    return names
+            rewards = model.score_rows(rows, frozen=cache, progress=f"{title}: {name}")
+            write_scores(models[name][1], samples, rewards.tolist())
+
+
+def _size(path: str | Path) -> tuple[str, int, int]:
+    """Architecture, hidden size and layers: reward models in which these differ share no layers."""
+    try:
+        config = text_config(read_config(locate(path)))
+    except ArtefactError:  # an adapter that leaves them to its base
+        return str(path), 0, 0
+    return config.model_type, config.hidden_size, config.num_hidden_layers
 
 
 class SharedLayers:

@@ -23,8 +23,7 @@ WANTED = {
 
 def write(path, rows):
     if path.name.endswith((".csv", ".csv.gz")):
-        opened = gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="")
-        with opened as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
