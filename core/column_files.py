@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["name", "whole", "number", "text", "length", "digest", "hex"]
 """name: a text that many rows share. whole: an integer. number: finite. text: any text. length: characters of a text.
 digest: the first 64 bits of `core.files.digest` of a text; hex: the same, of a column that holds such digests."""
-KEPT_BYTES = 1 << 28
+KEPT_BYTES = 1 << 26
 """Most bytes of a column of texts that are kept."""
 PIECE_BYTES = 16 << 20
 """Of a file that is in memory at a time; no row of a CSV or JSON Lines file may be longer."""

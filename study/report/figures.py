@@ -103,7 +103,9 @@ def _policies(axis, results: Results) -> None:
             if metric == "gold":
                 lo, hi = _band(curve.rows())
                 axis.fill_between(curve.d[order], lo[order], hi[order], color=shade, alpha=0.15, linewidth=0)
-    axis.set_title("PPO (KL: measured on samples)", fontsize=8 if crowded(results) else 10, pad=16)
+    bounds = all(curve.kl_kind == "bound" for curve in _curves(results, "ppo", "gold"))
+    title = "Best of the first n (KL: an upper bound)" if bounds else "PPO (KL: measured on samples)"
+    axis.set_title(title, fontsize=8 if crowded(results) else 10, pad=16)
 
 
 def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""An audit says how soon a reward model is over-optimised: on planted scores, and with real models and a real policy."""
+"""An audit says how soon a reward model is over-optimised: on planted scores, and with real models and a policy."""
 
 import json
 import shutil

@@ -8,7 +8,6 @@ import pytest
 
 from core.errors import ArtefactError
 from core.files import write_jsonl, write_table
-from study import run as study
 from study.design import Condition
 from study.other_tools import by_seed, read_scores, read_series
 
@@ -342,16 +341,3 @@ def test_names_of_other_tools_are_seeds_or_variants_and_nothing_more():
     }  # fmt: skip
     unknown = next(iter(by_seed(["grm-5layers-noise0.25"])))
     assert (unknown.pairs, unknown.layers, unknown.label_noise, unknown.rule) == (None, None, None, None)
-
-
-@pytest.mark.slow
-def test_a_report_of_imported_scores(tmp_path, capsys):
-    write_jsonl(tmp_path / "mine.jsonl", table())
-    write_jsonl(tmp_path / "rl.jsonl", series_rows())
-    arguments = ["--scores", tmp_path / "mine.jsonl", "--series", tmp_path / "rl.jsonl", "--out", tmp_path / "out"]
-    assert study.main([*map(str, arguments), "--config", "configs/study.yaml", "eval.bootstrap=100"]) == 0
-    assert "study.html" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "out" / "conditions.json").read_text())
-    assert facts["bt"]["seeds"] == 2 and "bt x 2, min" in facts
-    page = (tmp_path / "out" / "study.html").read_text()
-    assert "12 prompts, pools of 16" in page and 'id="samples"' in page and "oracle" in page
