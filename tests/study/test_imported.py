@@ -10,7 +10,7 @@ from core.files import write_jsonl
 from pipelines import __main__ as command_line
 from study.design import Condition
 from study.imported import EVERY_N, baseline_of, grid, series_of
-from tests.builders.other_tools import GOLD, PROXY, N, repository, series_rows, table
+from tests.builders.scores.other_tools import GOLD, PROXY, N, repository, series_rows, table
 
 QUICK = "eval.bootstrap=100"
 

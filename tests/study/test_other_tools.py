@@ -10,7 +10,7 @@ from core.errors import ArtefactError
 from core.files import write_jsonl, write_table
 from study.design import Condition
 from study.other_tools import by_seed, read_scores, read_series
-from tests.builders.other_tools import (
+from tests.builders.scores.other_tools import (
     GOLD,
     PROXY,
     N,
@@ -53,8 +53,8 @@ def test_gold_labelled_gens(tmp_path, suffix):
     pools = read_scores(file)
     assert set(pools.proxies) == {"proxy", "other"} and {"q1\n\nmore", "q0"} < set(pools.prompts)
     for prompt, p in (("q1\n\nmore", 1), ("q0", 0)):
-        for values, table in ((pools.gold, GOLD), (pools.proxies["other"], PROXY["bt-seed1"])):
-            assert by_answer(pools, values, prompt) == {f"a{k}": table[p, k] for k in range(N)}
+        for values, planted in ((pools.gold, GOLD), (pools.proxies["other"], PROXY["bt-seed1"])):
+            assert by_answer(pools, values, prompt) == {f"a{k}": planted[p, k] for k in range(N)}
     np.testing.assert_array_equal(np.sort(pools.length[0]), np.sort([len(f"a{k}") for k in range(N)]))
 
 
@@ -76,10 +76,10 @@ def test_files_of_seeds_are_joined_by_their_texts(tmp_path):
     proxies = seed_folder(tmp_path)
     pools = read_scores(tmp_path)
     assert by_seed(list(pools.proxies)) == {Condition("proxy"): ["proxy-seed1", "proxy-seed2", "proxy-seed3"]}
-    for seed, table in proxies.items():
+    for seed, planted in proxies.items():
         for prompt, p in (("q3\n\nmore", 3), ("q0", 0)):
             found = by_answer(pools, pools.proxies[f"proxy-seed{seed}"], prompt)
-            assert found == {f"a{k}": table[p, k] for k in range(N)}
+            assert found == {f"a{k}": planted[p, k] for k in range(N)}
             assert by_answer(pools, pools.gold, prompt) == {f"a{k}": GOLD[p, k] for k in range(N)}
 
 
@@ -163,10 +163,10 @@ def test_the_grm_repositorys_own_columns_with_gold_of_all_samples(tmp_path):
     repository(tmp_path, {"grm": PROXY["bt-seed0"].copy(), "bt": PROXY["bt-seed1"].copy()}, chosen=False)
     pools = read_scores(tmp_path)
     assert set(pools.proxies) == {"grm", "bt"} and pools.gold.shape == (P, N)
-    for name, table in (("grm", PROXY["bt-seed0"]), ("bt", PROXY["bt-seed1"])):
+    for name, planted in (("grm", PROXY["bt-seed0"]), ("bt", PROXY["bt-seed1"])):
         p = int(pools.prompt_ids[5]) - 100
         found = {int(t.split("answer ")[1].split()[0]): i for i, t in enumerate(pools.responses[5])}
-        np.testing.assert_allclose([pools.proxies[name][5, found[k]] for k in range(N)], table[p])
+        np.testing.assert_allclose([pools.proxies[name][5, found[k]] for k in range(N)], planted[p])
         np.testing.assert_allclose([pools.gold[5, found[k]] for k in range(N)], GOLD[p])
 
 
