@@ -101,6 +101,8 @@ def audit(cfg: Config, options: argparse.Namespace) -> str:
         before = read_json(out / "audit.json")
         cfg = _updated(cfg, "gold", kind=before["gold"], path=before["gold_path"])
         samples, source = read_table(out / "samples.parquet", SampleRow), before["source"]
+    elif options.scores and not options.models and not (out / "samples.parquet").is_file():
+        raise ConfigError(f"--scores {options.scores} has no gold, and {out} no samples that it could be scores of")
     elif options.pools:
         samples, source = kept.taken(options.pools, out), f"the pools {options.pools}"
     else:

@@ -26,6 +26,7 @@ from core.errors import ArtefactError, ConfigError
 from core.files import digest, file_digest, path_digest, read_json, read_table, write_json, write_table
 from core.generation.pool import sample_pool
 from pipelines.prompts import read_prompts
+from rm.checkpoints.folder import files as weights
 from rm.checkpoints.folder import locate
 from rm.evaluation.command import model_names
 from rm.gold import load_gold, score_samples
@@ -101,8 +102,10 @@ def settle(out: Path, source: Mapping[str, Any]) -> None:
 
 
 def model_key(path: str, dtype: str, reads: str | None) -> str:
-    """Digest of a reward model: its files, and how they are used."""
-    return digest([path_digest(locate(path)), dtype, reads])
+    """Digest of a reward model: its files, and how they are used; ArtefactError where there are no weights."""
+    folder = locate(path)
+    weights(folder)
+    return digest([path_digest(folder), dtype, reads])
 
 
 def listed(out: Path) -> dict[str, dict[str, Any]]:

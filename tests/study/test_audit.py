@@ -10,6 +10,7 @@ from bon.estimators import best_of_n, kl_bound
 from bon.gains import gains
 from bon.scores import write_scores
 from core.config.load import load
+from core.environment import STARTED
 from core.errors import ArtefactError, ConfigError
 from core.files import digest, read_json, read_table, write_jsonl, write_table
 from pipelines import __main__ as command_line
@@ -121,9 +122,15 @@ def test_options_are_laid_over_the_configuration(tmp_path):
     assert audit.configured(cfg, options()) == cfg
 
 
-def test_what_is_missing_is_said(tmp_path, capsys):
+def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(STARTED, "1")  # as in the process that `grm` starts
     assert command_line.main(["audit"]) == 2 and "give a reward model" in capsys.readouterr().err
-    rows, *_ = planted(tmp_path)
+    assert command_line.main(["audit", str(tmp_path), "--baseline", "x"]) == 2
+    assert "holds no reward model" in capsys.readouterr().err
+    write_jsonl(tmp_path / "s.jsonl", [{"prompt_id": "p", "sample_id": 0, "mine": 0.5}])
+    assert command_line.main(["audit", "--scores", str(tmp_path / "s.jsonl"), "--out", str(tmp_path)]) == 2
+    assert "has no gold, and" in capsys.readouterr().err
+    planted(tmp_path)
     arguments = ["audit", "--scores", str(tmp_path / "scores.parquet"), "--out", str(tmp_path), "--baseline", "x"]
     assert command_line.main(arguments) == 2
     assert "--baseline x: no such reward model; there are good, bad, noise" in capsys.readouterr().err
