@@ -120,7 +120,7 @@ def from_columns(
     Raises:
         ArtefactError: columns that do not join, with counts; pools of different sizes; what `Pools` refuses.
     """
-    samples = Samples.of(keys)
+    samples, proxies = Samples.of(keys), dict(proxies)
 
     def table(name: str, scores: Scores) -> Array:
         try:
@@ -141,7 +141,7 @@ def from_columns(
     return Pools(
         samples.ids,
         table("gold", gold),
-        {name: table(name, scores) for name, scores in proxies.items()},
+        {name: table(name, proxies.pop(name)) for name in list(proxies)},  # a column that was placed is let go
         second_gold=table("the second gold", second_gold) if second_gold else None,
         length=column(length),
         logp=column(logp),

@@ -28,8 +28,8 @@ Kind = Literal["name", "whole", "number", "text", "length", "digest", "hex"]
 digest: the first 64 bits of `core.files.digest` of a text; hex: the same, of a column that holds such digests."""
 KEPT_BYTES = 1 << 26
 """Most bytes of a column of texts that are kept."""
-PIECE_BYTES = 16 << 20
-"""Of a file that is in memory at a time; no row of a CSV or JSON Lines file may be longer."""
+PIECE_BYTES = 4 << 20
+"""Of a file that Arrow reads at a time, some 32 times ahead; no row of a CSV or JSON Lines file may be longer."""
 PIECE_ROWS = 1 << 14
 
 
@@ -169,7 +169,7 @@ def _numbers(found: pa.Array) -> NDArray:
 
     if found.null_count and found.type == pa.int64():
         raise pa.ArrowInvalid("a whole number is missing")  # the row is named by the second way to read
-    return found.to_numpy(zero_copy_only=False)
+    return found.to_numpy(zero_copy_only=False).copy()  # a view would keep the whole piece
 
 
 def _check_finite(values: NDArray[np.float64], path: Path, column: str) -> None:

@@ -48,7 +48,7 @@ def table_pools(path: Path) -> Pools:
     keys = Keys(found.pop("prompt_id"), found.pop("sample_id"))
     scores = {name: Scores(keys, found.pop(name)) for name in (*golds, *proxies)}
     return from_columns(
-        keys, scores.pop("gold"), {name: scores[name] for name in proxies}, scores.get("gold2"),
+        keys, scores.pop("gold"), {name: scores.pop(name) for name in proxies}, scores.get("gold2"),
         length=found.get("\0length"), logp=found.get("\0logp"), responses=found.get("\0texts"),
         prompts=_prompts(path, keys) if "prompt" in first else None,
     )  # fmt: skip
