@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -151,9 +152,8 @@ def report(
     ordered = sorted(names, key=lambda name: name != base)
     conditions = {Condition(name): [name] for name in ordered}
     n_max = min(cfg.bon.n_max or pools.size, pools.size)
-    found = results(
-        pools, conditions, {}, plan_of(cfg, n_max, ns=grid(n_max)), dict.fromkeys(conditions, Condition(base))
-    )
+    plan = replace(plan_of(cfg, 1), ns=grid(n_max))
+    found = results(pools, conditions, {}, plan, dict.fromkeys(conditions, Condition(base)))
     checks = [check.aligned(found), check.length_confound(pools, found), check.bound_is_close(found),
               check.enough(found, {}, 0)[1], *more]  # fmt: skip
     files.write(out, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def imported(cfg: Config, scores: Path | None, series: Path | None, out: Path, b
     plan = study_results.plan_of(cfg, 1, cfg.study)
     if conditions:
         n_max = cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size
-        plan = study_results.plan_of(cfg, n_max, cfg.study, ns=grid(n_max))
+        plan = replace(plan, ns=grid(n_max))
         ordered = {c: conditions[c] for c in sorted(conditions, key=lambda c: c != base)}
         results = study_results.results(pools, ordered, runs, plan, against, rules=cfg.study.sweep)
     else:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bon.pools import Pools
 from core.config import Config, Study
@@ -35,11 +34,10 @@ SERIES_COLUMNS = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}
 """Column of a KL -> its kind, in order of preference."""
 
 
-def plan_of(cfg: Config, n_max: int, study: Study | None = None, *, ns: NDArray[np.int64] | None = None) -> Plan:
-    """How a run is analysed, up to `n_max` or at `ns`; with `study`, ensembles of the seeds and soft best-of-n too."""
+def plan_of(cfg: Config, n_max: int, study: Study | None = None) -> Plan:
+    """How a run is analysed; with `study`, ensembles of the seeds and soft best-of-n too."""
     return Plan(
-        np.arange(1, n_max + 1) if ns is None else ns,
-        draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
+        np.arange(1, n_max + 1), draws=cfg.eval.bootstrap, seed=stream_seed(cfg.run.seed, "study") % 2**63,
         ensembles=study.ensembles if study else (), temperatures=study.soft_temperatures if study else (),
     )  # fmt: skip
 
