@@ -21,7 +21,7 @@ from pathlib import Path
 from bon.pools import Pools
 from core.column_files import finite, first_row
 from core.errors import ArtefactError
-from core.files import read_rows
+from core.row_files import numbered_rows
 from study.design import Condition
 from study.layouts.answer_lists import answer_files, answer_pools, is_answer_lists
 from study.layouts.grm_repository import Chosen, grm_scores, is_grm
@@ -29,6 +29,8 @@ from study.layouts.tables import folder_pools, table_pools
 from study.rewardbench import is_rewardbench, rewardbench_pools
 
 LAYOUTS = ("gold_labelled_gens", "grm", "rewardbench", "table")
+TEXTS = ("prompt", "response", "token_ids")
+"""Columns of a series that nothing reads."""
 SEED = re.compile(r"[-_.]s(?:eed)?[-_]?\d+(?=$|[-_.])")
 """A seed in a name."""
 KLS = ("kl_rb", "kl_k1", "kl_k3", "kl")
@@ -58,24 +60,25 @@ def read_scores(path: Path, layout: str = "auto") -> Pools | Chosen:
 
 
 def read_series(path: Path) -> list[dict]:
-    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, all else kept.
+    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, all else kept but texts.
 
     Raises:
-        ArtefactError: missing columns, numbers that are not finite, the same run, step, prompt and sample twice.
+        ArtefactError: missing columns, numbers that are not finite, the same run, seed, step, prompt and sample twice.
     """
-    rows = read_rows(Path(path))
-    kl = next((c for c in KLS if c in rows[0]), None)
-    missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in rows[0]]
+    first = first_row(path)
+    kl = next((c for c in KLS if c in first), None)
+    missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in first]
     if missing or kl is None:
         missing += [] if kl else [f"one of {', '.join(KLS)}"]
         raise ArtefactError(f"{path}: no column {', '.join(missing)}; a row is one sample of one checkpoint")
-    kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(rows[0].get("kl_kind", "as given")))
+    kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(first.get("kl_kind", "as given")))
     found, seen = [], set()
-    for number, row in enumerate(rows, start=1):
+    for number, (_, whole) in enumerate(numbered_rows(path), start=1):
+        row = {column: value for column, value in whole.items() if column not in TEXTS}
         numbers = {c: finite(row.get(c), c, path, number) for c in ("step", "proxy", "gold", kl)}
-        key = (row["run"], numbers["step"], row["prompt_id"], row.get("sample_id", 0))
+        key = (row["run"], row.get("seed"), numbers["step"], row["prompt_id"], row.get("sample_id", 0))
         if key in seen:
-            raise ArtefactError(f"{path}, row {number}: run, step, prompt and sample {key} occur twice")
+            raise ArtefactError(f"{path}, row {number}: run, seed, step, prompt and sample {key} occur twice")
         seen.add(key)
         extra = {c: finite(row.get(c), c, path, number) for c in KLS if c in row}
         step = int(numbers.pop("step"))

@@ -13,6 +13,7 @@ from core.config.load import load
 from core.environment import STARTED
 from core.errors import ArtefactError, ConfigError
 from core.files import digest, read_json, read_table, write_jsonl, write_table
+from core.training.weights import named_weights
 from pipelines import __main__ as command_line
 from rm.checkpoints.layout import save_reward_model
 from study import audit, audit_pools
@@ -142,7 +143,7 @@ def models(tokenizer_path, tmp_path_factory):
     folder, first = tmp_path_factory.mktemp("models"), tiny_reward_model(tokenizer_path, "mlp")
     for seed, name in enumerate("abc"):
         model = nudged(first, seed)
-        save_reward_model(folder / name, model, dict(model.lm.named_parameters()), model.head.state_dict())
+        save_reward_model(folder / name, model, named_weights(model.lm), model.head.state_dict())
     return folder
 
 

@@ -249,8 +249,12 @@ def test_series(tmp_path):
     rows = read_series(tmp_path / "s.csv")
     assert [r["step"] for r in rows[::P]] == list(range(6)) and rows[0]["kl_kind"] == "k1" and rows[-1]["kl"] == 2.5
     write_jsonl(tmp_path / "t.jsonl", [*series_rows(), series_rows()[0]])
-    with pytest.raises(ArtefactError, match="row 73: run, step, prompt and sample .* occur twice"):
+    with pytest.raises(ArtefactError, match="row 73: run, seed, step, prompt and sample .* occur twice"):
         read_series(tmp_path / "t.jsonl")
+    seeds = [{**r, "seed": seed, "response": "long"} for seed in (1, 2) for r in series_rows()]
+    write_jsonl(tmp_path / "v.jsonl", seeds)
+    found = read_series(tmp_path / "v.jsonl")
+    assert len(found) == len(seeds) and all("response" not in row for row in found)
     write_jsonl(tmp_path / "u.jsonl", [{k: v for k, v in r.items() if k != "kl_k1"} for r in series_rows()])
     with pytest.raises(ArtefactError, match="no column one of kl_rb"):
         read_series(tmp_path / "u.jsonl")
