@@ -60,7 +60,8 @@ def read_scores(path: Path, layout: str = "auto") -> Pools | Chosen:
 
 
 def read_series(path: Path) -> list[dict]:
-    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, all else kept but texts.
+    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, and what else there
+    is but texts.
 
     Raises:
         ArtefactError: missing columns, numbers that are not finite, the same run, seed, step, prompt and sample twice.
