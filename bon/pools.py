@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from bon.estimators import Array
+from bon.joining import Keys, Samples, Whole
 from core.errors import ArtefactError
-from core.files import digest, join
+from core.files import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Pools:
     """Log-probability of each response under the sampler, in nats."""
     prompts: tuple[str, ...] | None = None
     """[P], the last user turn of each, for display."""
-    responses: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
+    responses: Sequence[Sequence[str]] | None = field(default=None, repr=False)
     """[P][N], for display."""
     of_reference: bool = True
     """Whether the samples are from the distribution that policies start from: PPO's temperature, all tokens."""
@@ -71,6 +73,85 @@ class Pools:
         return self.gold.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """A column of scores, one a row."""
+
+    keys: Keys
+    values: Array
+    texts: np.ndarray | None = None
+    """What was scored, or its digest; compared with the samples' own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Responses(Sequence[tuple[str, ...]]):
+    """[P] of the N responses of a prompt, taken from a column when they are looked at."""
+
+    texts: Any
+    """[rows], a list or an Arrow array."""
+    rows: Whole
+    """[P, N], places in `texts`."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, prompt):
+        found = [self.texts[row] for row in self.rows[prompt].tolist()]
+        return tuple(text if isinstance(text, str) else text.as_py() or "" for text in found)
+
+
+def from_columns(
+    keys: Keys,
+    gold: Scores,
+    proxies: Mapping[str, Scores],
+    second_gold: Scores | None = None,
+    *,
+    texts: np.ndarray | None = None,
+    length: np.ndarray | None = None,
+    logp: np.ndarray | None = None,
+    prompts: Mapping[str, str] | None = None,
+    responses: Any = None,
+) -> Pools:
+    """Pools from columns: a column of scores has keys of its own, the others are of the rows of `keys`.
+
+    Args:
+        texts: what the samples are, to be compared with what was scored.
+        prompts: prompt id -> its text.
+        responses: a list or an Arrow array of texts.
+
+    Raises:
+        ArtefactError: columns that do not join, with counts; pools of different sizes; what `Pools` refuses.
+    """
+    samples, proxies = Samples.of(keys), dict(proxies)
+
+    def table(name: str, scores: Scores) -> Array:
+        try:
+            rows = samples.rows(scores.keys)
+        except ArtefactError as error:
+            raise ArtefactError(f"scores of {name}: {error}") from None
+        if texts is not None and scores.texts is not None and scores.texts is not texts:
+            differ = np.argwhere(scores.texts[rows] != texts[samples.order])
+            if len(differ):
+                prompt, sample = differ[0]
+                first = (samples.ids[prompt], int(keys.samples[samples.order[prompt, sample]]))
+                raise ArtefactError(
+                    f"scores of {name}: {len(differ)} ids name different texts in the two tables (first {first})"
+                )
+        return np.asarray(scores.values, dtype=np.float64)[rows]
+
+    column = lambda values: None if values is None else np.asarray(values, dtype=np.float64)[samples.order]  # noqa: E731
+    return Pools(
+        samples.ids,
+        table("gold", gold),
+        {name: table(name, proxies.pop(name)) for name in list(proxies)},  # a column that was placed is let go
+        second_gold=table("the second gold", second_gold) if second_gold else None,
+        length=column(length),
+        logp=column(logp),
+        prompts=None if prompts is None else tuple(prompts[i] for i in samples.ids),
+        responses=None if responses is None else Responses(responses, samples.order),
+    )
+
+
 def from_tables(
     samples: Sequence[Mapping],
     gold: Sequence[Mapping],
@@ -82,48 +163,31 @@ def from_tables(
     Of `samples` only prompt_id and sample_id are needed; n_tokens, logp_sampler, prompt and response are optional.
 
     Raises:
-        ArtefactError: tables that do not join, with counts; pools of different sizes; what `Pools` refuses.
+        ArtefactError: as `from_columns`.
     """
-    samples = sorted(samples, key=lambda row: (row["prompt_id"], row["sample_id"]))
-    if (
-        any("text_sha" in rows[0] for rows in (gold, second_gold, *proxies.values()) if rows)
-        and "response" in samples[0]
-    ):
-        # So that `join` refuses scores of other texts under the same ids.
-        samples = [{"text_sha": digest(row["response"]), **row} for row in samples]
-    ids = tuple(dict.fromkeys(row["prompt_id"] for row in samples))
-    sizes = {i: 0 for i in ids}
-    for row in samples:
-        sizes[row["prompt_id"]] += 1
-    if len(kinds := sorted(set(sizes.values()))) != 1:
-        few = min(sizes, key=sizes.__getitem__)
-        raise ArtefactError(
-            f"pools are ragged: {kinds[0]} to {kinds[-1]} samples a prompt, fewest at prompt {few}; the estimators "
-            "need pools of equal size, so sample the missing ones or drop whole prompts"
-        )
-    shape = (len(ids), kinds[0])
+    tables = [rows for rows in (gold, second_gold, *proxies.values()) if rows]
+    hashed = any("text_sha" in rows[0] for rows in tables)
+    kind = "text_sha" if hashed else "response"
 
-    def scores(name: str, rows: Sequence[Mapping]) -> Array:
-        try:
-            joined = join(samples, rows)
-        except ArtefactError as error:
-            raise ArtefactError(f"scores of {name}: {error}") from None
-        return np.array([row["score"] for row in joined], dtype=np.float64).reshape(shape)
+    def texts(rows: Sequence[Mapping]) -> np.ndarray | None:
+        if kind in rows[0]:
+            return np.array([row[kind] for row in rows], dtype=object)
+        if "response" in rows[0] and rows is samples:  # so that scores of other texts under the same ids are refused
+            return np.array([digest(row["response"]) for row in rows], dtype=object)
+        return None
 
-    def column(name: str) -> Array | None:
-        if name not in samples[0]:
-            return None
-        return np.array([row[name] for row in samples], dtype=np.float64).reshape(shape)
+    def scores(rows: Sequence[Mapping]) -> Scores:
+        return Scores(Keys.of(rows), np.array([row["score"] for row in rows], dtype=np.float64), texts(rows))
 
-    first = [samples[k * shape[1]] for k in range(shape[0])]
-    texts = [row["response"] for row in samples] if "response" in samples[0] else None
-    return Pools(
-        ids,
-        scores("gold", gold),
-        {name: scores(name, rows) for name, rows in proxies.items()},
-        second_gold=scores("the second gold", second_gold) if second_gold else None,
+    column = lambda name: np.array([row[name] for row in samples]) if name in samples[0] else None  # noqa: E731
+    return from_columns(
+        Keys.of(samples),
+        scores(gold),
+        {name: scores(rows) for name, rows in proxies.items()},
+        scores(second_gold) if second_gold else None,
+        texts=texts(samples),
         length=column("n_tokens"),
         logp=column("logp_sampler"),
-        prompts=tuple(row["prompt"][-1]["content"] for row in first) if "prompt" in first[0] else None,
-        responses=tuple(tuple(texts[k * shape[1] : (k + 1) * shape[1]]) for k in range(shape[0])) if texts else None,
+        prompts={row["prompt_id"]: row["prompt"][-1]["content"] for row in samples} if "prompt" in samples[0] else None,
+        responses=[row["response"] for row in samples] if "response" in samples[0] else None,
     )

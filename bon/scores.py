@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -10,13 +10,16 @@ from typing import cast
 import numpy as np
 import torch
 
-from bon.pools import Pools, from_tables
+from bon.joining import Keys
+from bon.pools import Pools, Scores, from_columns
+from core.column_files import Kind, first_row, pick, read_columns
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
-from core.files import digest, read_table, write_table
+from core.errors import ArtefactError
+from core.files import digest, write_table
 from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
 from core.models.state_cache import FrozenStateCache
-from rm.checkpoints.folder import read_config
+from rm.checkpoints.folder import locate, read_config
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.model import RewardModel
@@ -28,22 +31,44 @@ CACHED_STATES = 4 << 30
 def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str]:
     """Write a table of rewards for each reward model that has none yet; returns the names of all of them."""
     names = reward_models(folder)
-    load = lambda name: RewardModel.from_pretrained(folder / name)  # noqa: E731
-    waiting = [name for name in names if not (out / "scores" / f"{name}.parquet").exists()]
+    score_models({name: (folder / name, out / "scores" / f"{name}.parquet") for name in names}, samples)
+    return names
+
+
+def score_models(
+    models: Mapping[str, tuple[str | Path, Path]], samples: list[SampleRow], *, title: str = "bon",
+    load: Callable[[str | Path], RewardModel] = RewardModel.from_pretrained,
+) -> None:  # fmt: skip
+    """Score samples by reward models, where that is not done yet.
+
+    Args:
+        models: name -> a folder or hub id, and the table of its rewards.
+        title: of progress bars.
+        load: what makes a model of a folder or hub id.
+    """
+    waiting = [name for name, (_, file) in models.items() if not file.exists()]
     rows = cast(list[ResponseRow], samples)
     # Size by size: models of two sizes share only the frozen layers of the smaller one.
-    depth = lambda name: text_config(read_config(folder / name)).num_hidden_layers  # noqa: E731
-    for alike in (list(names) for _, names in groupby(sorted(waiting, key=depth), key=depth)):
-        shared, models = None, {}
+    size = {name: _size(models[name][0]) for name in waiting}
+    for alike in (list(names) for _, names in groupby(sorted(waiting, key=size.__getitem__), key=size.__getitem__)):
+        shared, loaded = None, {}
         if len(alike) > 1:
-            models = {name: load(name) for name in alike[:2]}
-            shared = SharedLayers.of(models[alike[0]], models[alike[1]], rows)
+            loaded = {name: load(models[name][0]) for name in alike[:2]}
+            shared = SharedLayers.of(loaded[alike[0]], loaded[alike[1]], rows)
         for name in alike:
-            model = models.pop(name, None) or load(name)
+            model = loaded.pop(name, None) or load(models[name][0])
             cache = shared.cache if shared and shared.fits(model) else None
-            rewards = model.score_rows(rows, frozen=cache, progress=f"bon: {name}")
-            write_scores(out / "scores" / f"{name}.parquet", samples, rewards.tolist())
-    return names
+            rewards = model.score_rows(rows, frozen=cache, progress=f"{title}: {name}")
+            write_scores(models[name][1], samples, rewards.tolist())
+
+
+def _size(path: str | Path) -> tuple[str, int, int]:
+    """Architecture, hidden size and layers: reward models in which these differ share no layers."""
+    try:
+        config = text_config(read_config(locate(path)))
+    except ArtefactError:  # an adapter that leaves them to its base
+        return str(path), 0, 0
+    return config.model_type, config.hidden_size, config.num_hidden_layers
 
 
 class SharedLayers:
@@ -91,9 +116,44 @@ def read_pools(folder: Path, names: Sequence[str], second_gold: Path | None = No
     Args:
         second_gold: a table of scores by another gold, if there is one.
     """
-    scores = {name: read_table(folder / "scores" / f"{name}.parquet") for name in ("gold", *names)}
-    others = read_table(second_gold) if second_gold and second_gold.is_file() else None
-    return from_tables(read_table(folder / "samples.parquet"), scores.pop("gold"), scores, others)
+    files = {name: folder / "scores" / f"{name}.parquet" for name in ("gold", *names)}
+    other = second_gold if second_gold and second_gold.is_file() else None
+    return pools_of_files(folder / "samples.parquet", files.pop("gold"), files, other)
+
+
+def pools_of_files(samples: Path, gold: Path, proxies: Mapping[str, Path], second_gold: Path | None = None) -> Pools:
+    """Pools from a table of samples (`SampleRow`) and tables of their scores (`ScoreRow`), read column by column."""
+    about = first_row(samples)
+    scores = {name: _scores(file) for name, file in {"gold": gold, **proxies}.items()}
+    second = _scores(second_gold) if second_gold else None
+    wanted: dict[str, tuple[str, Kind]] = dict(IDS)
+    others: dict[str, tuple[str, Kind]] = {
+        "length": ("n_tokens", "number"), "logp": ("logp_sampler", "number"), "responses": ("response", "text")
+    }  # fmt: skip
+    wanted |= {name: (column, kind) for name, (column, kind) in others.items() if column in about}
+    if "response" in about and any(s.texts is not None for s in (*scores.values(), second) if s):
+        wanted["texts"] = ("response", "digest")  # so that scores of other texts under the same ids are refused
+    found = read_columns(samples, wanted)
+    keys = Keys(found.pop("prompt_id"), found.pop("sample_id"))
+    prompts = None
+    if "prompt" in about:
+        first = np.unique(keys.prompts.codes, return_index=True)[1]
+        chats = pick(samples, "prompt", first.tolist())
+        prompts = {i: chat[-1]["content"] for i, chat in zip(keys.prompts.distinct, chats, strict=True)}
+    return from_columns(keys, scores.pop("gold"), scores, second, prompts=prompts, **found)
+
+
+IDS: dict[str, tuple[str, Kind]] = {"prompt_id": ("prompt_id", "name"), "sample_id": ("sample_id", "whole")}
+"""Columns that name a sample."""
+
+
+def _scores(file: Path) -> Scores:
+    """A table of scores, with the digests of what was scored where it has them."""
+    wanted: dict[str, tuple[str, Kind]] = {**IDS, "score": ("score", "number")}
+    if first_row(file).get("text_sha") is not None:
+        wanted["text_sha"] = ("text_sha", "hex")
+    found = read_columns(file, wanted)
+    return Scores(Keys(found["prompt_id"], found["sample_id"]), found["score"], found.get("text_sha"))
 
 
 def optimised_rewards(reward_models: Path, pools: Pools, members: Sequence[str], rule: str | None) -> np.ndarray:

@@ -7,11 +7,14 @@ the first ones, guesses the types of CSV cells (a response "1984" becomes a numb
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,6 +28,11 @@ MOST_CELL = 2**31 - 1
 """Longest cell of a CSV file in characters. The limit of Python's reader, 131,072, is below long conversations."""
 BATCH_ROWS = 1024
 """Rows of a Parquet file that are in memory at a time."""
+PIECE_CHARACTERS = 1 << 20
+"""Of a JSON array that are read at a time."""
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+"""Space, or the mark that some programs put at the start of UTF-8."""
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Fault(NamedTuple):
@@ -76,7 +84,8 @@ def format_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
+    """A file to read, unpacked where it is compressed."""
     return COMPRESSIONS.get(path.suffix, open)(path, "rb")
 
 
@@ -95,7 +104,7 @@ def parsed(data: bytes) -> Any:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 yield number, parsed(line)
@@ -111,23 +120,88 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a JSON array, or of JSON Lines where the first line with text is an object of its own."""
-    with _opened(path) as file:
+    with opened(path) as file:
         lines = enumerate(_lines(file, path), start=1)
-        number, first = next(((n, line) for n, line in lines if line.strip()), (1, b""))
+        number, first = next(((n, line) for n, line in lines if line.strip(_BLANK)), (1, b""))
+        if first.lstrip(_BLANK).startswith(b"["):
+            rest = (line for _, line in lines)
+            yield from enumerate(_elements(chain([first], rest), path), start=1)
+            return
         rows = parsed(first)
         if isinstance(rows, dict) and _list_in(rows) is None:
             yield number, rows
             yield from ((n, parsed(line)) for n, line in lines if line.strip())
             return
-        rest = b"".join(line for _, line in lines)
-        if rest.strip() and not isinstance(rows, dict):
-            rows = parsed(first + rest)
+        left = b"".join(line for _, line in lines)
+        if left.strip() and not isinstance(rows, dict):
+            rows = parsed(first + left)
     if isinstance(rows, Fault):
         raise ArtefactError(f"{path}: {rows}")
-    if not isinstance(rows, list):
-        hint = f": make the array in {name!r} the whole file" if (name := _list_in(rows)) else ""
-        raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows{hint}")
-    yield from enumerate(rows, start=1)
+    hint = f": make the array in {name!r} the whole file" if (name := _list_in(rows)) else ""
+    raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows{hint}")
+
+
+def _elements(pieces: Iterator[bytes], path: Path) -> Iterator[Any]:
+    """The elements of a JSON array, one in memory at a time; ArtefactError for what is none."""
+    decoder, scan = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+    text, at, before, ended = "", 0, 0, False
+
+    def more() -> None:
+        """As much text again as is there, so that a long element is scanned a few times only."""
+        nonlocal text, at, before, ended
+        before, text, at = before + at, text[at:], 0
+        wanted, parts = max(len(text), PIECE_CHARACTERS), []
+        while wanted > 0 and not ended:
+            piece = next(pieces, None)
+            ended = piece is None
+            parts.append(decoder.decode(piece or b"", final=ended))
+            wanted -= len(parts[-1])
+        text += "".join(parts)
+
+    def upcoming() -> str:
+        """The next character that is no space; empty at the end."""
+        nonlocal at
+        while True:
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            more()
+
+    def fault(what: str, where: int) -> ArtefactError:
+        return ArtefactError(f"{path}: not JSON ({what}: char {before + where})")
+
+    try:
+        upcoming()
+        at += 1  # of the bracket
+        if upcoming() == "]":
+            at += 1
+        else:
+            while True:
+                upcoming()
+                try:
+                    value, end = scan(text, at)
+                except json.JSONDecodeError as error:
+                    # Of an element that goes on, the scanner complains about the end, or about an open string.
+                    if not ended and (error.pos >= len(text) - 16 or error.msg.startswith("Unterminated")):
+                        more()
+                        continue
+                    raise fault(error.msg, error.pos) from None
+                if end == len(text) and not ended:  # the number 12 may go on as 123
+                    more()
+                    continue
+                at = end
+                yield value
+                sign = upcoming()
+                at += 1
+                if sign == "]":
+                    break
+                if sign != ",":
+                    raise fault("Expecting ',' delimiter", at - 1)
+        if upcoming():
+            raise fault("Extra data", at)
+    except (UnicodeDecodeError, RecursionError) as error:
+        kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+        raise ArtefactError(f"{path}: {Fault(kind, str(error))}") from None
 
 
 def _list_in(value: Any) -> str | None:
@@ -140,7 +214,7 @@ def _list_in(value: Any) -> str | None:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MOST_CELL)
-    with _opened(path) as file:
+    with opened(path) as file:
         rows, number = csv.DictReader(_decoded(_lines(file, path), path)), 0
         try:
             _check_header(list(rows.fieldnames or ()), path)

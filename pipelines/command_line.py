@@ -27,6 +27,7 @@ TOOLS = {
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),
     "vllm-serve": Tool("core.generation.serve", "the policy behind a vLLM server, for ppo.vllm_servers"),
     "rm-eval": Tool("rm.evaluation.command", "accuracy of reward models on published evaluation sets"),
+    "audit": Tool("study.audit", "how soon a reward model is over-optimised: best-of-n by it, nothing is trained"),
     "rm-merge": Tool("rm.tools.merge", "the weights of reward models averaged (WARM)"),
     "rm-serve": Tool("rm.serving.server", "rewards over HTTP, of one model or an ensemble"),
     "rm-export": Tool("rm.tools.export", "a reward model as a folder that transformers loads"),

@@ -36,7 +36,8 @@ def write(out: Path, results: Results) -> None:
     write_json(out / "policies.json", plain(results.policies))
     write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in results.findings.items()])
     prompts = per_prompt(results)
-    write_table(out / "per_prompt.parquet", prompts)
+    if prompts:  # none where there are policies alone
+        write_table(out / "per_prompt.parquet", prompts)
     write_csv(out / "per_prompt.csv", prompts)
 
 

@@ -73,9 +73,8 @@ def policies_of(cfg: Config, chosen: Sequence[Arm]) -> list[Policy]:
     study = cfg.study
     first = [arm for arm in chosen if arm.seed < study.ppo_seeds]
     policies = [Policy((arm,), coef, arm.seed) for arm, coef in product(first, study.kl_coefs)]
-    policies += [Policy((arm,), coef, arm.seed) for arm in first[:1] for coef in study.kl_sweep]
-    if both := sorted(set(study.kl_sweep) & set(study.kl_coefs)):
-        raise ConfigError(f"study.kl_sweep {both} are among study.kl_coefs already: leave them out of one of the two")
+    more = [coef for coef in study.kl_sweep if coef not in study.kl_coefs]
+    policies += [Policy((arm,), coef, arm.seed) for arm in first[:1] for coef in more]
     if study.kl_sweep and not first:
         raise ConfigError("study.kl_sweep needs study.ppo_variants: no policy is trained without them")
     if not study.ppo_ensembles:

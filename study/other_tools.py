@@ -1,48 +1,48 @@
 """Best-of-n scores and RL series of other tools, as `bon.pools.Pools` and series. No model is run.
 
-gold_labelled_gens  rows of one prompt: instruction, input, answers [N], gold_scores [N], and a list of N numbers for
-                    each proxy (Coste et al. 2310.02743, whose own file has gold only)
-grm                 a folder with proxy_score.csv and gold_score.csv of all samples (the GRM repository)
+gold_labelled_gens  a row a prompt with lists of answers and of scores (Coste et al. 2310.02743), or a folder of such
+                    files, one a seed (`study.layouts.answer_lists`)
+grm                 a folder with proxy_score.csv and gold_score.csv, or one for each method (the GRM repository,
+                    `study.layouts.grm_repository`)
 rewardbench         results of each item, as RewardBench's programs write them; gold is whether an answer is right
 table               one file of a row a sample: prompt_id, sample_id, gold and a column a proxy; or our own stage `bon`;
-                    gold2, if present, is a second gold
+                    gold2, if present, is a second gold (`study.layouts.tables`)
 
-Rows are joined by id, never by position: where a layout has no ids, texts are the ids.
+Rows are joined by id, never by position: where a layout has no ids, texts are the ids. Only the columns that are used
+are read, and texts are kept as long as they are small.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from bon.pools import Pools, from_tables
+from bon.pools import Pools
+from core.column_files import finite, first_row
 from core.errors import ArtefactError
-from core.files import digest, read_rows
+from core.row_files import numbered_rows
 from study.design import Condition
-from study.rewardbench import rewardbench_pools, rewardbench_rows
+from study.layouts.answer_lists import answer_files, answer_pools, is_answer_lists
+from study.layouts.grm_repository import Chosen, grm_scores, is_grm
+from study.layouts.tables import folder_pools, table_pools
+from study.rewardbench import is_rewardbench, rewardbench_pools
 
 LAYOUTS = ("gold_labelled_gens", "grm", "rewardbench", "table")
-NO_PROXY = {
-    "prompt_id",
-    "sample_id",
-    "gold",
-    "gold2",
-    "prompt",
-    "response",
-    "n_tokens",
-    "length",
-    "logp",
-    "logp_sampler",
-}
+TEXTS = ("prompt", "response", "token_ids")
+"""Columns of a series that nothing reads."""
+SEED = re.compile(r"[-_.]s(?:eed)?[-_]?\d+(?=$|[-_.])")
+"""A seed in a name."""
 KLS = ("kl_rb", "kl_k1", "kl_k3", "kl")
 """Columns of a KL in nats, the best estimate first."""
 
 
-def read_scores(path: Path, layout: str = "auto") -> Pools:
-    """Pools of a file or folder; ArtefactError names the file, the rows and what to do."""
+def read_scores(path: Path, layout: str = "auto") -> Pools | Chosen:
+    """Pools of a file or folder, or curves of chosen responses where gold covers only those (layout grm).
+
+    Raises:
+        ArtefactError: names the file, the rows and what to do.
+    """
     path = Path(path)
     if not path.exists():
         raise ArtefactError(f"--scores: no file or folder {path}")
@@ -51,7 +51,7 @@ def read_scores(path: Path, layout: str = "auto") -> Pools:
     if layout not in LAYOUTS:
         raise ArtefactError(f"{path}: no layout {layout!r}; known are {', '.join(LAYOUTS)}")
     readers = {
-        "gold_labelled_gens": _gold_labelled_gens, "grm": _grm, "rewardbench": rewardbench_pools, "table": _table
+        "gold_labelled_gens": answer_pools, "grm": grm_scores, "rewardbench": rewardbench_pools, "table": _table
     }  # fmt: skip
     try:
         return readers[layout](path)
@@ -60,26 +60,28 @@ def read_scores(path: Path, layout: str = "auto") -> Pools:
 
 
 def read_series(path: Path) -> list[dict]:
-    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, all else kept.
+    """Rows of an RL series, by run and step: run, step, prompt_id, proxy, gold, kl (nats), kl_kind, and what else there
+    is but texts.
 
     Raises:
-        ArtefactError: missing columns, numbers that are not finite, the same run, step, prompt and sample twice.
+        ArtefactError: missing columns, numbers that are not finite, the same run, seed, step, prompt and sample twice.
     """
-    rows = read_rows(Path(path))
-    kl = next((c for c in KLS if c in rows[0]), None)
-    missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in rows[0]]
+    first = first_row(path)
+    kl = next((c for c in KLS if c in first), None)
+    missing = [c for c in ("run", "step", "prompt_id", "proxy", "gold") if c not in first]
     if missing or kl is None:
         missing += [] if kl else [f"one of {', '.join(KLS)}"]
         raise ArtefactError(f"{path}: no column {', '.join(missing)}; a row is one sample of one checkpoint")
-    kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(rows[0].get("kl_kind", "as given")))
+    kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(first.get("kl_kind", "as given")))
     found, seen = [], set()
-    for number, row in enumerate(rows, start=1):
-        numbers = {c: _number(row, c, path, number) for c in ("step", "proxy", "gold", kl)}
-        key = (row["run"], numbers["step"], row["prompt_id"], row.get("sample_id", 0))
+    for number, (_, whole) in enumerate(numbered_rows(path), start=1):
+        row = {column: value for column, value in whole.items() if column not in TEXTS}
+        numbers = {c: finite(row.get(c), c, path, number) for c in ("step", "proxy", "gold", kl)}
+        key = (row["run"], row.get("seed"), numbers["step"], row["prompt_id"], row.get("sample_id", 0))
         if key in seen:
-            raise ArtefactError(f"{path}, row {number}: run, step, prompt and sample {key} occur twice")
+            raise ArtefactError(f"{path}, row {number}: run, seed, step, prompt and sample {key} occur twice")
         seen.add(key)
-        extra = {c: _number(row, c, path, number) for c in KLS if c in row}
+        extra = {c: finite(row.get(c), c, path, number) for c in KLS if c in row}
         step = int(numbers.pop("step"))
         found.append({**row, **extra, **numbers, "step": step, "kl": numbers[kl], "kl_kind": kind})
     return sorted(found, key=lambda r: (str(r["run"]), r["step"]))
@@ -87,143 +89,16 @@ def read_series(path: Path) -> list[dict]:
 
 def _recognise(path: Path) -> str:
     if path.is_dir():
-        return "grm" if (path / "gold_score.csv").is_file() else "table"
-    if rewardbench_rows(path) is not None:
+        if is_grm(path) or (path / "gold_score.csv").is_file() or (path / "proxy_score.csv").is_file():
+            return "grm"
+        return "gold_labelled_gens" if not (path / "scores").is_dir() and answer_files(path) else "table"
+    if is_rewardbench(path):
         return "rewardbench"
-    return "gold_labelled_gens" if {"answers", "gold_scores"} <= read_rows(path)[0].keys() else "table"
-
-
-def _gold_labelled_gens(path: Path) -> Pools:
-    rows = read_rows(path)
-    lists = [k for k, v in rows[0].items() if isinstance(v, list) and k not in ("answers", "gold_scores")]
-    if not lists:
-        raise ArtefactError("no proxy: add a column of as many scores as there are answers, proxy_scores for example")
-    samples: list[dict] = []
-    scores: dict[str, list[dict]] = {"gold_scores": [], **{name: [] for name in lists}}
-    for number, row in enumerate(rows, start=1):
-        text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        prompt_id = digest(text)
-        for name in scores:
-            if len(row[name]) != len(row["answers"]):
-                raise ArtefactError(f"row {number} has {len(row['answers'])} answers and {len(row[name])} {name}")
-        for k, answer in enumerate(row["answers"]):
-            ids = {"prompt_id": prompt_id, "sample_id": k}
-            samples.append({**ids, "prompt": _chat(text), "response": answer})
-            for name, column in scores.items():
-                column.append({**ids, "score": row[name][k]})
-    gold = scores.pop("gold_scores")
-    return from_tables(_with_length(samples), gold, {_short(name): column for name, column in scores.items()})
-
-
-def _grm(path: Path) -> Pools:
-    """Both files with id, response (or another text column) and a score; samples are named by their order within a
-    prompt only where the texts of both files agree, which `join` checks."""
-    tables = {}
-    for name in ("gold", "proxy"):
-        file = path / f"{name}_score.csv"
-        if not file.is_file():
-            raise ArtefactError(f"no {file.name}")
-        tables[name] = _grm_rows(file)
-    proxy, gold = tables["proxy"], tables["gold"]
-    if len(gold) < len(proxy):
-        raise ArtefactError(
-            f"gold_score.csv has {len(gold)} rows and proxy_score.csv {len(proxy)}: gold of selected responses alone "
-            "gives one noisy draw; score the whole pool with gold"
-        )
-    samples = [{k: v for k, v in row.items() if k != "score"} for row in proxy]
-    strip = lambda rows: [{k: r[k] for k in ("prompt_id", "sample_id", "score", "response")} for r in rows]  # noqa: E731
-    return from_tables(_with_length(samples), strip(gold), {"proxy": strip(proxy)})
-
-
-def _grm_rows(file: Path) -> list[dict]:
-    rows: list[dict] = []
-    counts: dict[str, int] = {}
-    for number, row in enumerate(read_rows(file), start=1):
-        name = lambda *names: next((row[n] for n in names if row.get(n) not in (None, "")), None)  # noqa: B023, E731
-        prompt_id, text, score = (
-            name("id", "prompt_id"),
-            name("response", "text", "answer"),
-            name("reward", "score", "rewards"),
-        )
-        if prompt_id is None or text is None or score is None:
-            raise ArtefactError(f"{file.name} row {number}: needs id, response and reward; has {', '.join(row)}")
-        order = name("sample_id", "order")
-        counts[prompt_id] = counts.get(prompt_id, -1) + 1
-        try:
-            row = {"prompt_id": str(prompt_id), "sample_id": int(counts[prompt_id] if order is None else order),
-                   "score": float(score), "response": text}  # fmt: skip
-        except ValueError as error:
-            raise ArtefactError(f"{file.name} row {number}: {error}") from None
-        rows.append(row)
-    return rows
+    return "gold_labelled_gens" if is_answer_lists(first_row(path)) else "table"
 
 
 def _table(path: Path) -> Pools:
-    if path.is_dir():
-        scores = {f.stem: read_rows(f) for f in sorted((path / "scores").glob("*.parquet"))}
-        if "gold" not in scores or len(scores) < 2 or not (path / "samples.parquet").is_file():
-            raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
-        gold, second = scores.pop("gold"), scores.pop("gold2", None)
-        return from_tables(read_rows(path / "samples.parquet"), gold, scores, second)
-    rows = read_rows(path)
-    if missing := [c for c in ("prompt_id", "sample_id", "gold") if c not in rows[0]]:
-        raise ArtefactError(f"no column {', '.join(missing)}; it has {', '.join(rows[0])}")
-    proxies = [c for c in rows[0] if c not in NO_PROXY and _is_number(rows[0][c])]
-    if not proxies:
-        raise ArtefactError("no proxy: every further column of numbers is one")
-    ids = [{"prompt_id": str(r["prompt_id"]), "sample_id": int(r["sample_id"])} for r in rows]
-    samples = []
-    for i, row in zip(ids, rows, strict=True):
-        sample = dict(i)
-        if "response" in row:
-            sample["response"] = row["response"]
-        if "prompt" in row:
-            sample["prompt"] = row["prompt"] if isinstance(row["prompt"], list) else _chat(row["prompt"])
-        for name, to in (("n_tokens", "n_tokens"), ("length", "n_tokens"), ("logp", "logp_sampler"),
-                         ("logp_sampler", "logp_sampler")):  # fmt: skip
-            if name in row:
-                sample[to] = float(row[name])
-        samples.append(sample)
-    column = lambda c: [  # noqa: E731
-        {**i, "score": _number(r, c, path, n)} for n, (i, r) in enumerate(zip(ids, rows, strict=True), start=1)
-    ]
-    second = column("gold2") if "gold2" in rows[0] else None
-    return from_tables(_with_length(samples), column("gold"), {c: column(c) for c in proxies}, second)
-
-
-def _with_length(samples: Sequence[dict]) -> list[dict]:
-    """Characters stand for length where tokens are not known."""
-    if not samples or "n_tokens" in samples[0] or "response" not in samples[0]:
-        return list(samples)
-    return [{**s, "n_tokens": len(s["response"])} for s in samples]
-
-
-def _chat(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def _short(name: str) -> str:
-    for affix in ("proxy_scores_", "proxy_score_"):
-        name = name.removeprefix(affix)
-    return "proxy" if name in ("proxy_scores", "proxy_score") else name.removesuffix("_scores")
-
-
-def _number(row: dict, column: str, path: Path, number: int) -> float:
-    try:
-        value = float(row[column])
-    except (TypeError, ValueError, KeyError):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {row.get(column)!r}, not a number") from None
-    if not math.isfinite(value):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {value}; score again")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)  # CSV has texts only
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
+    return folder_pools(path) if path.is_dir() else table_pools(path)
 
 
 def by_seed(names: Sequence[str]) -> dict[Condition, list[str]]:
@@ -231,8 +106,14 @@ def by_seed(names: Sequence[str]) -> dict[Condition, list[str]]:
     of one. Such names are all that their files say of the design."""
     groups: dict[Condition, list[str]] = {}
     for name in names:
-        groups.setdefault(Condition(re.sub(r"[-_.]s(?:eed)?[-_]?\d+$", "", name)), []).append(name)
+        groups.setdefault(Condition(without_seed(name)), []).append(name)
     return groups
+
+
+def without_seed(name: str) -> str:
+    """A name without the last seed in it: `bt` of `bt-seed3`, `bt-kl0.1` of `bt-seed3-kl0.1`."""
+    *_, last = [None, *SEED.finditer(name)]
+    return name if last is None else name[: last.start()] + name[last.end() :]
 
 
 def condition_of_run(run: str, conditions: Iterable[Condition]) -> Condition | None:

@@ -23,13 +23,13 @@ class Series:
     kl_coef: float | None = None
     """Of the KL penalty it was trained with."""
     seed: int | None = None
-    """Of the study, or of PPO's own draws: what distinguishes it from the other policies of its condition."""
+    """Which of the policies of its condition and KL coefficient; None where that is not known."""
     pool: np.ndarray | None = None
     """[P, N]: the pools by what it was trained against, where that is none of the pools' proxies."""
 
-    def pools(self, pools: Pools) -> Pools:
+    def pools(self, pools: Pools | None) -> Pools | None:
         """The pools with what it was trained against among the proxies."""
-        if self.pool is None or self.proxy is None:
+        if pools is None or self.pool is None or self.proxy is None:
             return pools
         return replace(pools, proxies={**pools.proxies, self.proxy: self.pool})
 

@@ -99,8 +99,16 @@ def results(
         out.curves.append(analysis.disagreement_curve(pools, name, out.proxies[name], plan))
     grid = plan.ns[np.unique(np.round(np.geomspace(1, len(plan.ns), 12)).astype(int) - 1)]
     out.kl = analysis.kl_table(pools, {k: out.proxies[k] for k in out.conditions}, grid)
+    add_policies(out, series, plan, baseline or {})
+    return out
+
+
+def add_policies(
+    out: Results, series: Mapping[str, Series], plan: Plan, baseline: Mapping[Condition, Condition]
+) -> None:
+    """Each policy by itself."""
     for name, one in series.items():
-        curves = series_curves(name, with_kl(one.rows), plan, pools=one.pools(pools), proxy=one.proxy)
+        curves = series_curves(name, with_kl(one.rows), plan, pools=one.pools(out.pools), proxy=one.proxy)
         if one.condition:
             out.designs.setdefault(one.condition.name, one.condition)
         out.policies[name] = series_findings(curves) | {
@@ -108,7 +116,6 @@ def results(
             "rule": one.condition.rule if one.condition else None, "seed": one.seed,
         }  # fmt: skip
         out.curves += curves.values()
-    return out
 
 
 def _design(condition: Condition) -> dict[str, str | int | float | None]:

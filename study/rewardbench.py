@@ -11,20 +11,43 @@ from pathlib import Path
 from typing import Any
 
 from bon.pools import Pools, from_tables
+from core.column_files import first_row
 from core.errors import ArtefactError
 from core.files import read_json, read_rows
 
+KNOWN = ({"scores_chosen", "scores_rejected"}, {"scores", "num_correct"})
+"""Columns by which version 1 and version 2 are known."""
 TIES = "ties"
 """Subset of RewardBench 2 whose items have more answers than others, and several that are right."""
 
 
+def is_rewardbench(path: Path) -> bool:
+    """Whether a file is one of these; of a file of rows only the first one is read."""
+    if not path.is_file():
+        return False
+    return _is_known(first) if (first := _first(path)) else bool(rewardbench_rows(path))
+
+
 def rewardbench_rows(path: Path) -> list[dict[str, Any]] | None:
     """The items of a file; None for a file of anything else."""
-    if not path.is_file():
-        return None
-    rows = (_of_columns(path) if path.suffix == ".json" else []) or read_rows(path)
-    known = ({"scores_chosen", "scores_rejected"}, {"scores", "num_correct"})
-    return rows if any(columns <= rows[0].keys() for columns in known) else None
+    rows = read_rows(path) if _first(path) else _of_columns(path)
+    return rows if rows and _is_known(rows[0]) else None
+
+
+def _first(path: Path) -> dict[str, Any]:
+    """The first row; empty for an object of columns."""
+    try:
+        first = first_row(path)
+    except ArtefactError:
+        if path.suffix != ".json":
+            raise
+        return {}
+    columns = isinstance(first.get("scores_chosen"), list) or isinstance(first.get("num_correct"), list)
+    return {} if columns else first
+
+
+def _is_known(row: Mapping[str, Any]) -> bool:
+    return any(columns <= row.keys() for columns in KNOWN)
 
 
 def _of_columns(path: Path) -> list[dict[str, Any]]:

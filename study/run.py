@@ -8,7 +8,8 @@ by the stages, which resume and skip what is up to date.
     grm study --config F --dry-run    the plan and its cost
     grm study --config F --commands   a command a line: the first ones in order, then, from the blank line on, the PPO
                                       arms, in any order and in parallel (the tasks of a Slurm array, one GPU each)
-    grm study --scores PATH [--series PATH] --out FOLDER   analyse scores and RL series of other tools: no model is run
+    grm study --scores PATH --series PATH --out FOLDER   analyse scores and RL series of other tools, or one of the
+                                      two: no model is run
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--commands", action="store_true", help="print the commands, one a line, for a scheduler")
     parser.add_argument("--scores", type=Path, help="pools with scores of other tools (layouts: docs/study.md)")
     parser.add_argument("--series", type=Path, help="RL runs of other tools, one row per sample")
-    parser.add_argument("--out", type=Path, help="folder for what `--scores` shows")
+    parser.add_argument("--baseline", metavar="NAME", help="what other methods of --scores and --series are compared "
+                        "with (default: the first of study.variants that there is, else the first one)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder for what `--scores` and `--series` show")
     options = parser.parse_intermixed_args(argv)
     cfg = load(options.config or ["configs/study.yaml"], options.overrides)
-    if options.scores:
-        from study.report.build import imported
+    if source := options.scores or options.series:
+        from study.imported import imported
 
-        print(imported(cfg, options.scores, options.series, options.out or Path("runs", options.scores.stem)))
+        out = options.out or Path("runs", source.stem)
+        print(imported(cfg, options.scores, options.series, out, options.baseline))
         return 0
+    if unused := [name for name in ("out", "baseline") if getattr(options, name)]:
+        raise ConfigError(f"--{unused[0]} is for scores of other tools: give --scores or --series with it")
     given = cfg
     arms, policies = plan(cfg)
     cfg = expanded(cfg, arms)

@@ -87,7 +87,8 @@ class Curve:
     @property
     def end(self) -> str:
         """The last point, in words, with its KL."""
-        unit = "step" if self.method == "ppo" else "n ="
+        # A series whose KL is the bound is not of PPO: its steps are n (`study.layouts.grm_repository`).
+        unit = "step" if self.method == "ppo" and self.kl_kind != "bound" else "n ="
         return f"{unit} {self.x[-1]} (KL {self.kl[-1]:.2f} nats)"
 
     def rows(self) -> list[dict]:

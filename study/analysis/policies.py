@@ -56,7 +56,7 @@ def _origin(
     """What gains of values [P, steps] are counted from [P, 1], and in: one unit wherever pools give it, and the
     origin always from the same prompts as the curve."""
     table = None
-    if pools is not None:
+    if pools is not None and pools.prompt_ids:  # none of RL runs of other tools that came without pools
         table = pools.gold if metric == "gold" else pools.proxies.get(proxy or "")
     if pools is None or table is None:
         return values[:, :1], float(values[:, 0].std(ddof=1)) or 1.0

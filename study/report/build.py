@@ -20,7 +20,6 @@ from study import files
 from study import results as study_results
 from study import reward_models as study_models
 from study.design import Arm, Condition, Policy
-from study.other_tools import by_seed, condition_of_run, read_scores, read_series
 from study.records import Results, Series
 from study.report import page as study_page
 
@@ -158,26 +157,3 @@ def gold_base(cfg: Config) -> str | None:
     """The base model of a gold that is one of our checkpoints."""
     about = Path(cfg.gold.path) / "reward_model.json"
     return read_json(about).get("base") if cfg.gold.kind == "checkpoint" and about.is_file() else None
-
-
-def imported(cfg: Config, scores: Path, series: Path | None, out: Path) -> str:
-    """The report of scores of other tools; checks that need the run are not made."""
-    pools = read_scores(scores)
-    runs: dict[str, Series] = {}
-    for row in read_series(series) if series else []:
-        runs.setdefault(str(row["run"]), Series([])).rows.append(row)
-    n_max = cfg.bon.n_max if cfg.bon.n_max and cfg.bon.n_max <= pools.size else pools.size
-    plan = study_results.plan_of(cfg, n_max, cfg.study)
-    conditions = by_seed(list(pools.proxies))
-    for name, one in runs.items():
-        one.condition = condition_of_run(name, conditions)
-    results = study_results.results(pools, conditions, runs, plan, rules=cfg.study.sweep)
-    files.write(out, results)
-    checks = [
-        check.aligned(results), check.length_confound(pools, results), check.bound_is_close(results),
-        *check.enough(results, runs, 1), check.kl_estimates(runs), *check.golds_agree(results),
-    ]  # fmt: skip
-    write_json(out / "checks.json", files.plain(checks))
-    what = f"Scores of {scores}: {len(pools.proxies)} proxies, {len(pools.prompt_ids)} prompts, pools of {pools.size}."
-    study_page.write(out, scores.stem, what, results, checks)
-    return f"study: {'; '.join(study_page.summary(results))} -> {out / 'study.html'}"

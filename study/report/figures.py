@@ -19,7 +19,11 @@ UNIT = "gain over the reference, SD within prompts"
 
 def all_figures(results: Results) -> dict[str, Figure]:
     """Name -> figure; those without data are left out. The main one comes first."""
-    figures = {
+    if not results.conditions:  # policies of other tools, without pools
+        figures = {"overoptimisation": overoptimisation(results), "gold_against_proxy": gold_against_proxy(results),
+                   "frontier": arms.frontier(results)}  # fmt: skip
+        return {name: figure for name, figure in figures.items() if figure is not None}
+    drawn = {
         "overoptimisation": overoptimisation(results),
         "conditions": conditions(results),
         "gold_against_proxy": gold_against_proxy(results),
@@ -34,7 +38,7 @@ def all_figures(results: Results) -> dict[str, Figure]:
         "disagreement": arms.disagreement(results),
         "prediction": arms.prediction(results),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def _curves(results: Results, method: str, metric: str, names: Sequence[str] | None = None) -> list:
@@ -49,7 +53,7 @@ def overoptimisation(results: Results) -> Figure:
     one a size and noise where there are more conditions than colours, and PPO in the last."""
     policies = _curves(results, "ppo", "gold")
     groups = [[c for c in results.conditions if cell(results, c) == one] for one in cells(results)]
-    groups = groups if crowded(results) else [list(results.conditions)]
+    groups = groups if crowded(results) or not groups else [list(results.conditions)]
     count, single = len(groups) + bool(policies), len(groups) == 1
     columns = min(count, 2 if single else 4)
     lines = -(-count // columns)
@@ -99,7 +103,9 @@ def _policies(axis, results: Results) -> None:
             if metric == "gold":
                 lo, hi = _band(curve.rows())
                 axis.fill_between(curve.d[order], lo[order], hi[order], color=shade, alpha=0.15, linewidth=0)
-    axis.set_title("PPO (KL: measured on samples)", fontsize=8 if crowded(results) else 10, pad=16)
+    bounds = all(curve.kl_kind == "bound" for curve in _curves(results, "ppo", "gold"))
+    title = "Best of the first n (KL: an upper bound)" if bounds else "PPO (KL: measured on samples)"
+    axis.set_title(title, fontsize=8 if crowded(results) else 10, pad=16)
 
 
 def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:

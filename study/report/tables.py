@@ -11,7 +11,7 @@ from study.records import Results
 
 
 def condition_table(results: Results, accuracy: Mapping[str, float]) -> list[list[str]]:
-    n = next(iter(results.findings.values()))["n"]
+    n = next((f["n"] for f in results.findings.values()), 1)
     head = ["condition", "verdict", f"gold, best of {n}", "drop from the peak", "peak at n", "against its baseline",
             "p (Holm)", "efficiency", "harmed", "seeds", "accuracy"]  # fmt: skip
     rows = []

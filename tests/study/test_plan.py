@@ -68,18 +68,19 @@ def test_a_gpu_that_is_not_known(capsys, wrong):
 
 
 def test_a_study_is_planned_with_its_matrix(capsys):
-    found = planned(capsys, "--config", "configs/study.yaml", "study.kl_coefs=[0.0, 0.1]", "--gpus", "H100")
+    asked = ("study.kl_coefs=[0.0, 0.1]", "study.ppo_seeds=1", "study.ppo_ensembles=[]", "study.kl_sweep=[]")
+    found = planned(capsys, "--config", "configs/study.yaml", *asked, "--gpus", "H100")
     names = [(stage["stage"], stage["times"]) for stage in found["stages"]]
     shared = [(name, 1) for name in STAGES[:4]]
     assert names == [*shared, *[("ppo", 2), ("eval", 2)] * 2, ("report", 1)]
-    assert "the matrix of the study: 12 reward models, 4 policies" in found["assumptions"]
+    assert "the matrix of the study: 36 reward models, 4 policies" in found["assumptions"]
     whole = sum(s["times"] * (s["seconds"] + s["seconds_before"]) for s in found["stages"])
     assert found["seconds"] == pytest.approx(whole, rel=1e-3)
 
 
 def test_policies_against_ensembles_score_with_all_members(capsys):
-    options = ("--config", "configs/study.yaml", "study.ppo_ensembles=[mean, min]", "study.ppo_variants=[bt]")
-    found = planned(capsys, *options, "ppo.steps=5000", "--gpus", "H100")
+    options = ("study.ppo_ensembles=[mean, min]", "study.ppo_variants=[bt]", "study.ppo_seeds=1", "study.kl_sweep=[]")
+    found = planned(capsys, "--config", "configs/study.yaml", *options, "ppo.steps=5000", "--gpus", "H100")
     alone, ensembles = (s for s in found["stages"] if s["stage"] == "ppo")
     assert (alone["times"], ensembles["times"]) == (1, 2)
     assert ensembles["seconds_of_phases"]["score"] == pytest.approx(3 * alone["seconds_of_phases"]["score"], rel=0.01)

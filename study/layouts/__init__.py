@@ -1,0 +1,1 @@
+"""Layouts of scores that other tools write, one file each."""

@@ -1,0 +1,1 @@
+"""Scores in the layouts of other tools."""
