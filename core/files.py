@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -58,6 +59,28 @@ def read_json(path: Path) -> Any:
     if isinstance(value, Fault):
         raise ArtefactError(f"{path}: {value}")
     return value
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open` opens it for PyTorch.
+
+    Raises:
+        ArtefactError: no such file, or one whose header and length do not fit each other.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is damaged, cut short or no safetensors file ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file, by name; ArtefactError as from `open_tensors`."""
+    with open_tensors(path) as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no mapping
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

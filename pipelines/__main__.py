@@ -42,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{prefix}: {error}", file=sys.stderr)
         return 2
     except Stopped as reason:
-        stages.say(f"{prefix}: {reason}")
+        if not launch.is_ours():  # else the launcher says it
+            stages.say(f"{prefix}: {reason}")
         return EXIT_STOPPED
     except KeyboardInterrupt:
+        if not launch.is_ours():
+            stages.say(f"{prefix}: interrupted; the same command goes on from what is saved")
         return 128 + signal.SIGINT
 
 

@@ -8,6 +8,7 @@ From there on both are the same: `check_ranks`, then `run_here`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -15,7 +16,7 @@ from typing import NoReturn
 from core.config import Config
 from core.environment import STARTED, num_gpus, variables
 from core.errors import ConfigError
-from core.ranks import run_ranks
+from core.ranks import LAUNCHER, end_with_launcher, run_ranks
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
@@ -45,6 +46,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(STARTED, "1"))
 
 
+def is_ours() -> bool:
+    """Whether this process is a rank that `grm` started, which says itself what became of its ranks."""
+    return LAUNCHER in os.environ
+
+
 def restart(arguments: list[str]) -> NoReturn:
     """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks."""
     environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), BEGAN: str(command_began())}
@@ -55,6 +61,7 @@ def restart(arguments: list[str]) -> NoReturn:
 
 def run_here(name: str, cfg: Config, *, force: bool) -> None:
     """Run a stage in this process, one of its ranks, unless it is up to date."""
+    end_with_launcher()
     check_ranks(name, cfg, world_size())
     if force or not _settled(name, cfg):
         stages.say(stages.run(name, cfg, force=force))
@@ -88,9 +95,19 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     check_ranks(name, cfg, ranks)
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
-    status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
     mark = cfg.run_dir / f"{name}.partial" / MARK
+    mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
+    status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED
+    if status < 0:
+        print(f"{name}: {ended_by(-status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+def ended_by(number: int) -> str:
+    """What is said of a rank that a signal has ended."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = ", as it is where memory runs out" if number == signal.SIGKILL else ""
+    return f"ended by {name}{why}; the same command goes on from what is saved"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -62,14 +63,14 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PromptsMetrics:
     starting.working()
     prompts, rejected, malformed, changed = read_prompts(cfg.data, tokenizer, seed=cfg.run.seed)
     write_jsonl(out / "rejected.jsonl", rejected)  # before the share is checked: whoever reads of it wants to see them
-    if not prompts:
-        fault = rejected[0] if rejected else "the file holds no rows"
-        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt; first fault: {fault}")
     reasons = Counter(_kind(r) for r in rejected)
+    if not prompts:
+        why = "; ".join(_lines(reasons, rejected)) or "the file holds no rows"
+        raise ArtefactError(f"{cfg.data.prompts}: no usable prompt: {why}")
     if malformed > cfg.data.max_rejected_share * (rows := len(prompts) + len(rejected)):
         raise ArtefactError(
             f"{cfg.data.prompts}: {malformed} of {rows} rows are malformed, more than data.max_rejected_share "
-            f"{cfg.data.max_rejected_share:g}: " + "; ".join(_lines(reasons, rejected))
+            f"{cfg.data.max_rejected_share:g}: " + "; ".join(_lines(reasons, rejected, without=NOT_MALFORMED))
         )
     write_table(out / "prompts.parquet", prompts, PromptRow)
     counts = Counter(row["split"] for row in prompts)
@@ -113,10 +114,10 @@ def _kind(rejected: Rejected) -> str:
     return rejected["reason"].split(" (")[0]
 
 
-def _lines(reasons: Counter[str], rejected: list[Rejected]) -> list[str]:
-    """Each reason why a row is malformed, with the number of rows and the first of them."""
+def _lines(reasons: Counter[str], rejected: list[Rejected], without: Collection[str] = ()) -> list[str]:
+    """Each reason why a row is rejected, with the number of rows and the first of them."""
     first = {_kind(r): r["line"] for r in reversed(rejected)}
-    return [f"{n} x {why} (first in row {first[why]})" for why, n in reasons.most_common() if why not in NOT_MALFORMED]
+    return [f"{n} x {why} (first in row {first[why]})" for why, n in reasons.most_common() if why not in without]
 
 
 def _prompt(row: dict[str, Any], data: Data, tokenizer: ChatTokenizer, seed: int, notes: list[str]) -> PromptRow:

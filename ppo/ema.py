@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from core.files import read_tensors
 from core.training import distributed
 from core.training.weights import gathered
 
@@ -52,8 +53,6 @@ class WeightAverage:
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote into `folder`."""
-        from safetensors.torch import load_file
-
         if distributed.rank() == 0:
-            saved = load_file(folder / FILE)
+            saved = read_tensors(folder / FILE)
             self.values = {p: saved[name] for name, p in self._trained.items()}

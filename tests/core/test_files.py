@@ -7,11 +7,13 @@ import json
 import lzma
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from core import row_files
 from core.data.rows import ScoreRow
 from core.errors import ArtefactError
-from core.files import join, read_json, read_rows, read_table, write_table
+from core.files import join, open_tensors, read_json, read_rows, read_table, read_tensors, write_table
 from core.row_files import SUFFIXES, numbered_rows
 
 ROWS = [{"prompt": "Why?", "answer": 'é, "so"\nand so'}, {"prompt": "How?", "answer": ""}]
@@ -181,3 +183,16 @@ def test_join_is_by_id_and_complete():
     for wrong in (right[:2], [*right, right[0]], [*right, {"prompt_id": "q", "sample_id": 0, "score": 1}]):
         with pytest.raises(ArtefactError, match="do not join"):
             join(left, wrong)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1])
+def test_tensors_that_were_cut_short_are_named(tmp_path, size):
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.arange(6.0)}, file)
+    assert read_tensors(file)["weight"].tolist() == list(range(6))
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ArtefactError, match="model.safetensors is damaged, cut short or no safetensors file"):
+        read_tensors(file)
+    file.unlink()
+    with pytest.raises(ArtefactError, match="model.safetensors"), open_tensors(file):
+        pass

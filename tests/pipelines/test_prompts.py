@@ -104,3 +104,26 @@ def test_a_template_that_leaves_a_choice_is_one_error_not_one_of_each_row(tokeni
         run(Config.model_validate(sections), {}, tmp_path)
     sections["policy"]["template_kwargs"] = {"enable_thinking": False}
     assert run(Config.model_validate(sections), {}, tmp_path)["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"caf\xe9 \xff\n", "1 x not UTF-8 .first in row 1"), (b"[1, 2]\n", "1 x not an object .first in row 1"),
+     (b'"text"\nnull\n3\n', "3 x not an object"), (b"", "the file holds no rows"),
+     (b"\n \n", "the file holds no rows")],
+)  # fmt: skip
+def test_a_file_that_is_no_prompts_is_named(tokenizer_path, tmp_path, content, said):
+    file = tmp_path / "prompts.jsonl"
+    for more in (b"", b'{"prompt": "Why?"}\n'):
+        if more and "no rows" in said:
+            continue
+        file.write_bytes(content + more)
+        cfg = Config.model_validate({"policy": {"path": str(tokenizer_path)}, "data": {"prompts": file}})
+        with pytest.raises(ArtefactError, match=said):
+            run(cfg, {}, tmp_path)
+
+
+def test_a_folder_is_no_file_of_prompts(tokenizer_path, tmp_path):
+    cfg = Config.model_validate({"policy": {"path": str(tokenizer_path)}, "data": {"prompts": tmp_path}})
+    with pytest.raises(ArtefactError, match="is a folder: give a .jsonl"):
+        run(cfg, {}, tmp_path)
