@@ -48,10 +48,10 @@ def test_the_mark_of_an_earlier_command_is_not_taken_for_this_ones(stage, capsys
     assert capsys.readouterr().err.count("stopped after step 3") == 1
 
 
-def commands_of_children(pid: int) -> list[str]:
+def commands_of_children(pid: int) -> list[list[str]]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     with suppress(FileNotFoundError, ProcessLookupError):  # of a program that was run meanwhile
-        return [Path(f"/proc/{child}/cmdline").read_text() for child in children]
+        return [Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children]
     return []
 
 
@@ -61,7 +61,7 @@ def test_a_stage_that_is_stopped_while_it_starts_says_one_line(tmp_path, number,
     env.pop("GRM_LAUNCHER", None)
     command = [*GRM, "prompts", *SMOKE, f"run.dir={tmp_path}"]
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, process_group=0) as grm:
-        while grm.poll() is None and not any("pipelines" in words for words in commands_of_children(grm.pid)):
+        while grm.poll() is None and not any("-u" in words for words in commands_of_children(grm.pid)):
             pass
         os.killpg(grm.pid, getattr(signal, number)) if number == "SIGINT" else grm.send_signal(signal.SIGTERM)
         said = grm.communicate(timeout=60)[1]
