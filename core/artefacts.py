@@ -21,9 +21,12 @@ from typing import Any
 from core.config.fields import field_of
 from core.errors import ArtefactError
 from core.files import count_rows, digest, file_digest, write_json
+from core.row_files import Fault, parsed
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+SEAL = "manifest_digest"
+"""Key of a manifest: the digest of all else in it."""
 REPLACED = ".replaced"
 """Folder of a run for results and unfinished work that another configuration took the place of."""
 RESUME = "state"
@@ -108,14 +111,26 @@ def _is_renamed_default(key: str, new: Mapping[str, Any], old: Mapping[str, Any]
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a published stage; None where there is none."""
+    """The manifest of a published stage; None where there is none.
+
+    Raises:
+        ArtefactError: it is not what was written.
+    """
     path = folder / MANIFEST
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except json.JSONDecodeError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); delete the folder and run the stage again") from None
+    manifest = parsed(path.read_bytes())
+    seal = manifest.pop(SEAL, None) if isinstance(manifest, dict) else ""
+    if seal is not None and seal != digest(manifest):  # those of earlier versions have none
+        fault = manifest if isinstance(manifest, Fault) else "its contents are not what was written"
+        raise ArtefactError(f"{path} is damaged: {fault}; `grm {folder.name} --force` runs the stage again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """With a digest of itself, so that damage is seen."""
+    plain = json.loads(json.dumps(manifest, default=str))
+    write_json(folder / MANIFEST, plain | {SEAL: digest(plain)})
 
 
 def manifest_digest(manifest: dict) -> str:
@@ -153,11 +168,10 @@ def as_json(fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def read_fingerprint(partial: Path) -> dict[str, Any] | None:
-    """Of an unfinished folder; None where it has none."""
-    try:
-        return json.loads((partial / FINGERPRINT).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    """Of an unfinished folder; None where it has none, or a damaged one."""
+    path = partial / FINGERPRINT
+    mark = parsed(path.read_bytes()) if path.is_file() else None
+    return mark if isinstance(mark, dict) else None
 
 
 def fits_partial(folder: Path, fingerprint: Fingerprint) -> bool:
@@ -193,7 +207,10 @@ def keep_finished(folder: Path) -> Path | None:
     if folder.is_symlink():
         folder.unlink()
         return None
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ArtefactError:
+        manifest = None
     if manifest is None:
         return _move(folder, kept_at(folder, f"{folder.name}-without-manifest"))
     target = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
@@ -214,7 +231,10 @@ def _move(source: Path, target: Path) -> Path:
 def kept_result(folder: Path, fingerprint: Fingerprint) -> Path | None:
     """A finished result in `.replaced` that is up to date under this fingerprint."""
     for candidate in sorted(folder.parent.glob(f"{REPLACED}/{folder.name}-*")):
-        manifest = read_manifest(candidate)
+        try:
+            manifest = read_manifest(candidate)
+        except ArtefactError:
+            continue
         if manifest and manifest["stage"] == folder.name and not fingerprint.differences(manifest):
             return candidate
     return None
@@ -283,7 +303,7 @@ def publish(
         **{f"seconds_{part}": round(spent, 1) for part, spent in (parts or {}).items()},
         "metrics": metrics,
     }
-    write_json(partial / MANIFEST, manifest)
+    write_manifest(partial, manifest)
     if folder.exists() or folder.is_symlink():
         keep_finished(folder)
     partial.rename(folder)

@@ -18,7 +18,7 @@ from core.config.explain import explain
 from core.config.load import load
 from core.errors import ArtefactError, ConfigError, DataError
 from core.stopping import EXIT_STOPPED, Stopped
-from pipelines import command_line, launch, runs, stages
+from pipelines import command_line, launch, runs, stages, verify
 from pipelines.command_line import TOOLS
 
 GOLD = ("prompts", "preferences", "rm")
@@ -90,7 +90,7 @@ def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source:
     if not force and runs.settle(name, cfg, source):
         return 0
     stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are reported before a process is started
-    if changed := stages.staleness(name, cfg):
+    if not force and (changed := stages.staleness(name, cfg)):
         stages.say(f"{name}: re-run, because " + "; ".join(changed[:5]))
     return launch.run_stage_process(cfg, arguments + (["--force"] if force else []), began=began)
 
@@ -110,7 +110,7 @@ def _config(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     cfg = load(options.config, options.overrides)
-    print(f"run {cfg.run_dir}", *stages.status(cfg), sep="\n")
+    print(f"run {cfg.run_dir}", *runs.status(cfg), sep="\n")
     return 0
 
 
@@ -130,7 +130,16 @@ def _clean(options: argparse.Namespace) -> int:
     return 0
 
 
-OVERVIEWS = {"config": _config, "status": _status, "runs": _runs, "diff": _diff, "clean": _clean}
+def _verify(options: argparse.Namespace) -> int:
+    folders = [runs.folder_of(run) for run in options.runs] or [load(options.config, []).run_dir]
+    well = True
+    for line, fine in verify.verify(folders):
+        print(line, flush=True)
+        well = well and fine
+    return 0 if well else 1
+
+
+OVERVIEWS = {"config": _config, "status": _status, "runs": _runs, "diff": _diff, "verify": _verify, "clean": _clean}
 """Commands that run no stage."""
 
 

@@ -15,11 +15,12 @@ from typing import NoReturn
 
 from core.config import Config
 from core.environment import STARTED, num_gpus, variables
-from core.errors import ConfigError
+from core.errors import ArtefactError, ConfigError
 from core.ranks import LAUNCHER, end_with_launcher, run_ranks
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
+from pipelines.inputs import check_inputs
 
 STOP_SECONDS = 1800
 """On SIGTERM the ranks end their step and save; after so long they are killed."""
@@ -68,17 +69,35 @@ def run_here(name: str, cfg: Config, *, force: bool) -> None:
 
 
 def _settled(name: str, cfg: Config) -> bool:
-    """`runs.settle` by the first rank, since it may move folders; its answer on all ranks."""
+    """`runs.settle` by the first rank, since it may move folders; its answer on all ranks, or its error.
+
+    Where `grm` has not done so, the inputs are checked too.
+    """
     if world_size() == 1:
-        return runs.settle(name, cfg, None)
+        return _settled_here(name, cfg)
     import torch
 
     from core.training import distributed
 
     distributed.init_distributed()
-    answer = [runs.settle(name, cfg, None) if distributed.rank() == 0 else None]
+    answer: list[bool | ArtefactError] = [False]
+    if distributed.rank() == 0:
+        try:
+            answer = [_settled_here(name, cfg)]
+        except ArtefactError as error:  # the others wait for an answer
+            answer = [error]
     torch.distributed.broadcast_object_list(answer, device=distributed.device())
-    return bool(answer[0])
+    if isinstance(answer[0], ArtefactError):
+        raise answer[0]
+    return answer[0]
+
+
+def _settled_here(name: str, cfg: Config) -> bool:
+    if runs.settle(name, cfg, None):
+        return True
+    if not is_ours():
+        check_inputs(name, cfg)
+    return False
 
 
 def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None = None) -> int:
@@ -89,8 +108,10 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
+        ArtefactError: a file that the stage reads is damaged.
     """
     name = arguments[0]
+    check_inputs(name, cfg)
     ranks = num_processes(name, cfg) if stages.STAGES[name].distributed else 1
     check_ranks(name, cfg, ranks)
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}

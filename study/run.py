@@ -26,6 +26,7 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
 from pipelines import launch, runs, stages
+from pipelines.inputs import check
 from study.design import Arm, Policy
 from study.matrix import OWN, SHARED, expanded, plan, policy_overrides
 
@@ -106,6 +107,8 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
             return status
         if stage == "preferences":
             refuse_leaks(settings)
+    for stage, settings, _ in todo:
+        check(stage, settings.run_dir / stage, f"the study needs {stage!r}, and", weights=False)
     from study.report.build import report
 
     print(report(cfg, arms, policies), file=sys.stderr)
