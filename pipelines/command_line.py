@@ -39,6 +39,7 @@ OVERVIEWS = {
     "diff": "what differs between two runs",
     "verify": "whether the files of runs are what their stages wrote; reads all of them",
     "clean": "what runs keep of replaced results; --yes deletes it",
+    "env": "versions, machine and settings, for a report of a fault",
 }
 GOLD = "a gold reward model from the human preferences of configs/gold.yaml: prompts, preferences, rm"
 COMMANDS = {**{s.name: s.makes for s in STAGES.values()}, "gold": GOLD, **OVERVIEWS,
@@ -95,6 +96,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     default = "configs/gold.yaml" if name == "gold" else "configs/offline.yaml"
     if name in ("runs", "diff", "verify", "clean"):
         _add_folders(made, name, default)
+        return made
+    if name == "env":
         return made
     made.add_argument("overrides", nargs="*", metavar="a.b=value", help="configuration values, laid over the files")
     made.add_argument("--config", "-c", action=_Append, default=[default], metavar="FILE",

@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from typing import NoReturn
 
 from core.config import Config
 from core.environment import STARTED, num_gpus, variables
 from core.errors import ArtefactError, ConfigError
+from core.locks import writing
 from core.ranks import LAUNCHER, end_with_launcher, run_ranks
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
@@ -47,6 +49,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(STARTED, "1"))
 
 
+def rank_in_words() -> str:
+    """ ", rank 1" where several ranks may print; else nothing."""
+    return f", rank {os.environ['RANK']}" if is_ours() and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
 def is_ours() -> bool:
     """Whether this process is a rank that `grm` started, which says itself what became of its ranks."""
     return LAUNCHER in os.environ
@@ -64,8 +71,11 @@ def run_here(name: str, cfg: Config, *, force: bool) -> None:
     """Run a stage in this process, one of its ranks, unless it is up to date."""
     end_with_launcher()
     check_ranks(name, cfg, world_size())
-    if force or not _settled(name, cfg):
-        stages.say(stages.run(name, cfg, force=force))
+    # Whoever started this rank holds the lock; where that is torchrun, the first rank does.
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with writing(cfg.run_dir, name) if is_first and not is_ours() else nullcontext():
+        if force or not _settled(name, cfg):
+            stages.say(stages.run(name, cfg, force=force))
 
 
 def _settled(name: str, cfg: Config) -> bool:
@@ -109,6 +119,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
         ArtefactError: a file that the stage reads is damaged.
+        Busy: another process writes the stage.
     """
     name = arguments[0]
     check_inputs(name, cfg)
@@ -117,8 +128,9 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
     mark = cfg.run_dir / f"{name}.partial" / MARK
-    mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
-    status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
+    with writing(cfg.run_dir, name):
+        mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
+        status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED

@@ -1,18 +1,28 @@
-"""SIGTERM and SIGINT: one line that says what became of the stage, and no traceback."""
+"""SIGTERM, SIGINT and a second command on the same stage: one line that says what became of it."""
 
 import os
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from core.config.load import load
+from core.errors import EXIT_BUSY
 from core.stopping import EXIT_STOPPED, MARK
-from pipelines import launch
+from pipelines import launch, runs, stages
+from tests.builders.command_line import grm
 from tests.builders.processes import GRM, ROOT
 
+HOLDS = """
+import pathlib, sys, time
+from core.locks import writing
+with writing(pathlib.Path(sys.argv[1]), "prompts"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 SMOKE = ("--config", "configs/smoke.yaml")
 
 
@@ -67,3 +77,21 @@ def test_a_stage_that_is_stopped_while_it_starts_says_one_line(tmp_path, number,
         said = grm.communicate(timeout=60)[1]
     assert grm.returncode == status and "Traceback" not in said
     assert len(said.splitlines()) == 1 and "the same command goes on" in said
+
+
+def test_a_second_command_is_refused_with_status_4_and_readers_are_not(stage, tmp_path, capsys, monkeypatch):
+    cfg = load([ROOT / "configs" / "smoke.yaml"], [f"run.dir={tmp_path}"])
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(cfg.run_dir)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    with other:
+        other.stdout.readline()
+        run = (*SMOKE, f"run.dir={tmp_path}")
+        assert grm("prompts", *run) == EXIT_BUSY
+        assert f"prompts is being written by process {other.pid} on " in capsys.readouterr().err
+        assert grm("status", *run) == 0 and grm("runs", tmp_path) == 0
+        monkeypatch.setattr(stages, "staleness", lambda *_: [])
+        monkeypatch.setattr(runs, "staleness", lambda *_: [])
+        assert grm("prompts", *run) == 0 and "prompts: up to date" in capsys.readouterr().err
+        other.kill()
