@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ArtefactError(f"{path}: holds no rows")
     return rows
+
+
+def storable(value: Any) -> Any:
+    """`value` with NaN and infinity as texts, as in rows of people's files that are only shown again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: storable(one) for key, one in value.items()}
+    return [storable(one) for one in value] if isinstance(value, list) else value
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -94,11 +94,25 @@ def parsed(data: bytes) -> Any:
         return Fault("not JSON", str(error))
 
 
+def _textual(value: Any, data: bytes) -> Any:
+    """`value` as parsed from `data`, or a fault where a text in it is half a pair of surrogates (`"\\ud83d"`).
+
+    Python makes a text of it that nothing can write, encode or tokenize.
+    """
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return value
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return Fault("not Unicode", str(error))
+    return value
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     with _opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
-                yield number, parsed(line)
+                yield number, _textual(parsed(line), line)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -116,8 +130,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         number, first = next(((n, line) for n, line in lines if line.strip()), (1, b""))
         rows = parsed(first)
         if isinstance(rows, dict) and _list_in(rows) is None:
-            yield number, rows
-            yield from ((n, parsed(line)) for n, line in lines if line.strip())
+            yield number, _textual(rows, first)
+            yield from ((n, _textual(parsed(line), line)) for n, line in lines if line.strip())
             return
         rest = b"".join(line for _, line in lines)
         if rest.strip() and not isinstance(rows, dict):
@@ -127,7 +141,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(rows, list):
         hint = f": make the array in {name!r} the whole file" if (name := _list_in(rows)) else ""
         raise ArtefactError(f"{path}: holds a {type(rows).__name__}; a .json file must hold an array of rows{hint}")
-    yield from enumerate(rows, start=1)
+    yield from ((n, _textual(row, first + rest)) for n, row in enumerate(rows, start=1))
 
 
 def _list_in(value: Any) -> str | None:

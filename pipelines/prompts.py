@@ -16,7 +16,7 @@ from core.data.rows import PromptRow
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
 from core.errors import ArtefactError, DataError
-from core.files import write_jsonl, write_table
+from core.files import storable, write_jsonl, write_table
 from core.row_files import numbered_rows
 
 DUPLICATE = "duplicate"
@@ -101,7 +101,7 @@ def read_prompts(data: Data, tokenizer: ChatTokenizer, *, seed: int) -> Prompts:
             if prompt["prompt_id"] in prompts:
                 raise DataError(DUPLICATE)
         except DataError as error:
-            rejected.append({"line": number, "reason": str(error), "row": row})
+            rejected.append({"line": number, "reason": str(error), "row": storable(row)})
             continue
         prompts[prompt["prompt_id"]] = prompt
         changed.update(set(notes))

@@ -12,7 +12,6 @@ Rows are joined by id, never by position: where a layout has no ids, texts are t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from bon.pools import Pools, from_tables
 from core.errors import ArtefactError
 from core.files import digest, read_rows
+from study.cells import Cells
 from study.design import Condition
 from study.rewardbench import rewardbench_pools, rewardbench_rows
 
@@ -74,14 +74,18 @@ def read_series(path: Path) -> list[dict]:
     kind = {"kl_rb": "rb", "kl_k1": "k1", "kl_k3": "k3"}.get(kl, str(rows[0].get("kl_kind", "as given")))
     found, seen = [], set()
     for number, row in enumerate(rows, start=1):
-        numbers = {c: _number(row, c, path, number) for c in ("step", "proxy", "gold", kl)}
-        key = (row["run"], numbers["step"], row["prompt_id"], row.get("sample_id", 0))
+        cells = Cells(row, number)
+        try:
+            numbers = {c: cells.real(c) for c in ("proxy", "gold", *(c for c in KLS if c in row or c == kl))}
+            ids = {"run": cells.identity("run"), "prompt_id": cells.identity("prompt_id"), "step": cells.whole("step")}
+            sample = cells.identity("sample_id") if "sample_id" in row else "0"
+        except ArtefactError as error:
+            raise ArtefactError(f"{path}, {error}") from None
+        key = (ids["run"], ids["step"], ids["prompt_id"], sample)
         if key in seen:
             raise ArtefactError(f"{path}, row {number}: run, step, prompt and sample {key} occur twice")
         seen.add(key)
-        extra = {c: _number(row, c, path, number) for c in KLS if c in row}
-        step = int(numbers.pop("step"))
-        found.append({**row, **extra, **numbers, "step": step, "kl": numbers[kl], "kl_kind": kind})
+        found.append({**row, **numbers, **ids, "kl": numbers[kl], "kl_kind": kind})
     return sorted(found, key=lambda r: (str(r["run"]), r["step"]))
 
 
@@ -101,16 +105,20 @@ def _gold_labelled_gens(path: Path) -> Pools:
     samples: list[dict] = []
     scores: dict[str, list[dict]] = {"gold_scores": [], **{name: [] for name in lists}}
     for number, row in enumerate(rows, start=1):
-        text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        prompt_id = digest(text)
-        for name in scores:
-            if len(row[name]) != len(row["answers"]):
-                raise ArtefactError(f"row {number} has {len(row['answers'])} answers and {len(row[name])} {name}")
-        for k, answer in enumerate(row["answers"]):
-            ids = {"prompt_id": prompt_id, "sample_id": k}
-            samples.append({**ids, "prompt": _chat(text), "response": answer})
-            for name, column in scores.items():
-                column.append({**ids, "score": row[name][k]})
+        cells = Cells(row, number)
+        text = cells.text("instruction")
+        if row.get("input"):
+            text = f"{text}\n\n{cells.text('input')}"
+        prompt_id, answers = digest(text), cells.texts("answers")
+        for name, column in scores.items():
+            values = cells.reals(name)
+            if len(values) != len(answers):
+                raise ArtefactError(f"row {number} has {len(answers)} answers and {len(values)} {name}")
+            column += [{"prompt_id": prompt_id, "sample_id": k, "score": score} for k, score in enumerate(values)]
+        samples += [
+            {"prompt_id": prompt_id, "sample_id": k, "prompt": _chat(text), "response": answer}
+            for k, answer in enumerate(answers)
+        ]
     gold = scores.pop("gold_scores")
     return from_tables(_with_length(samples), gold, {_short(name): column for name, column in scores.items()})
 
@@ -147,14 +155,15 @@ def _grm_rows(file: Path) -> list[dict]:
         )
         if prompt_id is None or text is None or score is None:
             raise ArtefactError(f"{file.name} row {number}: needs id, response and reward; has {', '.join(row)}")
-        order = name("sample_id", "order")
-        counts[prompt_id] = counts.get(prompt_id, -1) + 1
+        cells = Cells({"id": prompt_id, "response": text, "reward": score, "order": name("sample_id", "order")}, number)
         try:
-            row = {"prompt_id": str(prompt_id), "sample_id": int(counts[prompt_id] if order is None else order),
-                   "score": float(score), "response": text}  # fmt: skip
-        except ValueError as error:
-            raise ArtefactError(f"{file.name} row {number}: {error}") from None
-        rows.append(row)
+            identity = cells.identity("id")
+            counts[identity] = counts.get(identity, -1) + 1
+            order = counts[identity] if cells.values["order"] is None else cells.whole("order")
+            row = {"prompt_id": identity, "sample_id": order, "score": cells.real("reward")}
+            rows.append({**row, "response": cells.text("response")})
+        except ArtefactError as error:
+            raise ArtefactError(f"{file.name} {error}") from None
     return rows
 
 
@@ -171,22 +180,19 @@ def _table(path: Path) -> Pools:
     proxies = [c for c in rows[0] if c not in NO_PROXY and _is_number(rows[0][c])]
     if not proxies:
         raise ArtefactError("no proxy: every further column of numbers is one")
-    ids = [{"prompt_id": str(r["prompt_id"]), "sample_id": int(r["sample_id"])} for r in rows]
-    samples = []
-    for i, row in zip(ids, rows, strict=True):
-        sample = dict(i)
-        if "response" in row:
-            sample["response"] = row["response"]
-        if "prompt" in row:
-            sample["prompt"] = row["prompt"] if isinstance(row["prompt"], list) else _chat(row["prompt"])
+    cells = [Cells(row, number) for number, row in enumerate(rows, start=1)]
+    ids = [{"prompt_id": row.identity("prompt_id"), "sample_id": row.whole("sample_id")} for row in cells]
+    samples: list[dict] = [dict(i) for i in ids]
+    for sample, row in zip(samples, cells, strict=True):
+        if "response" in rows[0]:
+            sample["response"] = row.text("response")
+        if "prompt" in rows[0]:
+            sample["prompt"] = row.prompt("prompt")
         for name, to in (("n_tokens", "n_tokens"), ("length", "n_tokens"), ("logp", "logp_sampler"),
                          ("logp_sampler", "logp_sampler")):  # fmt: skip
-            if name in row:
-                sample[to] = float(row[name])
-        samples.append(sample)
-    column = lambda c: [  # noqa: E731
-        {**i, "score": _number(r, c, path, n)} for n, (i, r) in enumerate(zip(ids, rows, strict=True), start=1)
-    ]
+            if name in rows[0]:
+                sample[to] = row.real(name)
+    column = lambda c: [{**i, "score": row.real(c)} for i, row in zip(ids, cells, strict=True)]  # noqa: E731
     second = column("gold2") if "gold2" in rows[0] else None
     return from_tables(_with_length(samples), column("gold"), {c: column(c) for c in proxies}, second)
 
@@ -208,20 +214,10 @@ def _short(name: str) -> str:
     return "proxy" if name in ("proxy_scores", "proxy_score") else name.removesuffix("_scores")
 
 
-def _number(row: dict, column: str, path: Path, number: int) -> float:
-    try:
-        value = float(row[column])
-    except (TypeError, ValueError, KeyError):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {row.get(column)!r}, not a number") from None
-    if not math.isfinite(value):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {value}; score again")
-    return value
-
-
 def _is_number(value: Any) -> bool:
     try:
         float(value)  # CSV has texts only
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)
 

@@ -40,7 +40,8 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
     tree: Tree = {}
     for file in files:
         tree = merge(tree, read_yaml(Path(file)))
-    if "variants" not in (tree.get("rm") or {}):
+    rm = tree.get("rm") or {}
+    if isinstance(rm, dict) and "variants" not in rm:
         # Files that name reward models replace the default ones; overrides then change those.
         tree = merge({"rm": Config().model_dump(include={"rm": {"variants"}})["rm"]}, tree)
     for text in overrides:

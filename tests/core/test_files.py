@@ -196,3 +196,17 @@ def test_tensors_that_were_cut_short_are_named(tmp_path, size):
     file.unlink()
     with pytest.raises(ArtefactError, match="model.safetensors"), open_tensors(file):
         pass
+
+
+@pytest.mark.parametrize(("name", "unit"), [("a.jsonl", "line"), ("a.json", "row")])
+def test_half_a_pair_of_surrogates_is_no_text(tmp_path, name, unit):
+    """Python reads it, and nothing can write, encode or tokenize what it makes of it."""
+    good, bad = {"prompt": "\U0001f600 caf\u00e9"}, {"prompt": ["x", {"y": "\ud83d"}]}
+    text = json.dumps([good, bad]) if unit == "row" else f"{json.dumps(good)}\n{json.dumps(bad)}\n"
+    (tmp_path / name).write_text(text)
+    assert "\\ud83d\\ude00" in text
+    faults = []
+    assert list(numbered_rows(tmp_path / name, lambda *fault: faults.append(fault))) == [(1, good)]
+    assert faults == [(2, "not Unicode")]
+    with pytest.raises(ArtefactError, match=f"{name}, {unit} 2: not Unicode"):
+        read_rows(tmp_path / name)

@@ -188,3 +188,12 @@ def test_a_folder_is_no_config_file(tmp_path):
 def test_an_override_that_is_no_yaml_is_named(value):
     with pytest.raises(ConfigError, match="ppo.steps|not valid"):
         load([], [f"ppo.steps={value}"])
+
+
+@pytest.mark.parametrize(
+    "section", ["rm: 3", "rm: [1]", "rm: true", "ppo: 3", "rm: {variants: 3}", "rm: {variants: {grm: 3}}"]
+)
+def test_a_value_in_place_of_a_section_in_a_file(tmp_path, section):
+    (tmp_path / "a.yaml").write_text(section)
+    with pytest.raises(ConfigError, match="the configuration is not valid"):
+        load([tmp_path / "a.yaml"])
