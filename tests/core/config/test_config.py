@@ -197,3 +197,9 @@ def test_a_value_in_place_of_a_section_in_a_file(tmp_path, section):
     (tmp_path / "a.yaml").write_text(section)
     with pytest.raises(ConfigError, match="the configuration is not valid"):
         load([tmp_path / "a.yaml"])
+
+
+def test_addresses_hold_no_passwords():
+    """Manifests, reports and trackers show the configuration."""
+    with pytest.raises(ConfigError, match="vllm_servers hold a user or a password"):
+        load([], ["ppo.vllm_servers=[http://me:hush@node1:8000]"])
