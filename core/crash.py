@@ -22,16 +22,19 @@ REFUSALS = (
     errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EFBIG, errno.ESTALE,
 )  # fmt: skip
 """Errors of the system that say what is wrong: no space, no permission, no such file."""
+FULL = os.strerror(errno.ENOSPC)
 LONGEST = 300
 """Characters of an error's message that are shown."""
 
 
-def refusal(error: OSError) -> str | None:
+def refusal(error: Exception) -> str | None:
     """What the system refused, with the file; None where that does not say what is wrong."""
+    if not isinstance(error, OSError):  # libraries that write in other languages have errors of their own
+        return next((line for line in str(error).splitlines() if FULL in line), None)
     if error.errno not in REFUSALS or error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return ": ".join([str(error.strerror), " -> ".join(files)] if files else [str(error.strerror)])
+    return ": ".join([str(error.strerror), *([" -> ".join(files)] if files else [])])
 
 
 def crash(error: BaseException, command: Sequence[str]) -> str:

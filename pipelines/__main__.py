@@ -46,11 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `grm runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
+    except Exception as error:
         if said := refusal(error):
             return _failed(f"{prefix}: {said}", EXIT_REFUSED)
-        return _failed(f"{prefix}: {crash(error, ['grm', *arguments])}", EXIT_CRASHED)
-    except Exception as error:
         return _failed(f"{prefix}: {crash(error, ['grm', *arguments])}", EXIT_CRASHED)
 
 

@@ -11,7 +11,7 @@ from core.errors import ArtefactError, DataError
 from core.files import write_jsonl, write_table
 from core.row_files import numbered_rows
 from pipelines.prompts import read_prompts
-from tests.builders.fuzz import cases, damaged, lines, mutated, value, written
+from tests.builders.inputs.fuzz import cases, damaged, lines, mutated, value, written
 
 FORMS = [
     {"prompt": "Why?"}, {"prompt": [{"role": "user", "content": "Why?"}]},

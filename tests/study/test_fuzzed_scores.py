@@ -4,7 +4,7 @@ import pytest
 
 from core.errors import ArtefactError
 from study.other_tools import read_scores, read_series
-from tests.builders.fuzz import cases, damaged, lines, mutated, value, written
+from tests.builders.inputs.fuzz import cases, damaged, lines, mutated, value, written
 
 TABLE = [
     {"prompt_id": f"p{p}", "sample_id": k, "gold": float(p - k), "proxy": float(k), "prompt": f"q{p}", "response": "a",

@@ -9,7 +9,7 @@ from core.config import Config
 from core.config.fields import all_fields
 from core.config.load import load
 from core.errors import ConfigError
-from tests.builders.fuzz import TEXTS, cases, damaged, mutated, value
+from tests.builders.inputs.fuzz import TEXTS, cases, damaged, mutated, value
 from tests.builders.processes import ROOT
 
 KEYS = [field.key.replace("*", "grm") for field in all_fields()]

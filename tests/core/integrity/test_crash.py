@@ -69,4 +69,6 @@ def test_what_the_system_refuses_is_told_without_a_crash():
     assert refusal(full) == "No space left on device"
     assert refusal(PermissionError(errno.EACCES, "Permission denied", "/a")) == "Permission denied: /a"
     assert refusal(OSError(errno.EACCES, "Permission denied", "/a", None, "/b")) == "Permission denied: /a -> /b"
+    of_a_library = RuntimeError("while writing:\nI/O error: No space left on device (os error 28)\nat 3")
+    assert refusal(of_a_library) == "I/O error: No space left on device (os error 28)" and refusal(fault()) is None
     assert refusal(OSError("anything")) is None and refusal(ConnectionResetError(errno.ECONNRESET, "reset")) is None

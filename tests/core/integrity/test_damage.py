@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from core import damage
 from core.artefacts import Fingerprint, open_partial, publish, read_manifest, write_manifest
-from core.damage import WEIGHTS, look, remember_outputs, remembered
+from core.damage import WEIGHTS, archive_fault, look, remember_outputs, remembered
 from core.errors import ArtefactError
 from core.files import read_json, write_json, write_table
+from core.training.engine import check_state
 from tests.builders.processes import draw
 
 FILES = ("grm/model.safetensors", "grm/config.json", "val.parquet", "train.jsonl", "adapter/adapter_model.safetensors")
@@ -139,3 +141,30 @@ def test_a_manifest_that_was_changed_is_refused(stage):
     unsealed = {"stage": "rm", "outputs": []}
     write_json(file, unsealed)
     assert read_manifest(stage) == unsealed == read_json(file), "those of earlier versions"
+
+
+def test_a_flipped_bit_in_an_archive_of_torch_is_found(tmp_path):
+    """`torch.load` gives other numbers without a word."""
+    file = tmp_path / "actor" / "state" / "rank_0.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"w": torch.arange(1000.0), "o": {"step": 3}}, file)
+    whole = file.read_bytes()
+    check_state(tmp_path / "actor")
+    silent = 0
+    for case in range(100):
+        damaged, at = bytearray(whole), int(draw(f"bit {case}", 0, 8 * len(whole)))
+        damaged[at // 8] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        try:
+            found = torch.load(file)
+            is_wrong = not torch.equal(found["w"], torch.arange(1000.0)) or found["o"] != {"step": 3}
+        except Exception:
+            continue  # loud by itself
+        silent += is_wrong
+        if is_wrong:
+            with pytest.raises(ArtefactError, match="rank_0.pt is damaged.*: delete .* to start the stage again"):
+                check_state(tmp_path / "actor")
+    assert silent > 10
+    for cut in (b"", whole[:100], whole[:-30]):
+        file.write_bytes(cut)
+        assert "is cut short or damaged" in archive_fault(file)

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import ArtefactError, DataError
 from rm.evaluation.sets import read_set
-from tests.builders.fuzz import cases, damaged, lines, mutated, value
+from tests.builders.inputs.fuzz import cases, damaged, lines, mutated, value
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 ROWS = {

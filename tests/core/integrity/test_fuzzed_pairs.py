@@ -11,7 +11,7 @@ from core.data.tables import Malformed
 from core.errors import ArtefactError, DataError
 from core.files import write_jsonl, write_table
 from core.row_files import numbered_rows
-from tests.builders.fuzz import cases, damaged, lines, mutated, value, written
+from tests.builders.inputs.fuzz import cases, damaged, lines, mutated, value, written
 from tests.builders.processes import ROOT
 
 ENTRIES = [json.loads(line) for line in (ROOT / "tests" / "builders" / "layouts.jsonl").read_text().splitlines()]
