@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.artefacts import FINGERPRINT, MANIFEST, REPLACED, RESUME, read_manifest
+from core.errors import ArtefactError
 from core.files import write_json
 
 OWN = ".grm"
@@ -51,7 +52,7 @@ class Found(NamedTuple):
 
 def look(
     folder: Path, manifest: Mapping[str, Any], *, without: Iterable[str] = (), again: bool = False,
-    most_bytes: float = float("inf"),
+    most_bytes: float = float("inf"), below: str = "",
 ) -> Found:  # fmt: skip
     """What is wrong with the files of a finished stage: missing, cut short, changed, or not written by the stage.
 
@@ -59,9 +60,11 @@ def look(
         without: patterns of names that are passed over, such as WEIGHTS where nothing opens them.
         again: read every file, whatever is remembered.
         most_bytes: read at most so much, else nothing that is not remembered.
+        below: only the files whose paths begin so.
     """
     passed = (*LOOSE, *without)
-    listed = {o["path"]: o for o in manifest["outputs"] if not _matches(o["path"], passed)}
+    ours = [o for o in manifest["outputs"] if o["path"].startswith(below)]
+    listed = {o["path"]: o for o in ours if not _matches(o["path"], passed)}
     faults, sizes = _by_size(folder, listed)
     known = {} if again else remembered(folder)
     keys = {path: _key(folder / path) for path in sizes}
@@ -78,8 +81,27 @@ def look(
         if sha != listed[path]["sha256"]
     ]
     outputs = {o["path"] for o in manifest["outputs"]}
-    faults += [Fault(folder / path, "was not written by the stage") for path in _extra(folder, outputs, passed)]
+    extra = [path for path in _extra(folder, outputs, passed) if path.startswith(below)]
+    faults += [Fault(folder / path, "was not written by the stage") for path in extra]
     return Found(sorted(faults), left)
+
+
+def check_part(folder: Path) -> None:
+    """ArtefactError where a folder is part of a finished stage and is not what the stage wrote; say, a reward model.
+
+    Nothing is known of folders that are part of none.
+    """
+    for stage in (folder.parent, folder.parent.parent):
+        manifest = read_manifest(stage) or {}
+        below = f"{folder.relative_to(stage)}/"
+        if any(output["path"].startswith(below) for output in manifest.get("outputs", ())):
+            if faults := look(stage, manifest, below=below).faults:
+                found = "\n  ".join(map(str, faults))
+                raise ArtefactError(
+                    f"{folder} is not what stage {manifest['stage']!r} wrote:\n  {found}\nrun that stage again with "
+                    "--force, or put the files back from a copy"
+                )
+            return
 
 
 def _by_size(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> tuple[list[Fault], dict[str, int]]:

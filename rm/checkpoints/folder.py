@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from core.damage import check_part
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
 from core.files import open_tensors, read_json
@@ -22,8 +23,13 @@ CONVERT = (
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the local snapshot of a hub id, which must be a `str`; ArtefactError if it is neither."""
+    """The folder itself, or the local snapshot of a hub id, which must be a `str`.
+
+    Raises:
+        ArtefactError: it is neither; or it is a folder of a finished stage, and not what the stage wrote.
+    """
     if Path(path).is_dir():
+        check_part(Path(path))
         return Path(path)
     if not (isinstance(path, str) and HUB_ID.fullmatch(path)):
         raise ArtefactError(f"{path} holds no reward model (no such folder): run `grm rm` first")

@@ -9,7 +9,7 @@ import torch
 
 from core import damage
 from core.artefacts import Fingerprint, open_partial, publish, read_manifest, write_manifest
-from core.damage import WEIGHTS, archive_fault, look, remember_outputs, remembered
+from core.damage import WEIGHTS, archive_fault, check_part, look, remember_outputs, remembered
 from core.errors import ArtefactError
 from core.files import read_json, write_json, write_table
 from core.training.engine import check_state
@@ -83,6 +83,23 @@ def test_files_that_were_added_are_named_where_something_may_read_them(stage):
 def test_weights_that_nothing_opens_may_be_gone(stage):
     (stage / "grm" / "model.safetensors").unlink()
     assert faults(stage, without=WEIGHTS) == [] and faults(stage) == ["grm/model.safetensors is missing"]
+
+
+def test_a_folder_of_a_stage_is_checked_alone(stage):
+    (stage / "val.parquet").unlink()
+    check_part(stage / "grm")
+    flip(stage / "adapter" / "adapter_model.safetensors")
+    check_part(stage / "grm")
+    with pytest.raises(
+        ArtefactError, match="adapter is not what stage 'rm' wrote:\n .*adapter_model.safetensors is not"
+    ):
+        check_part(stage / "adapter")
+    (stage / "grm" / "extra.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="extra.json was not written by the stage"):
+        check_part(stage / "grm")
+    (stage / "mine").mkdir()
+    check_part(stage / "mine")
+    check_part(stage.parent)
 
 
 def count_reads(monkeypatch) -> list[str]:
