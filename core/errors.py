@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+EXIT_REFUSED = 2
+"""The message names what is wrong with the command, its configuration or its files."""
+EXIT_BUSY = 4
+"""Nothing is wrong with the command: run it again when the other one has ended."""
+
 
 class ArtefactError(RuntimeError):
     """An input is missing, stale or damaged; the message says which stage to run, or what else to do."""
@@ -13,3 +18,7 @@ class DataError(ValueError):
 
 class ConfigError(ValueError):
     """Bad configuration; the command line prints the message and exits 2, without a traceback."""
+
+
+class Busy(RuntimeError):
+    """Another process writes what this one was to write; the command line prints who, and exits `EXIT_BUSY`."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -60,6 +62,28 @@ def read_json(path: Path) -> Any:
     return value
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open` opens it for PyTorch.
+
+    Raises:
+        ArtefactError: no such file, or one whose header and length do not fit each other.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is damaged, cut short or no safetensors file ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file, by name; ArtefactError as from `open_tensors`."""
+    with open_tensors(path) as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, it is no mapping
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a file in one of the formats of `core.row_files`. The values of a CSV file are strings.
 
@@ -70,6 +94,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ArtefactError(f"{path}: holds no rows")
     return rows
+
+
+def storable(value: Any) -> Any:
+    """`value` with NaN and infinity as texts, as in rows of people's files that are only shown again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: storable(one) for key, one in value.items()}
+    return [storable(one) for one in value] if isinstance(value, list) else value
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,7 +1,8 @@
-"""A JSON request over HTTP, with a timeout."""
+"""A JSON request over HTTP, with a timeout, and who can reach a server."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import urllib.request
 from collections.abc import Mapping
@@ -22,3 +23,11 @@ def ask_json(url: str, body: dict | None, timeout: float, headers: Mapping[str, 
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = answer.read()
     return json.loads(text) if text else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on `host` is reached from its own machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or an empty one, which means all addresses
+        return False

@@ -103,11 +103,26 @@ def parsed(data: bytes) -> Any:
         return Fault("not JSON", str(error))
 
 
+def _textual(value: Any, source: bytes | str) -> Any:
+    """`value` as parsed from `source`, or a fault where a text in it is half a pair of surrogates (`"\\ud83d"`).
+
+    Python makes a text of it that nothing can write, encode or tokenize.
+    """
+    escapes = b"\\ud" in source.lower() if isinstance(source, bytes) else "\\ud" in source.lower()
+    if not escapes:
+        return value
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return Fault("not Unicode", str(error))
+    return value
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     with opened(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
-                yield number, parsed(line)
+                yield number, _textual(parsed(line), line)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -129,8 +144,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             return
         rows = parsed(first)
         if isinstance(rows, dict) and _list_in(rows) is None:
-            yield number, rows
-            yield from ((n, parsed(line)) for n, line in lines if line.strip())
+            yield number, _textual(rows, first)
+            yield from ((n, _textual(parsed(line), line)) for n, line in lines if line.strip())
             return
         left = b"".join(line for _, line in lines)
         if left.strip() and not isinstance(rows, dict):
@@ -189,7 +204,7 @@ def _elements(pieces: Iterator[bytes], path: Path) -> Iterator[Any]:
                 if end == len(text) and not ended:  # the number 12 may go on as 123
                     more()
                     continue
-                at = end
+                value, at = _textual(value, text[at:end]), end
                 yield value
                 sign = upcoming()
                 at += 1

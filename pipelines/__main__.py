@@ -16,9 +16,12 @@ from core import environment, starting
 from core.config import Config
 from core.config.explain import explain
 from core.config.load import load
-from core.errors import ArtefactError, ConfigError, DataError
+from core.crash import EXIT_CRASHED, crash, refusal
+from core.errors import EXIT_BUSY, EXIT_REFUSED, ArtefactError, Busy, ConfigError, DataError
+from core.locks import writing
+from core.machine import describe
 from core.stopping import EXIT_STOPPED, Stopped
-from pipelines import command_line, launch, runs, stages
+from pipelines import command_line, launch, runs, stages, verify
 from pipelines.command_line import TOOLS
 
 GOLD = ("prompts", "preferences", "rm")
@@ -26,26 +29,44 @@ GOLD = ("prompts", "preferences", "rm")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `grm ARGUMENTS`; the exit status. What goes wrong is one message, whoever's fault it is."""
     arguments = sys.argv[1:] if argv is None else argv
     name, rest = command_line.split(arguments)
-    prefix = f"grm {name}" if name else "grm"
+    prefix = (f"grm {name}" if name else "grm") + launch.rank_in_words()
     try:
-        if name is None or name not in command_line.COMMANDS:
-            return command_line.help_or_error(name, rest)
-        if name in TOOLS:
-            return importlib.import_module(TOOLS[name].module).main(rest) or 0
-        options = command_line.parser(name).parse_intermixed_args(rest)  # options may stand among overrides
-        if name in OVERVIEWS:
-            return OVERVIEWS[name](options)
-        return _stages(name, options, arguments)
+        return _command(name, rest, arguments)
     except (ConfigError, ArtefactError, DataError) as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
-        return 2
+        return _failed(f"{prefix}: {error}", EXIT_REFUSED)
+    except Busy as error:
+        return _failed(f"{prefix}: {error}", EXIT_BUSY)
     except Stopped as reason:
-        stages.say(f"{prefix}: {reason}")
-        return EXIT_STOPPED
+        return _failed("" if launch.is_ours() else f"{prefix}: {reason}", EXIT_STOPPED)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _failed(f"{prefix}: interrupted; the same command goes on from what is saved", 128 + signal.SIGINT)
+    except BrokenPipeError:  # `grm runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if said := refusal(error):
+            return _failed(f"{prefix}: {said}", EXIT_REFUSED)
+        return _failed(f"{prefix}: {crash(error, ['grm', *arguments])}", EXIT_CRASHED)
+
+
+def _failed(message: str, status: int) -> int:
+    if message:
+        print(message, file=sys.stderr)
+    return status
+
+
+def _command(name: str | None, rest: list[str], arguments: list[str]) -> int:
+    if name is None or name not in command_line.COMMANDS:
+        return command_line.help_or_error(name, rest)
+    if name in TOOLS:
+        return importlib.import_module(TOOLS[name].module).main(rest) or 0
+    options = command_line.parser(name).parse_intermixed_args(rest)  # options may stand among overrides
+    if name in OVERVIEWS:
+        return OVERVIEWS[name](options)
+    return _stages(name, options, arguments)
 
 
 def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
@@ -84,12 +105,16 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
 
 
 def _stage(name: str, cfg: Config, arguments: list[str], *, force: bool, source: Path | None, began: float) -> int:
-    if not force and runs.settle(name, cfg, source):
+    if not force and stages.staleness(name, cfg) == []:  # whoever only looks must not wait
+        runs.settle(name, cfg, source)
         return 0
-    stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are reported before a process is started
-    if changed := stages.staleness(name, cfg):
-        stages.say(f"{name}: re-run, because " + "; ".join(changed[:5]))
-    return launch.run_stage_process(cfg, arguments + (["--force"] if force else []), began=began)
+    with writing(cfg.run_dir, name):
+        if not force and runs.settle(name, cfg, source):
+            return 0
+        stages.fingerprint(stages.STAGES[name], cfg)  # missing inputs are reported before a process is started
+        if not force and (changed := stages.staleness(name, cfg)):
+            stages.say(f"{name}: re-run, because " + "; ".join(changed[:5]))
+        return launch.run_stage_process(cfg, arguments + (["--force"] if force else []), began=began)
 
 
 def _config(options: argparse.Namespace) -> int:
@@ -107,7 +132,12 @@ def _config(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     cfg = load(options.config, options.overrides)
-    print(f"run {cfg.run_dir}", *stages.status(cfg), sep="\n")
+    print(f"run {cfg.run_dir}", *runs.status(cfg), sep="\n")
+    return 0
+
+
+def _env(_: argparse.Namespace) -> int:
+    print(*describe(), sep="\n")
     return 0
 
 
@@ -127,7 +157,24 @@ def _clean(options: argparse.Namespace) -> int:
     return 0
 
 
-OVERVIEWS = {"config": _config, "status": _status, "runs": _runs, "diff": _diff, "clean": _clean}
+def _verify(options: argparse.Namespace) -> int:
+    folders = [runs.folder_of(run) for run in options.runs] or [load(options.config, []).run_dir]
+    well = True
+    for line, fine in verify.verify(folders):
+        print(line, flush=True)
+        well = well and fine
+    return 0 if well else 1
+
+
+OVERVIEWS = {
+    "config": _config,
+    "status": _status,
+    "runs": _runs,
+    "diff": _diff,
+    "verify": _verify,
+    "clean": _clean,
+    "env": _env,
+}
 """Commands that run no stage."""
 
 

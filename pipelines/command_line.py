@@ -38,7 +38,9 @@ OVERVIEWS = {
     "config": "the resolved configuration; --explain KEY explains options",
     "runs": "the runs below a folder: stages, sizes, headline numbers",
     "diff": "what differs between two runs",
+    "verify": "whether the files of runs are what their stages wrote; reads all of them",
     "clean": "what runs keep of replaced results; --yes deletes it",
+    "env": "versions, machine and settings, for a report of a fault",
 }
 GOLD = "a gold reward model from the human preferences of configs/gold.yaml: prompts, preferences, rm"
 COMMANDS = {**{s.name: s.makes for s in STAGES.values()}, "gold": GOLD, **OVERVIEWS,
@@ -93,8 +95,10 @@ def parser(name: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     default = "configs/gold.yaml" if name == "gold" else "configs/offline.yaml"
-    if name in ("runs", "diff", "clean"):
+    if name in ("runs", "diff", "verify", "clean"):
         _add_folders(made, name, default)
+        return made
+    if name == "env":
         return made
     made.add_argument("overrides", nargs="*", metavar="a.b=value", help="configuration values, laid over the files")
     made.add_argument("--config", "-c", action=_Append, default=[default], metavar="FILE",
@@ -129,6 +133,11 @@ def _add_folders(made: argparse.ArgumentParser, name: str, default: str) -> None
     elif name == "diff":
         made.add_argument("first", type=Path, metavar="RUN", help="a run's name or folder, such as runs/offline")
         made.add_argument("second", type=Path, metavar="RUN")
+    elif name == "verify":
+        made.add_argument("runs", nargs="*", type=Path, metavar="RUN",
+                          help="runs' names or folders; runs in folders below them are included")  # fmt: skip
+        made.add_argument("--config", "-c", action=_Append, default=[default], metavar="FILE",
+                          help=f"verify the run of this YAML file if no RUN is given (default: {default})")  # fmt: skip
     else:
         made.add_argument("run", nargs="?", type=Path, metavar="RUN",
                           help="a run's name or folder; runs in folders below it are included")  # fmt: skip

@@ -26,7 +26,7 @@ from core.data.rows import EvaluationRow, ResponseRow
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import read_table, write_table
+from core.files import open_tensors, read_table, write_table
 from core.generation.local import Generator
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
@@ -107,10 +107,9 @@ def load_policy(cfg: Config, folder: Path) -> nn.Module:
         whole = cfg.policy.model_copy(update={"path": str(folder), "revision": None})
         return _load(cfg, whole).eval().to(device())
     from peft import PeftModel
-    from safetensors import safe_open
 
     lm = PeftModel.from_pretrained(_load(cfg, cfg.policy), folder, autocast_adapter_dtype=False)
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    with open_tensors(folder / "adapter_model.safetensors") as file:
         saved = set(file.keys())
     wanted = {n.replace(".default.", ".") for n, _ in lm.named_parameters() if "lora_" in n}
     if saved != wanted:

@@ -8,17 +8,21 @@ From there on both are the same: `check_ranks`, then `run_here`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from typing import NoReturn
 
 from core.config import Config
 from core.environment import STARTED, num_gpus, variables
-from core.errors import ConfigError
-from core.ranks import run_ranks
+from core.errors import ArtefactError, ConfigError
+from core.locks import writing
+from core.ranks import LAUNCHER, end_with_launcher, run_ranks
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
+from pipelines.inputs import check_inputs
 
 STOP_SECONDS = 1800
 """On SIGTERM the ranks end their step and save; after so long they are killed."""
@@ -45,6 +49,16 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(STARTED, "1"))
 
 
+def rank_in_words() -> str:
+    """ ", rank 1" where several ranks may print; else nothing."""
+    return f", rank {os.environ['RANK']}" if is_ours() and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def is_ours() -> bool:
+    """Whether this process is a rank that `grm` started, which says itself what became of its ranks."""
+    return LAUNCHER in os.environ
+
+
 def restart(arguments: list[str]) -> NoReturn:
     """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks."""
     environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), BEGAN: str(command_began())}
@@ -55,23 +69,45 @@ def restart(arguments: list[str]) -> NoReturn:
 
 def run_here(name: str, cfg: Config, *, force: bool) -> None:
     """Run a stage in this process, one of its ranks, unless it is up to date."""
+    end_with_launcher()
     check_ranks(name, cfg, world_size())
-    if force or not _settled(name, cfg):
-        stages.say(stages.run(name, cfg, force=force))
+    # Whoever started this rank holds the lock; where that is torchrun, the first rank does.
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with writing(cfg.run_dir, name) if is_first and not is_ours() else nullcontext():
+        if force or not _settled(name, cfg):
+            stages.say(stages.run(name, cfg, force=force))
 
 
 def _settled(name: str, cfg: Config) -> bool:
-    """`runs.settle` by the first rank, since it may move folders; its answer on all ranks."""
+    """`runs.settle` by the first rank, since it may move folders; its answer on all ranks, or its error.
+
+    Where `grm` has not done so, the inputs are checked too.
+    """
     if world_size() == 1:
-        return runs.settle(name, cfg, None)
+        return _settled_here(name, cfg)
     import torch
 
     from core.training import distributed
 
     distributed.init_distributed()
-    answer = [runs.settle(name, cfg, None) if distributed.rank() == 0 else None]
+    answer: list[bool | ArtefactError] = [False]
+    if distributed.rank() == 0:
+        try:
+            answer = [_settled_here(name, cfg)]
+        except ArtefactError as error:  # the others wait for an answer
+            answer = [error]
     torch.distributed.broadcast_object_list(answer, device=distributed.device())
-    return bool(answer[0])
+    if isinstance(answer[0], ArtefactError):
+        raise answer[0]
+    return answer[0]
+
+
+def _settled_here(name: str, cfg: Config) -> bool:
+    if runs.settle(name, cfg, None):
+        return True
+    if not is_ours():
+        check_inputs(name, cfg)
+    return False
 
 
 def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None = None) -> int:
@@ -82,15 +118,29 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
+        ArtefactError: a file that the stage reads is damaged.
+        Busy: another process writes the stage.
     """
     name = arguments[0]
+    check_inputs(name, cfg)
     ranks = num_processes(name, cfg) if stages.STAGES[name].distributed else 1
     check_ranks(name, cfg, ranks)
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
-    status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
     mark = cfg.run_dir / f"{name}.partial" / MARK
+    with writing(cfg.run_dir, name):
+        mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
+        status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED
+    if status < 0:
+        print(f"{name}: {ended_by(-status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+def ended_by(number: int) -> str:
+    """What is said of a rank that a signal has ended."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = ", as it is where memory runs out" if number == signal.SIGKILL else ""
+    return f"ended by {name}{why}; the same command goes on from what is saved"

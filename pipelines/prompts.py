@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -16,7 +17,7 @@ from core.data.rows import PromptRow
 from core.data.splits import normalised, prompt_id, split_of
 from core.data.streams import unit_interval
 from core.errors import ArtefactError, DataError
-from core.files import write_jsonl, write_table
+from core.files import storable, write_jsonl, write_table
 from core.row_files import numbered_rows
 
 DUPLICATE = "duplicate"
@@ -95,14 +96,14 @@ def _checked(data: Data, file: Path, found: Prompts, rejected: Path) -> dict[str
         ArtefactError: no usable prompt, or too many malformed rows.
     """
     write_jsonl(rejected, found.rejected)  # before the share is checked: whoever reads of it wants to see them
-    if not found.usable:
-        fault = found.rejected[0] if found.rejected else "the file holds no rows"
-        raise ArtefactError(f"{file}: no usable prompt; first fault: {fault}")
     reasons = Counter(_kind(r) for r in found.rejected)
+    if not found.usable:
+        why = "; ".join(_lines(reasons, found.rejected)) or "the file holds no rows"
+        raise ArtefactError(f"{file}: no usable prompt: {why}")
     if found.malformed > data.max_rejected_share * (rows := len(found.usable) + len(found.rejected)):
         raise ArtefactError(
             f"{file}: {found.malformed} of {rows} rows are malformed, more than data.max_rejected_share "
-            f"{data.max_rejected_share:g}: " + "; ".join(_lines(reasons, found.rejected))
+            f"{data.max_rejected_share:g}: " + "; ".join(_lines(reasons, found.rejected, without=NOT_MALFORMED))
         )
     return dict(reasons)
 
@@ -138,7 +139,7 @@ def _read(file: Path, data: Data, tokenizer: ChatTokenizer, seed: int, known: Kn
                 if how := known.repeated_by(prompt["prompt"]):
                     raise DataError(REPEATS[how])
         except DataError as error:
-            rejected.append({"line": number, "reason": str(error), "row": row})
+            rejected.append({"line": number, "reason": str(error), "row": storable(row)})
             continue
         prompts[prompt["prompt_id"]] = prompt
         changed.update(set(notes))
@@ -156,10 +157,10 @@ def _kind(rejected: Rejected) -> str:
     return rejected["reason"].split(" (")[0]
 
 
-def _lines(reasons: Counter[str], rejected: list[Rejected]) -> list[str]:
-    """Each reason why a row is malformed, with the number of rows and the first of them."""
+def _lines(reasons: Counter[str], rejected: list[Rejected], without: Collection[str] = ()) -> list[str]:
+    """Each reason why a row is rejected, with the number of rows and the first of them."""
     first = {_kind(r): r["line"] for r in reversed(rejected)}
-    return [f"{n} x {why} (first in row {first[why]})" for why, n in reasons.most_common() if why not in NOT_MALFORMED]
+    return [f"{n} x {why} (first in row {first[why]})" for why, n in reasons.most_common() if why not in without]
 
 
 def _prompt(row: dict[str, Any], data: Data, tokenizer: ChatTokenizer, seed: int, notes: list[str]) -> PromptRow:

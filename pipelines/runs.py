@@ -24,8 +24,13 @@ from core.artefacts import (
 )
 from core.config import Config
 from core.config.fields import REQUIRED, field_of
+from core.damage import OWN, look
 from core.errors import ArtefactError
+from pipelines.inputs import check
 from pipelines.stages import STAGES, fingerprint, say, staleness
+
+STATUS_BYTES = 10**9
+"""`grm status` reads files of at most so many bytes a stage, where nothing is remembered of them."""
 
 
 def needed_by(name: str) -> list[str]:
@@ -50,18 +55,21 @@ def settle(name: str, cfg: Config, source: Path | None) -> bool:
     """Whether the stage is done without running: up to date, taken back from `.replaced`, or linked from another run.
 
     Raises:
-        ArtefactError: an input is missing or out of date.
+        ArtefactError: an input is missing or out of date; or the files of the result are not what was written.
     """
     folder = cfg.run_dir / name
     if staleness(name, cfg) == []:
+        check(name, folder, f"{name}: up to date, but")
         say(f"{name}: up to date")
         return True
     wanted = fingerprint(STAGES[name], cfg)
     if kept := kept_result(folder, wanted):
+        check(name, kept, f"{name}: was kept, but")
         take_back(folder, kept)
         say(f"{name}: up to date again, with the result that was kept in {kept}")
         return True
     if source is not None and fits(source / name, wanted):
+        check(name, source / name, f"{name}: fits, but")
         if folder.exists() or folder.is_symlink():  # a link may lead nowhere
             keep_finished(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +122,36 @@ def folder_of(run: Path) -> Path:
     return run if run.is_dir() else Path("runs") / run
 
 
+def status(cfg: Config) -> list[str]:
+    """One line a stage: its state and headline."""
+    lines = []
+    for name, stage in STAGES.items():
+        try:
+            manifest = read_manifest(cfg.run_dir / name)
+        except ArtefactError as error:
+            lines.append(f"{name:<12} damaged: {error}")
+            continue
+        headline = manifest["metrics"].get("headline", "") if manifest else stage.makes
+        lines.append(f"{name:<12} {_state(name, cfg, manifest):<12} {headline}")
+    return lines
+
+
+def _state(name: str, cfg: Config, manifest: dict | None) -> str:
+    """Of a stage: not run, up to date, stale, damaged, or waits."""
+    try:
+        changed = staleness(name, cfg)
+    except ArtefactError as error:
+        return f"waits: {error}" if manifest is None else f"stale: {error}"
+    if manifest is None or changed is None:
+        return "not run"
+    if changed:
+        return f"stale: {changed[0]}"
+    faults, unread = look(cfg.run_dir / name, manifest, most_bytes=STATUS_BYTES)
+    if faults:
+        return f"damaged: {faults[0]}" + (f", and {len(faults) - 1} more" if len(faults) > 1 else "")
+    return "up to date" + (f" ({human(unread)} not read since they came here: `grm verify`)" if unread else "")
+
+
 def find_runs(folder: Path) -> Iterator[Path]:
     """Folders with a finished or unfinished stage in them, at any depth, links not followed."""
     marks = [f"{stage}/{MANIFEST}" for stage in STAGES] + [f"{stage}.partial/{FINGERPRINT}" for stage in STAGES]
@@ -123,7 +161,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
             yield here
         folders[:] = sorted(
             f for f in folders
-            if f not in STAGES and f != REPLACED and not f.endswith(".partial") and not (here / f).is_symlink()
+            if f not in (*STAGES, REPLACED, OWN) and not f.endswith(".partial") and not (here / f).is_symlink()
         )  # fmt: skip
 
 

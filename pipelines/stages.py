@@ -33,6 +33,7 @@ from core.artefacts import (
     read_manifest,
 )
 from core.config import ENGINE_STAGES, Config, EngineStage
+from core.damage import remember_outputs
 from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
@@ -68,6 +69,8 @@ class Stage:
     grows: tuple[str, str] | None = None
     """(field, module): a finished or stopped run is continued when only this number is raised, unless the module's
     `why_not(section, folder, old)` names a reason against it."""
+    opens_weights: bool = True
+    """Whether it opens the weights in the folders that it reads. Where it does not, they may have been deleted."""
     corrections: tuple[Correction, ...] = ()
     """What earlier versions got wrong in its result, oldest first. Only ever append to it: the finished results that
     were wrong are out of date from then on."""
@@ -108,7 +111,7 @@ STAGES = {
               (*_POLICY_FILES, "gold.path"), makes="proxy, gold and KL of every checkpoint",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
-              ("run", "eval.bootstrap"),
+              ("run", "eval.bootstrap"), opens_weights=False,
               makes="report.html: the over-optimisation study of this run; its tables"),
     )
 }  # fmt: skip
@@ -185,12 +188,17 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
     if rank != 0:
         return ""
+    if fingerprint(stage, cfg).inputs != wanted.inputs:
+        raise ArtefactError(
+            f"stage {name!r} read inputs that were replaced while it ran, so its result is none of theirs: run it again"
+        )
     seconds, parts = starting.finished(called)
     resumable = RESUME if stage.grows else None
     publish(
         partial_of(folder), folder, name, wanted, seed=cfg.run.seed, seconds=seconds, parts=parts, metrics=metrics,
         resumable=resumable,
     )  # fmt: skip
+    remember_outputs(folder)
     headline = metrics.get("headline", "done")
     return f"{name}: {headline} ({seconds:.0f} s, {parts['start']:.0f} of them to start) -> {folder}"
 
@@ -211,10 +219,9 @@ def prepare(name: str, cfg: Config, wanted: Fingerprint, *, force: bool = False)
     if not force and not partial.is_dir() and (kept := kept_partial(folder, wanted)):
         kept.rename(partial)
         say(f"{name}: resumes the unfinished work that was kept in {kept}")
-    manifest = read_manifest(folder)
-    if manifest is None:
+    if not folder.exists():
         return
-    if not force and not partial.is_dir():
+    if not force and not partial.is_dir() and (manifest := read_manifest(folder)):
         extend(stage, cfg, wanted, folder, manifest)
     if folder.is_symlink():
         say(f"{name}: the result in {folder.resolve()} stays as it is; this run gets one of its own")
@@ -253,21 +260,6 @@ def staleness(name: str, cfg: Config) -> list[str] | None:
     """None: never ran. Empty: up to date. Else what changed since, one line each."""
     manifest = read_manifest(cfg.run_dir / name)
     return None if manifest is None else fingerprint(STAGES[name], cfg).differences(manifest)
-
-
-def status(cfg: Config) -> list[str]:
-    """One line a stage: its state and headline."""
-    lines = []
-    for name, stage in STAGES.items():
-        manifest = read_manifest(cfg.run_dir / name)
-        try:
-            changed = staleness(name, cfg)
-            state = "not run" if changed is None else ("stale: " + changed[0] if changed else "up to date")
-        except ArtefactError as error:
-            state = f"waits: {error}" if manifest is None else f"stale: {error}"
-        headline = manifest["metrics"].get("headline", "") if manifest else stage.makes
-        lines.append(f"{name:<12} {state:<12} {headline}")
-    return lines
 
 
 def say(*words: object) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from core.errors import ArtefactError
+from core.files import file_digest, read_tensors
 from core.training import distributed
 from core.training.weights import gathered
 
@@ -50,10 +52,21 @@ class WeightAverage:
         if distributed.rank() == 0:
             save_file({name: self.values[p].contiguous() for name, p in self._trained.items()}, folder / FILE)
 
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote into `folder`."""
-        from safetensors.torch import load_file
+    def digest(self, folder: Path) -> str:
+        """SHA-256 of what `save` wrote into `folder`."""
+        return file_digest(folder / FILE)
 
+    def load(self, folder: Path, sha256: str | None) -> None:
+        """Continue from what `save` wrote into `folder`.
+
+        Args:
+            sha256: of the file; None for one of an earlier version, which recorded none.
+
+        Raises:
+            ArtefactError: the file is damaged.
+        """
         if distributed.rank() == 0:
-            saved = load_file(folder / FILE)
+            if sha256 is not None and self.digest(folder) != sha256:
+                raise ArtefactError(f"{folder / FILE} is damaged: delete {folder.parent} to start the stage again")
+            saved = read_tensors(folder / FILE)
             self.values = {p: saved[name] for name, p in self._trained.items()}

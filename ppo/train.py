@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,8 +20,6 @@ from core.config import Config, Generation, Model, Ppo
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
 from core.data.streams import stream_seed
-from core.errors import ArtefactError
-from core.files import read_json, write_json
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
 from core.models.loading import save_lm
@@ -33,7 +30,7 @@ from core.training.weights import save_adapter
 from ppo import guard
 from ppo.card import write_card
 from ppo.ema import WeightAverage
-from ppo.extend import LAST
+from ppo.extend import mark_state, saved_state
 from ppo.keep import PolicyKeeper, Spacing
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
@@ -84,7 +81,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, inputs: dict[str, Path], out: Path):
         distributed.init_distributed()
-        saved_state(out)  # one that cannot be continued is refused before models are loaded
+        saved_state(out, distributed.world_size())  # one that cannot be continued is refused before models are loaded
         self.cfg, self.out = cfg, out
         seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
@@ -194,8 +191,10 @@ class Trainer:
             self.average.save(folder)
         torch.distributed.barrier()
         if distributed.rank() == 0:
-            state = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict(), "ranks": distributed.world_size()}
-            write_json(self.out / RESUME / LAST, {"step": step, "spacing": self.spacing.state_dict(), **state})
+            state: dict = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict()}
+            state |= {"ranks": distributed.world_size(), "spacing": self.spacing.state_dict()}
+            state |= {"average": self.average.digest(folder)} if self.average else {}
+            mark_state(self.out, {"step": step, **state})
             for old in (self.out / RESUME).glob("[0-9]*"):
                 if old != folder:
                     shutil.rmtree(old)
@@ -220,14 +219,14 @@ class Trainer:
         Raises:
             ArtefactError: the state was written by another number of ranks.
         """
-        state = saved_state(self.out)
+        state = saved_state(self.out, distributed.world_size())
         if state["step"]:
             folder = self.out / RESUME / f"{state['step']:06d}"
             self.actor.load(folder / "actor")
             if self.critic:
                 self.critic.load(folder / "critic")
             if self.average:
-                self.average.load(folder)
+                self.average.load(folder, state.get("average"))
             self.kl.load_state_dict(state["kl"])
             self.scale.load_state_dict(state["scale"])
             self.spacing.load_state_dict(state.get("spacing", self.spacing.state_dict()))  # earlier versions: none
@@ -252,22 +251,6 @@ class Trainer:
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             if self.log:
                 self.log.close()
-
-
-def saved_state(out: Path) -> dict[str, Any]:
-    """What `Trainer.save_state` wrote last into `out`; step 0 where it wrote nothing.
-
-    Raises:
-        ArtefactError: the state was written by another number of ranks.
-    """
-    mark = out / RESUME / LAST
-    state: dict[str, Any] = read_json(mark) if mark.is_file() else {"step": 0}
-    if state["step"] and state["ranks"] != distributed.world_size():
-        raise ArtefactError(
-            f"{mark} was written by {state['ranks']} ranks and there are {distributed.world_size()} now: "
-            f"start as many (engine.processes), or delete {mark.parent} to start again"
-        )
-    return state
 
 
 def _make_generator(

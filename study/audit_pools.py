@@ -25,7 +25,7 @@ from core.data.rows import PromptRow, ResponseRow, SampleRow
 from core.errors import ArtefactError, ConfigError
 from core.files import digest, file_digest, path_digest, read_json, read_table, write_json, write_table
 from core.generation.pool import sample_pool
-from pipelines.prompts import read_prompts
+from pipelines.prompts import in_order, read_prompts
 from rm.checkpoints.folder import files as weights
 from rm.checkpoints.folder import locate
 from rm.evaluation.command import model_names
@@ -38,13 +38,14 @@ def audit_prompts(cfg: Config, given: Path | None) -> list[PromptRow]:
     """All prompts of a file of one's own, or the split eval of `data.prompts`, on which nothing of a run is trained; in
     hash order, the first `bon.prompts` of them."""
     tokenizer = ChatTokenizer(cfg.policy)
-    data = cfg.data if given is None else cfg.data.model_copy(update={"prompts": given})
-    found = read_prompts(data, tokenizer, seed=cfg.run.seed)
-    rows = [row for row in found.usable if given is not None or row["split"] == "eval"]
+    data = cfg.data if given is None else cfg.data.model_copy(update={"prompts": given, "eval_prompts": None})
+    own, other = read_prompts(data, tokenizer, seed=cfg.run.seed)
+    found, file = (own, data.prompts) if other is None else (other, data.eval_prompts)
+    rows = [row for row in in_order(own, other) if given is not None or row["split"] == "eval"]
     if found.malformed > data.max_rejected_share * (len(found.usable) + len(found.rejected)) or len(rows) < 2:
         first = found.rejected[0] if found.rejected else "none"
         raise ArtefactError(
-            f"{data.prompts}: {len(rows)} usable prompts, {found.malformed} malformed rows; first fault: {first}"
+            f"{file}: {len(rows)} usable prompts, {found.malformed} malformed rows; first fault: {first}"
         )
     return rows[: cfg.bon.prompts]
 

@@ -14,6 +14,7 @@ from bon.pools import Pools, from_tables
 from core.column_files import first_row
 from core.errors import ArtefactError
 from core.files import read_json, read_rows
+from study.cells import Cells
 
 KNOWN = ({"scores_chosen", "scores_rejected"}, {"scores", "num_correct"})
 """Columns by which version 1 and version 2 are known."""
@@ -80,33 +81,33 @@ def rewardbench_pools(path: Path) -> Pools:
     for number, row in enumerate(rows, start=1):
         if str(row.get("subset")).lower() == TIES:
             continue
-        answers, right = _answers(row)
+        cells = Cells(row, number)
+        answers, right = _answers(cells)
+        prompt = cells.prompt("prompt") if row.get("prompt") else [{"role": "user", "content": ""}]
         for k, (text, score) in enumerate(answers):
-            if isinstance(score, bool) or not isinstance(score, int | float):
-                raise ArtefactError(f"row {number}: score {score!r} is no number")
             ids = {"prompt_id": f"{number:06d}", "sample_id": k}
-            samples.append({**ids, "response": text, "n_tokens": len(text), "prompt": _prompt(row)})
+            samples.append({**ids, "response": text, "n_tokens": len(text), "prompt": prompt})
             gold.append({**ids, "score": float(k < right)})
-            scores.append({**ids, "score": float(score)})
+            scores.append({**ids, "score": score})
     if not samples:
         raise ArtefactError("no items but those of the subset Ties")
     name = str(rows[0].get("model") or path.stem.removesuffix("_outputs"))
     return from_tables(samples, gold, {name.rpartition("/")[2]: scores})
 
 
-def _answers(row: Mapping[str, Any]) -> tuple[Sequence[tuple[str, Any]], int]:
+def _answers(row: Cells) -> tuple[Sequence[tuple[str, float]], int]:
     """(text, score) of each answer, the right ones first, and how many are right."""
-    if "scores" in row:
-        texts = row.get("text") or [""] * len(row["scores"])
-        return list(zip(map(_text, texts), row["scores"], strict=True)), int(row["num_correct"])
-    return [(_text(row.get(f"text_{side}")), row[f"scores_{side}"]) for side in ("chosen", "rejected")], 1
+    if "scores" not in row.values:
+        sides = ("chosen", "rejected")
+        return [(_text(row.values.get(f"text_{side}")), row.real(f"scores_{side}")) for side in sides], 1
+    scores = row.reals("scores")
+    texts = row.values.get("text") or [""] * len(scores)
+    if not isinstance(texts, list) or len(texts) != len(scores):
+        raise ArtefactError(f"row {row.number}: text is no list of {len(scores)} answers, as many as there are scores")
+    return list(zip(map(_text, texts), scores, strict=True)), row.whole("num_correct")
 
 
 def _text(value: Any) -> str:
     """An answer, which may be a whole chat or its rendering."""
-    return value[-1]["content"] if isinstance(value, list) else str(value or "")
-
-
-def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    prompt = row.get("prompt") or ""
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    last = value[-1] if isinstance(value, list) and value else value
+    return str(last["content"]) if isinstance(last, dict) and "content" in last else str(last or "")

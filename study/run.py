@@ -26,7 +26,9 @@ from core.config import Config
 from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
+from core.locks import writing
 from pipelines import launch, runs, stages
+from pipelines.inputs import check
 from study.design import Arm, Policy
 from study.matrix import OWN, SHARED, expanded, plan, policy_overrides
 
@@ -102,19 +104,22 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
         extra = policy_overrides(cfg, policy)
         todo += [(stage, load([file], extra), extra) for stage in OWN]
     for stage, settings, extra in todo:
-        if fresh := stages.staleness(stage, settings) == []:
+        if stages.staleness(stage, settings) == []:
             print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
-        if fresh or runs.settle(stage, settings, None):  # a kept result may fit
-            if stage == "preferences":
-                refuse_leaks(settings)
-            continue
-        if status := launch.run_stage_process(settings, [stage, "--config", str(file), *extra]):
-            return status
+        else:
+            with writing(settings.run_dir, stage):
+                settled = runs.settle(stage, settings, None)  # a kept result may fit
+                command = [stage, "--config", str(file), *extra]
+                if not settled and (status := launch.run_stage_process(settings, command)):
+                    return status
         if stage == "preferences":
             refuse_leaks(settings)
+    for stage, settings, _ in todo:
+        check(stage, settings.run_dir / stage, f"the study needs {stage!r}, and", weights=False)
     from study.report.build import report
 
-    print(report(cfg, arms, policies), file=sys.stderr)
+    with writing(cfg.run_dir, "study"):
+        print(report(cfg, arms, policies), file=sys.stderr)
     return 0
 
 

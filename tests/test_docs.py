@@ -30,7 +30,7 @@ from tests.builders.pages import PACKAGES, PAGES, ROOT, blocks, commands, words_
 from tests.builders.processes import make
 
 COMMANDS = list(commands())
-CHEAP = {"config", "status", "runs", "diff"}
+CHEAP = {"config", "status", "runs", "diff", "verify", "env"}
 CONFIGS = {"study": "configs/study.yaml", "gold": "configs/gold.yaml"}
 """Command -> the configuration that it loads when none is named; configs/offline.yaml for the others."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from core.errors import ConfigError
 
 Tree = dict[str, Any]
 """Sections and values as a YAML file holds them, before they are checked."""
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: ValueError of bytes that are not UTF-8, and of 2024-99-99, which looks like a date."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,6 +27,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):  # the base class names the place
+                break
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -36,7 +40,8 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
     tree: Tree = {}
     for file in files:
         tree = merge(tree, read_yaml(Path(file)))
-    if "variants" not in (tree.get("rm") or {}):
+    rm = tree.get("rm") or {}
+    if isinstance(rm, dict) and "variants" not in rm:
         # Files that name reward models replace the default ones; overrides then change those.
         tree = merge({"rm": Config().model_dump(include={"rm": {"variants"}})["rm"]}, tree)
     for text in overrides:
@@ -59,12 +64,16 @@ def load(files: Iterable[Path | str], overrides: Iterable[str] = ()) -> Config:
 
 def read_yaml(file: Path) -> Tree:
     """The mapping in `file`; a missing file, bad YAML or another type is a ConfigError naming the file and line."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder: give a config file, such as configs/offline.yaml")
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"no config file {file}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    except NOT_YAML as error:
+        raise ConfigError(f"{file} is not valid YAML: {_reason(error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -79,13 +88,17 @@ def parse_override(text: str) -> Tree:
         raise ConfigError(f"override {text!r}: expected key.path=value")
     try:
         leaf = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    except NOT_YAML as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {_reason(error)}") from None
     *sections, last = path.split(".")
     tree: Tree = {last: leaf}
     for section in reversed(sections):
         tree = {section: tree}
     return tree
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _remove(tree: Tree, path: tuple[int | str, ...]) -> bool:
@@ -99,7 +112,7 @@ def _remove(tree: Tree, path: tuple[int | str, ...]) -> bool:
 def _faults(error: ValidationError) -> list[str]:
     lines = []
     for e in error.errors():
-        path = ".".join(map(str, e["loc"]))
+        path = ".".join(str(part) for part in e["loc"] if part != "[key]")  # pydantic's word for a key that is wrong
         if e["type"] == "extra_forbidden":
             near, section = nearest(e["loc"]), ".".join(map(str, e["loc"][:-1])) or "the configuration"
             hint = f"the nearest is {near}" if near else f"{section} has {', '.join(keys_of(e['loc'][:-1]))}"

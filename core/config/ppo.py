@@ -205,6 +205,10 @@ class Ppo(Section):
             raise ValueError(f"lora.dropout {self.lora.dropout} would make the PPO ratio differ from 1: set it to 0")
         if self.sync == "adapter" and (self.lora is None or self.vllm_servers or self.lora.rank > 512):
             raise ValueError("sync adapter needs lora of rank 512 at most, and no vllm_servers")
+        if any("@" in server for server in self.vllm_servers):
+            raise ValueError(
+                "vllm_servers hold a user or a password, which manifests and reports would show: remove it"
+            )
         if self.weight_transfer == "nccl" and not self.vllm_servers:
             raise ValueError("weight_transfer nccl is for vllm_servers; an engine in each rank needs no transfer")
         if self.overlap and not (self.vllm_servers and self.clip.importance_weight):

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config.base import Fraction, Lora, Model, Optim, Section
 from core.config.engine import EngineOfStage
+from core.config.names import FolderName
 
 
 class RewardVariant(Section):
@@ -109,7 +110,7 @@ class RewardTraining(Section):
     """Optimiser of every variant. A variant may have its own learning rate."""
     engine: EngineOfStage = EngineOfStage()
     """Processes, memory and number type of this stage, where they differ from `engine`."""
-    variants: dict[str, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
+    variants: dict[FolderName, RewardVariant] = {"grm": RewardVariant(text_regulariser="sft"), "bt": RewardVariant()}
     """The reward models, by a name of your own. A file that has this key replaces both default variants: grm, with the
     regulariser sft, and bt, which is Bradley-Terry."""
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from core.config.base import Model, Section
 from core.config.data import Data, Generation, Gold, Preferences
 from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
+from core.config.names import FolderPath
 from core.config.ppo import Ppo
 from core.config.rm import RewardTraining
 
@@ -24,8 +25,8 @@ CHAT_OPTIONS = ("chat_template", "template_kwargs", "chat_date", "generation_pro
 
 
 class Run(Section):
-    name: str = "offline"
-    """Name of the run's folder within `dir`."""
+    name: FolderPath = "offline"
+    """Name of the run's folder within `dir`, where it stays: it has no `..` in it."""
     dir: Path = Path("runs")
     """Folder that holds the runs."""
     seed: int = Field(default=1, ge=0)

@@ -33,7 +33,10 @@ def named_template(name: str) -> str:
         DataError: neither a file nor a name.
     """
     if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"chat_template: {name} is not UTF-8 ({error})") from None
     folder = files("trl") / "chat_templates"
     template = folder / f"{name}.jinja"
     if not re.fullmatch(r"\w+", name) or not template.is_file():

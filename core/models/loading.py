@@ -32,10 +32,14 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
         ArtefactError: the model has fewer layers; its files and its architecture do not fit each other; the attention
             kernel computes something else than the architecture says; or log-probs computed here are not the model's.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **where)
+    try:
+        config = AutoConfig.from_pretrained(model.path, **where)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"cannot read the configuration of {model.path}: {error}") from None
     depth = text_config(config).num_hidden_layers
     if num_layers is not None:
         _cut(text_config(config), num_layers, model.path)
@@ -48,6 +52,8 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
             output_loading_info=True,
             **where,
         )
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{model.path}: its weights are damaged, cut short or not there ({error})") from None
     except ValueError as error:
         if "attn_implementation" not in str(error):
             raise

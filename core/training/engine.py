@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from core import config
 from core.config.base import merge
+from core.damage import archive_fault
+from core.errors import ArtefactError
 from core.models import CausalLM
-from core.training.distributed import device, init_distributed
+from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
 
@@ -144,11 +146,22 @@ class Engine:
         """Resume from what `save` wrote, on the same number of ranks.
 
         Raises:
+            ArtefactError: a file of the state is damaged.
             RuntimeError: `folder` holds no state.
         """
+        check_state(folder)
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"no engine state in {folder}; delete it and run the stage again")
+
+
+def check_state(folder: Path) -> None:
+    """ArtefactError on every rank where a file of a saved state is damaged; each rank reads its share of them."""
+    files = sorted(folder.rglob("*.pt"))
+    faults = [f"{file} {fault}" for file in files[rank() :: world_size()] if (fault := archive_fault(file))]
+    if global_sum(float(len(faults)))[0]:
+        found = faults[0] if faults else f"another rank found a damaged file in {folder}"
+        raise ArtefactError(f"{found}: delete {folder.parent.parent} to start the stage again")
 
 
 def frozen_zero_stage(cfg: config.Engine, together: int) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from core.artefacts import code_version, package_versions
 from core.config import Config, EngineStage
 from core.environment import variables
 from core.errors import ArtefactError
 from core.files import read_json, write_json
+from core.machine import code_version, package_versions
 from pipelines.plan.measured import machine
 from pipelines.plan.probes import STARTED
 

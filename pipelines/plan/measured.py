@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from core.artefacts import code_version, package_versions
 from core.config import Config
 from core.files import digest, file_digest, read_json
+from core.machine import code_version, package_versions
 from pipelines.plan import work
 from pipelines.plan.fits import fit_passes, non_negative, pass_features, predicted
 from pipelines.plan.rates import Rates

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.artefacts import device_name, read_manifest
+from core.artefacts import read_manifest
 from core.config import Config, EngineStage
+from core.machine import device_name
 from pipelines.plan import pools, training
 from pipelines.plan.disk import Disk, disk_of, disk_warnings
 from pipelines.plan.lengths import Lengths

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from core.damage import check_part
 from core.data.chat import ChatTokenizer
 from core.errors import ArtefactError
-from core.files import read_json
+from core.files import open_tensors, read_json
 from core.models.architecture import text_config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,8 +23,13 @@ CONVERT = (
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the local snapshot of a hub id, which must be a `str`; ArtefactError if it is neither."""
+    """The folder itself, or the local snapshot of a hub id, which must be a `str`.
+
+    Raises:
+        ArtefactError: it is neither; or it is a folder of a finished stage, and not what the stage wrote.
+    """
     if Path(path).is_dir():
+        check_part(Path(path))
         return Path(path)
     if not (isinstance(path, str) and HUB_ID.fullmatch(path)):
         raise ArtefactError(f"{path} holds no reward model (no such folder): run `grm rm` first")
@@ -53,33 +59,27 @@ def read_config(folder: str | Path):
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, from the headers; ArtefactError if there are only pickles, or no weights."""
-    from safetensors import safe_open
-
     shape_of: dict[str, tuple[int, ...]] = {}
     for file in files(folder):
-        with safe_open(file, framework="pt") as weights:
+        with open_tensors(file) as weights:
             shape_of |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     return shape_of
 
 
 def types(folder: Path) -> set[str]:
     """Types of the tensors as safetensors names them (`BF16`, `F16`, `F32`), from the headers."""
-    from safetensors import safe_open
-
     names: set[str] = set()
     for file in files(folder):
-        with safe_open(file, framework="pt") as weights:
+        with open_tensors(file) as weights:
             names |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
     return names
 
 
 def tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors whose names are the values of `names`, under its keys."""
-    from safetensors import safe_open
-
     result: dict[str, Tensor] = {}
     for file in files(folder):
-        with safe_open(file, framework="pt") as weights:
+        with open_tensors(file) as weights:
             here = set(weights.keys())
             result |= {name: weights.get_tensor(key) for name, key in names.items() if key in here}
     return result

@@ -13,7 +13,7 @@ from core.config import Attention, Model
 from core.data.chat import ChatTokenizer
 from core.data.templates import OWN_CLOCK
 from core.errors import ArtefactError
-from core.files import read_json, write_json
+from core.files import read_json, read_tensors, write_json
 from core.models import CausalLM
 from core.models.kernels import soft_cap
 from core.models.loading import save_lm
@@ -97,9 +97,7 @@ def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
 
 def read_head(folder: Path, kind: str, hidden_size: int) -> dict[str, Tensor]:
     """Weights of the head in the folder; ArtefactError with their names if they do not fit a head of this kind."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / HEAD_FILE)
+    weights = read_tensors(folder / HEAD_FILE)
     shapes = ({k: v.shape for k, v in state.items()} for state in (make_head(kind, hidden_size).state_dict(), weights))
     if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
         raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {kind} head: {', '.join(wrong)}")

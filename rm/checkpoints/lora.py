@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ArtefactError
-from core.files import digest
+from core.files import digest, open_tensors
 from core.models import CausalLM
 from core.models.architecture import linear_layers, text_config
 from core.models.lora import lora_product, merged_lora, out_and_in
@@ -110,11 +110,9 @@ def weights_digest(folder: Path) -> str:
     It reads a few MiB of a large model. Fine-tuning, merging an adapter and quantisation change some first row. How the
     tensors are divided into shards does not matter.
     """
-    from safetensors import safe_open
-
     facts = {}
     for file in files(folder):
-        with safe_open(file, framework="pt") as weights:
+        with open_tensors(file) as weights:
             for key in weights.keys():  # noqa: SIM118
                 part = weights.get_slice(key)
                 shape = part.get_shape()

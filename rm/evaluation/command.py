@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from core.artefacts import code_version, package_versions
 from core.config import Dtype
 from core.config.nearest import nearest_name
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table
+from core.machine import code_version, package_versions
 from rm.evaluation.benchmark_scores import benchmark_score
 from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
 from rm.evaluation.rounding import rounding

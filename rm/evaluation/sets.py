@@ -110,7 +110,7 @@ def recognise(row: dict, path: Path, stem: str) -> str:
     Raises:
         DataError: lists of responses that may be of RM-Bench or of RewardBench 2.
     """
-    columns = row.keys()
+    columns, subset = row.keys(), str(row.get("subset"))
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)  # noqa: E731
     if {"input", "targets"} <= columns:
         return "hhh"
@@ -120,9 +120,9 @@ def recognise(row: dict, path: Path, stem: str) -> str:
     if {"response_1", "response_2", "winner"} <= columns or {"sampled_conflict_pairs", "scores"} <= columns:
         return "ppe"
     if strings(row.get("chosen")) and strings(row.get("rejected")):
-        if "domain" in columns or row.get("subset") not in REWARDBENCH2_SUBSETS and _file_domain(stem):
+        if "domain" in columns or subset not in REWARDBENCH2_SUBSETS and _file_domain(stem):
             return "rm_bench"
-        if row.get("subset") in REWARDBENCH2_SUBSETS:
+        if subset in REWARDBENCH2_SUBSETS:
             return "rewardbench2"
         raise DataError(
             f"{path}: lists of responses, but neither a column `domain` or a file named after a domain of RM-Bench "
@@ -131,7 +131,7 @@ def recognise(row: dict, path: Path, stem: str) -> str:
         )
     if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), str):
         known = {subset for section in REWARDBENCH_SECTIONS.values() for subset in section}
-        if row.get("subset") in known:
+        if subset in known:
             return "rewardbench"
     return "pairs"
 
@@ -226,7 +226,7 @@ def _crossed(row: dict, identity: str, subset: str) -> list[Comparison]:
         raise DataError("no chosen or no rejected response")
     prompt = _prompt(row["prompt"], row)
     chosen, rejected = ([_answer(prompt, text) for text in row[side]] for side in ("chosen", "rejected"))
-    about: dict[str, Any] = {"subset": subset, "prompt_id": prompt_id(prompt), "item": identity}
+    about: dict[str, Any] = {"subset": str(subset), "prompt_id": prompt_id(prompt), "item": identity}
     return [
         Comparison(f"{identity}/{i}-{j}", chosen=a, rejected=b, chosen_index=i, rejected_index=j, **about)
         for i, a in enumerate(chosen)

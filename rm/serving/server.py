@@ -34,7 +34,8 @@ from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from core.config import NATIVE_DTYPE, Dtype
-from core.errors import ArtefactError
+from core.errors import ArtefactError, ConfigError
+from core.http import is_loopback
 from core.models.state_cache import FrozenStateCache
 from rm.calibration import calibrate, read_calibration
 from rm.combine import KNOWN, combiner, standardise
@@ -54,6 +55,11 @@ READ_AT_MOST = 4
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     combiner(options.combine)  # so that an unknown name is reported before anything is loaded
+    token = options.token or os.environ.get(TOKEN_VARIABLE)
+    if not token and not is_loopback(options.host):
+        raise ConfigError(
+            f"--host {options.host} lets other machines ask: set {TOKEN_VARIABLE} to a token, here and for the clients"
+        )
     rows = read_calibration(options.calibrate) if options.calibrate else []
     models, frozen = load(options.models, dtype=options.dtype, base=options.base, reads=options.reads)
     for model in models if rows else ():
@@ -62,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         options.models, models, combine=options.combine, normalise=options.normalise, frozen=frozen,
         batch_tokens=options.batch_tokens,
     )  # fmt: skip
-    token = options.token or os.environ.get(TOKEN_VARIABLE)
     app = make_app(ensemble, max_tokens=options.max_tokens, max_body=options.max_body_mib << 20, token=token)
     address = f"http://{options.host}:{options.port}"
     print(f"serving {', '.join(options.models)} on {address}/score and {address}/get_reward", file=sys.stderr)
@@ -271,7 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate", type=Path, metavar="FILE",
         help="calibration.parquet of a run (prompt, response): measure each model's mean and std on it",
     )  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (%(default)s); another one needs a token"
+    )
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (%(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens of a forward pass (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="refuse longer rows (default: the positions of the model)")

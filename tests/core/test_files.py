@@ -7,11 +7,13 @@ import json
 import lzma
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from core import row_files
 from core.data.rows import ScoreRow
 from core.errors import ArtefactError
-from core.files import join, read_json, read_rows, read_table, write_table
+from core.files import join, open_tensors, read_json, read_rows, read_table, read_tensors, write_table
 from core.row_files import SUFFIXES, numbered_rows
 
 ROWS = [{"prompt": "Why?", "answer": 'é, "so"\nand so'}, {"prompt": "How?", "answer": ""}]
@@ -181,3 +183,30 @@ def test_join_is_by_id_and_complete():
     for wrong in (right[:2], [*right, right[0]], [*right, {"prompt_id": "q", "sample_id": 0, "score": 1}]):
         with pytest.raises(ArtefactError, match="do not join"):
             join(left, wrong)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1])
+def test_tensors_that_were_cut_short_are_named(tmp_path, size):
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.arange(6.0)}, file)
+    assert read_tensors(file)["weight"].tolist() == list(range(6))
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ArtefactError, match="model.safetensors is damaged, cut short or no safetensors file"):
+        read_tensors(file)
+    file.unlink()
+    with pytest.raises(ArtefactError, match="model.safetensors"), open_tensors(file):
+        pass
+
+
+@pytest.mark.parametrize(("name", "unit"), [("a.jsonl", "line"), ("a.json", "row")])
+def test_half_a_pair_of_surrogates_is_no_text(tmp_path, name, unit):
+    """Python reads it, and nothing can write, encode or tokenize what it makes of it."""
+    good, bad = {"prompt": "\U0001f600 caf\u00e9"}, {"prompt": ["x", {"y": "\ud83d"}]}
+    text = json.dumps([good, bad]) if unit == "row" else f"{json.dumps(good)}\n{json.dumps(bad)}\n"
+    (tmp_path / name).write_text(text)
+    assert "\\ud83d\\ude00" in text
+    faults = []
+    assert list(numbered_rows(tmp_path / name, lambda *fault: faults.append(fault))) == [(1, good)]
+    assert faults == [(2, "not Unicode")]
+    with pytest.raises(ArtefactError, match=f"{name}, {unit} 2: not Unicode"):
+        read_rows(tmp_path / name)

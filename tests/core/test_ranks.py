@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from core.ranks import run_ranks
+from tests.builders.processes import ROOT
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MINE")
 
@@ -65,13 +68,51 @@ time.sleep(0.3 * rank)
 pathlib.Path(sys.argv[1], f"saved-{rank}").touch()
 sys.exit(75)
 """
+ORPHAN = """
+import os, pathlib, sys, time
+from core.ranks import end_with_launcher
+end_with_launcher()
+pathlib.Path(sys.argv[1], "rank").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+KILLED = f"""
+import os, sys
+from core.ranks import run_ranks
+run_ranks([sys.executable, "-c", {ORPHAN!r}, sys.argv[1]], os.environ, 1, stop_seconds=20)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_end_with_the_command_that_started_them(tmp_path):
+    """They would write where the next command does."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=environment) as command:
+        deadline, written = time.monotonic() + 30, tmp_path / "rank"
+        while not (written.exists() and written.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        rank = int(written.read_text())
+        assert is_alive(rank)
+        command.kill()
+    while is_alive(rank) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(rank)
+
+
 DEAF = STOPS.replace("while not asked", "while True")
 
 
-def stop_when_ready(folder, number: int) -> None:
+def stop_when_ready(folder, number: int, *signals: int) -> None:
     while len(list(folder.glob("ready-*"))) < number:
         time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGTERM)
+    for one in signals or [signal.SIGTERM]:
+        os.kill(os.getpid(), one)
+        time.sleep(0.2)
 
 
 def test_sigterm_reaches_all_ranks_and_each_may_finish(tmp_path):
@@ -79,6 +120,19 @@ def test_sigterm_reaches_all_ranks_and_each_may_finish(tmp_path):
     assert ranks(STOPS, 2, tmp_path) == 75
     assert {file.name for file in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ctrl_c_lets_ranks_save_as_sigterm_does(tmp_path):
+    threading.Thread(target=stop_when_ready, args=(tmp_path, 2, signal.SIGINT), daemon=True).start()
+    assert ranks(STOPS, 2, tmp_path) == 75
+    assert {file.name for file in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path):
+    twice = (tmp_path, 2, signal.SIGINT, signal.SIGINT)
+    threading.Thread(target=stop_when_ready, args=twice, daemon=True).start()
+    assert ranks(DEAF, 2, tmp_path, stop_seconds=60) == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_ranks_that_do_not_stop_are_killed(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_file_of_evaluation_prompts_that_holds_nothing_new_is_an_error(stage, 
     file = tmp_path / "others.jsonl"
     file.write_text(json.dumps(questions(3)[1]))
     none = {"rm_train": 1.0, "rm_val": 0.0, "rl_train": 0.0, "calibration": 0.0, "eval": 0.0}
-    with pytest.raises(ArtefactError, match=r"others.jsonl: no usable prompt; first fault: .* another split"):
+    with pytest.raises(ArtefactError, match=r"others.jsonl: no usable prompt: .* another split"):
         stage(*questions(3), eval_prompts=file, splits=none)
     with pytest.raises(ValueError, match="eval_prompts is the file of prompts itself"):
         stage(*questions(3), eval_prompts=tmp_path / "prompts.jsonl")
@@ -159,3 +159,26 @@ def test_another_file_of_evaluation_prompts_makes_the_stage_run_again(tmp_path):
         stages._digests.clear()
         found.append(inputs(eval_prompts=other)[f"data.eval_prompts={other}"])
     assert found[0] != found[1] and not any("eval_prompts" in key for key in inputs())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"caf\xe9 \xff\n", "1 x not UTF-8 .first in row 1"), (b"[1, 2]\n", "1 x not an object .first in row 1"),
+     (b'"text"\nnull\n3\n', "3 x not an object"), (b"", "the file holds no rows"),
+     (b"\n \n", "the file holds no rows")],
+)  # fmt: skip
+def test_a_file_that_is_no_prompts_is_named(tokenizer_path, tmp_path, content, said):
+    file = tmp_path / "prompts.jsonl"
+    for more in (b"", b'{"prompt": "Why?"}\n'):
+        if more and "no rows" in said:
+            continue
+        file.write_bytes(content + more)
+        cfg = Config.model_validate({"policy": {"path": str(tokenizer_path)}, "data": {"prompts": file}})
+        with pytest.raises(ArtefactError, match=said):
+            run(cfg, {}, tmp_path)
+
+
+def test_a_folder_is_no_file_of_prompts(tokenizer_path, tmp_path):
+    cfg = Config.model_validate({"policy": {"path": str(tokenizer_path)}, "data": {"prompts": tmp_path}})
+    with pytest.raises(ArtefactError, match="is a folder: give a .jsonl"):
+        run(cfg, {}, tmp_path)

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from core.errors import ArtefactError, DataError
+from core.errors import ArtefactError, ConfigError, DataError
 from rm.combine import minimum
 from rm.model import RewardModel
 from rm.serving.client import RemoteError, RemoteRewardModel
 from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
-from rm.serving.server import Ensemble
+from rm.serving.server import Ensemble, main
 from tests.builders.checkpoints import CHATS, CLOSE
 from tests.builders.reward_models import nudged, tiny_reward_model
 from tests.builders.reward_server import serving
@@ -269,3 +269,20 @@ def test_the_reader_is_safe_between_threads(model):
         assert all(rows == expected for rows in pool.map(lambda _: reader.conversations(body), range(64)))
     with pytest.raises(BadRequest, match="conversations"):
         reader.conversations(None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node7", ""])
+def test_no_server_is_open_to_other_machines_without_a_token(host, monkeypatch):
+    monkeypatch.delenv("GRM_SERVE_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="lets other machines ask: set GRM_SERVE_TOKEN"):
+        main(["no-such-model", "--host", host])
+    monkeypatch.setenv("GRM_SERVE_TOKEN", "hush")
+    with pytest.raises(ArtefactError, match="no-such-model"):
+        main(["no-such-model", "--host", host])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.9"])
+def test_the_own_machine_needs_no_token(host, monkeypatch):
+    monkeypatch.delenv("GRM_SERVE_TOKEN", raising=False)
+    with pytest.raises(ArtefactError, match="no-such-model"):
+        main(["no-such-model", "--host", host])

@@ -138,7 +138,7 @@ def test_results_of_rewardbench_2_are_scores(tmp_path):
     np.testing.assert_allclose(pools.proxies["mine"], PROXY["bt-seed0"][:-1, :4])
     columns["scores"][2][1] = None
     (tmp_path / "mine.json").write_text(json.dumps(columns))
-    with pytest.raises(ArtefactError, match=r"mine.json \(read as rewardbench\): row 3: score None is no number"):
+    with pytest.raises(ArtefactError, match=r"mine.json \(read as rewardbench\): row 3: scores is None, not a number"):
         read_scores(tmp_path / "mine.json")
 
 

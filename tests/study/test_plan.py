@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from core.artefacts import code_version
 from core.config.load import load
 from core.files import write_json
+from core.machine import code_version
 from pipelines.__main__ import main
 from pipelines.plan import measured
 from pipelines.plan.lengths import lengths_of

@@ -1,5 +1,6 @@
 """Every shipped file loads; every mistake is named."""
 
+import json
 import re
 import typing
 
@@ -148,3 +149,57 @@ def test_a_wrong_key_of_a_stages_engine_is_named_with_the_nearest(stage):
         load([], [f"{stage}.engine.zero_stag=2"])
     with pytest.raises(ConfigError, match=rf"{stage}.engine.zero_stage"):
         load([], [f"{stage}.engine.zero_stage=4"])
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc", "/etc", "a/../b", "..", ".", "", "a//b", ".replaced/rm", "a\nb", "x" * 300]
+)
+def test_a_run_stays_in_its_folder(name):
+    with pytest.raises(ConfigError, match="run.name"):
+        load([], [f"run.name={json.dumps(name)}"])
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/b", "", ".hidden"])
+def test_a_reward_model_stays_in_the_folder_of_its_stage(name):
+    with pytest.raises(ConfigError, match="rm.variants"):
+        load([], [f"rm.variants={json.dumps({name: {}})}", f"ppo.proxy={json.dumps(name)}"])
+
+
+def test_names_of_runs_may_have_folders():
+    cfg = load([], ["run.name=study/policies/grm-1", "run.dir=/elsewhere/runs"])
+    assert str(cfg.run_dir) == "/elsewhere/runs/study/policies/grm-1"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a: 2024-99-99", b"? [a]\n: 1", b"a: &a [*a]", b"{", b"\0", b"[" * 3000]
+)
+def test_a_config_file_that_is_no_yaml_is_named(tmp_path, content):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError):
+        load([tmp_path / "bad.yaml"])
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder: give a config file"):
+        load([tmp_path])
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "{", "[" * 3000, "!!python/object:os.system x", "? [a]\n: 1"])
+def test_an_override_that_is_no_yaml_is_named(value):
+    with pytest.raises(ConfigError, match="ppo.steps|not valid"):
+        load([], [f"ppo.steps={value}"])
+
+
+@pytest.mark.parametrize(
+    "section", ["rm: 3", "rm: [1]", "rm: true", "ppo: 3", "rm: {variants: 3}", "rm: {variants: {grm: 3}}"]
+)
+def test_a_value_in_place_of_a_section_in_a_file(tmp_path, section):
+    (tmp_path / "a.yaml").write_text(section)
+    with pytest.raises(ConfigError, match="the configuration is not valid"):
+        load([tmp_path / "a.yaml"])
+
+
+def test_addresses_hold_no_passwords():
+    """Manifests, reports and trackers show the configuration."""
+    with pytest.raises(ConfigError, match="vllm_servers hold a user or a password"):
+        load([], ["ppo.vllm_servers=[http://me:hush@node1:8000]"])
