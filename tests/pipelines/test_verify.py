@@ -102,7 +102,12 @@ def test_a_damaged_manifest_does_not_hide_other_runs(config, run, capsys):
     shutil.copytree(run / "rm", run / ".replaced" / "rm-0")
     assert grm("runs", run.parent) == 0 and grm("clean", run) == 0
     said = capsys.readouterr().out
-    assert "rm           damaged: " in said and said.startswith("b  ") and "rm-0  " in said and said.count("  damaged") == 2
+    assert (
+        "rm           damaged: " in said
+        and said.startswith("b  ")
+        and "rm-0  " in said
+        and said.count("  damaged") == 2
+    )
     assert grm("diff", run, run.parent / "b") == 2 and "manifest.json is damaged" in capsys.readouterr().err
 
 
