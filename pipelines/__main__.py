@@ -29,7 +29,7 @@ GOLD = ("prompts", "preferences", "rm")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `grm ARGUMENTS`; the exit status. What goes wrong is one message, whoever's fault it is."""
+    """Run `grm ARGUMENTS`; the exit status. What goes wrong is told in one message, foreseen or not."""
     arguments = sys.argv[1:] if argv is None else argv
     name, rest = command_line.split(arguments)
     prefix = (f"grm {name}" if name else "grm") + launch.rank_in_words()
@@ -43,9 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         return _failed("" if launch.is_ours() else f"{prefix}: {reason}", EXIT_STOPPED)
     except KeyboardInterrupt:
         return _failed(f"{prefix}: interrupted; the same command goes on from what is saved", 128 + signal.SIGINT)
-    except BrokenPipeError:  # `grm runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
         if said := refusal(error):
             return _failed(f"{prefix}: {said}", EXIT_REFUSED)
@@ -65,8 +62,19 @@ def _command(name: str | None, rest: list[str], arguments: list[str]) -> int:
         return importlib.import_module(TOOLS[name].module).main(rest) or 0
     options = command_line.parser(name).parse_intermixed_args(rest)  # options may stand among overrides
     if name in OVERVIEWS:
-        return OVERVIEWS[name](options)
+        return _overview(name, options)
     return _stages(name, options, arguments)
+
+
+def _overview(name: str, options: argparse.Namespace) -> int:
+    """Print an overview, as much of it as somebody reads: `grm runs | head`."""
+    try:
+        status = OVERVIEWS[name](options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed at the end
+        return 128 + signal.SIGPIPE
 
 
 def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:

@@ -172,7 +172,8 @@ def list_runs(folder: Path) -> list[str]:
     """
     lines, found = [], list(find_runs(folder))
     for run in found:
-        manifests = {s: m for s in STAGES if (m := read_manifest(run / s))}
+        read = {s: _manifest_or_fault(run / s) for s in STAGES}
+        manifests = {s: m for s, m in read.items() if isinstance(m, dict)}
         own = {s: m for s, m in manifests.items() if not (run / s).is_symlink()}
         stages = [s + ("" if s in own else " (linked)") for s in manifests]
         stages += [f"{s} (unfinished)" for s in STAGES if has_work(partial_of(run / s))]
@@ -182,7 +183,16 @@ def list_runs(folder: Path) -> list[str]:
         if held := kept(run):
             lines[-1] += f"; {human(sum(map(size_of, held)))} of it in {REPLACED} (`grm clean`)"
         lines += [f"    {s:<12} {m['metrics'].get('headline', '')}" for s, m in own.items() if s != "report"]
+        lines += [f"    {s:<12} damaged: {fault}" for s, fault in read.items() if isinstance(fault, str)]
     return lines or [f"no run in {folder}"]
+
+
+def _manifest_or_fault(folder: Path) -> dict | str | None:
+    """The manifest of a stage, or what is wrong with it: one that is damaged must not hide all others."""
+    try:
+        return read_manifest(folder)
+    except ArtefactError as error:
+        return str(error)
 
 
 def diff(first: Path, second: Path) -> list[str]:
@@ -273,9 +283,10 @@ def clean(folder: Path, *, delete: bool) -> list[str]:
         return [f"{folder}: nothing is kept"]
     lines = []
     for path in found:
-        manifest = read_manifest(path)
+        manifest = _manifest_or_fault(path)
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        about = manifest["metrics"].get("headline", "finished") if manifest else "unfinished"
+        about = manifest["metrics"].get("headline", "finished") if isinstance(manifest, dict) else "unfinished"
+        about = "damaged" if isinstance(manifest, str) else about
         lines.append(f"{path}  {human(size_of(path))}  {date}  {about}")
     total = human(sum(map(size_of, found)))
     if not delete:

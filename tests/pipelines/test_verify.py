@@ -96,6 +96,21 @@ def test_status_names_damage_and_a_manifest_that_is_cut(config, run):
     assert "bon/manifest.json is damaged" in lines["eval"]
 
 
+def test_a_damaged_manifest_does_not_hide_other_runs(config, run, capsys):
+    finish(config("run.name=b"), "prompts")
+    (run / "rm" / "manifest.json").write_bytes(b"{")
+    shutil.copytree(run / "rm", run / ".replaced" / "rm-0")
+    assert grm("runs", run.parent) == 0 and grm("clean", run) == 0
+    said = capsys.readouterr().out
+    assert (
+        "rm           damaged: " in said
+        and said.startswith("b  ")
+        and "rm-0  " in said
+        and said.count("  damaged") == 2
+    )
+    assert grm("diff", run, run.parent / "b") == 2 and "manifest.json is damaged" in capsys.readouterr().err
+
+
 def test_verify_names_each_damaged_file_and_what_makes_it_again(run, capsys):
     assert grm("verify", run) == 0
     damage(run / "rm" / "a.safetensors")

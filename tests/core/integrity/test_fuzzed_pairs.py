@@ -33,7 +33,7 @@ def read(file, layout="auto") -> tuple[str, list, Malformed]:
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["layout"])
 def test_odd_rows_of_every_layout_are_counted(tmp_path, entry):
     file, outcomes = tmp_path / "pairs.jsonl", Counter()
-    for rng in cases(entry["layout"], 15):
+    for rng in cases(entry["layout"], 8):
         rows = [*entry["rows"], *entry["rows"]]
         for _ in range(rng.randrange(1, 4)):
             rows = mutated(rng, rows) or entry["rows"]
@@ -48,7 +48,7 @@ def test_odd_rows_of_every_layout_are_counted(tmp_path, entry):
 
 def test_rows_of_any_kind(tmp_path):
     file = tmp_path / "pairs.json"
-    for rng in cases("any rows", 60):
+    for rng in cases("any rows", 40):
         file.write_text(json.dumps([value(rng) for _ in range(4)]))
         read(file)
 
@@ -59,7 +59,7 @@ def test_damaged_files_of_every_format(tmp_path, suffix):
         tmp_path / f"whole{suffix}", [{"prompt": f"Why {k}?", "chosen": "So.", "rejected": "No."} for k in range(20)]
     )
     file = tmp_path / f"pairs{suffix}"
-    for rng in cases(suffix, 40):
+    for rng in cases(suffix, 25):
         file.write_bytes(damaged(rng, whole))
         outcome, pairs, malformed = read(file)
         if outcome == "read":
