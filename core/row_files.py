@@ -114,7 +114,7 @@ def _textual(value: Any, source: bytes | str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return Fault("not Unicode", str(error))
+        return Fault("not valid Unicode", str(error))
     return value
 
 

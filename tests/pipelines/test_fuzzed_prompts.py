@@ -33,7 +33,7 @@ def read(tokenizer, tmp_path):
 
     def outcome(file) -> str:
         try:
-            found = read_prompts(Data(prompts=file), tokenizer, seed=1)
+            found, _ = read_prompts(Data(prompts=file), tokenizer, seed=1)
         except (ArtefactError, DataError) as error:
             assert file.name in str(error)
             return "refused"
