@@ -259,17 +259,21 @@ def _value(row: Mapping[str, Any], column: str, kind: Kind, path: Path, number: 
     if kind == "number":
         return finite(value, column, path, number)
     try:
-        return int(value)  # type: ignore[arg-type]  # of None it is a TypeError, which is caught
-    except (TypeError, ValueError):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {value!r}, not a whole number") from None
+        found = int(value)  # type: ignore[arg-type]  # of None it is a TypeError, which is caught
+        whole = not isinstance(value, float) or found == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or abs(found) >= 2**63:
+        raise ArtefactError(f"{path.name}, row {number}: {column} is {value!r}, not a whole number")
+    return found
 
 
 def finite(value: Any, column: str, path: Path, number: int) -> float:
     """The number in a cell; ArtefactError names the row and the column of anything else."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
-        raise ArtefactError(f"{path.name}, row {number}: {column} is {value!r}, not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ArtefactError(f"{path.name}, row {number}: {column} is {value!r:.60}, not a number") from None
     if not math.isfinite(found):
         raise ArtefactError(f"{path.name}, row {number}: {column} is {found}; score again")
     return found

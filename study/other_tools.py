@@ -19,9 +19,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bon.pools import Pools
-from core.column_files import finite, first_row
+from core.column_files import first_row
 from core.errors import ArtefactError
 from core.row_files import numbered_rows
+from study.cells import Cells
 from study.design import Condition
 from study.layouts.answer_lists import answer_files, answer_pools, is_answer_lists
 from study.layouts.grm_repository import Chosen, grm_scores, is_grm
@@ -76,14 +77,19 @@ def read_series(path: Path) -> list[dict]:
     found, seen = [], set()
     for number, (_, whole) in enumerate(numbered_rows(path), start=1):
         row = {column: value for column, value in whole.items() if column not in TEXTS}
-        numbers = {c: finite(row.get(c), c, path, number) for c in ("step", "proxy", "gold", kl)}
-        key = (row["run"], row.get("seed"), numbers["step"], row["prompt_id"], row.get("sample_id", 0))
+        cells = Cells(row, number)
+        try:
+            numbers = {c: cells.real(c) for c in ("proxy", "gold", *(c for c in KLS if c in row or c == kl))}
+            ids = {"run": cells.identity("run"), "prompt_id": cells.identity("prompt_id"), "step": cells.whole("step")}
+            seed = cells.identity("seed") if row.get("seed") not in (None, "") else None
+            sample = cells.identity("sample_id") if "sample_id" in row else "0"
+        except ArtefactError as error:
+            raise ArtefactError(f"{path}, {error}") from None
+        key = (ids["run"], seed, ids["step"], ids["prompt_id"], sample)
         if key in seen:
             raise ArtefactError(f"{path}, row {number}: run, seed, step, prompt and sample {key} occur twice")
         seen.add(key)
-        extra = {c: finite(row.get(c), c, path, number) for c in KLS if c in row}
-        step = int(numbers.pop("step"))
-        found.append({**row, **extra, **numbers, "step": step, "kl": numbers[kl], "kl_kind": kind})
+        found.append({**row, **numbers, **ids, "kl": numbers[kl], "kl_kind": kind})
     return sorted(found, key=lambda r: (str(r["run"]), r["step"]))
 
 

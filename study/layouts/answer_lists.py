@@ -21,6 +21,7 @@ from core.column_files import KEPT_BYTES, Names, first_row
 from core.errors import ArtefactError
 from core.files import digest
 from core.row_files import format_of, numbered_rows
+from study.cells import Cells
 from study.layouts.by_text import Scored, pools_by_text
 
 if TYPE_CHECKING:
@@ -71,14 +72,18 @@ def _read(file: Path, folder: Path, several: bool) -> Scored:
     size = 0
     for number, row in _rows(file):
         columns = columns or _proxies(row)
-        text = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        answers = row[ANSWERS]
+        cells = Cells(row, number)
+        text = cells.text("instruction")
+        if row.get("input"):
+            text = f"{text}\n\n{cells.text('input')}"
+        answers = cells.texts(ANSWERS)
         if (name := digest(text)) in shown:
             raise ArtefactError(f"row {number} has the same prompt as another one")
         for column in (GOLD, *columns):
-            if len(row[column]) != len(answers):
-                raise ArtefactError(f"row {number} has {len(answers)} answers and {len(row[column])} {column}")
-            scores.setdefault(column, []).append(np.asarray(row[column], dtype=np.float64))
+            values = cells.reals(column)
+            if len(values) != len(answers):
+                raise ArtefactError(f"row {number} has {len(answers)} answers and {len(values)} {column}")
+            scores.setdefault(column, []).append(np.asarray(values, dtype=np.float64))
         prompts.append(name)
         shown[name] = text
         sizes.append(len(answers))

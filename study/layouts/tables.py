@@ -12,6 +12,7 @@ from bon.pools import Pools, Scores, from_columns
 from bon.scores import IDS, pools_of_files
 from core.column_files import Kind, first_row, pick, read_columns
 from core.errors import ArtefactError
+from study.cells import Cells
 
 NO_PROXY = {
     "prompt_id", "sample_id", "gold", "gold2", "prompt", "response", "n_tokens", "length", "logp", "logp_sampler",
@@ -69,6 +70,7 @@ def is_number(value: Any) -> bool:
 
 def _prompts(path: Path, keys: Keys) -> dict[str, str]:
     """Prompt id -> its text, from the first row of each: a text, or messages of which the last is the question."""
-    given = pick(path, "prompt", np.unique(keys.prompts.codes, return_index=True)[1].tolist())
-    texts = [value[-1]["content"] if isinstance(value, list) else str(value) for value in given]
+    rows = np.unique(keys.prompts.codes, return_index=True)[1].tolist()
+    given = [Cells({"prompt": value}, row + 1) for row, value in zip(rows, pick(path, "prompt", rows), strict=True)]
+    texts = [turns[-1]["content"] if (turns := cells.prompt("prompt")) else "" for cells in given]
     return dict(zip(keys.prompts.distinct, texts, strict=True))
