@@ -173,7 +173,12 @@ def _table(path: Path) -> Pools:
         if "gold" not in scores or len(scores) < 2 or not (path / "samples.parquet").is_file():
             raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
         gold, second = scores.pop("gold"), scores.pop("gold2", None)
-        return from_tables(read_rows(path / "samples.parquet"), gold, scores, second)
+        try:
+            return from_tables(read_rows(path / "samples.parquet"), gold, scores, second)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ArtefactError(
+                f"its tables are not like those of stage bon ({type(error).__name__}: {error})"
+            ) from None
     rows = read_rows(path)
     if missing := [c for c in ("prompt_id", "sample_id", "gold") if c not in rows[0]]:
         raise ArtefactError(f"no column {', '.join(missing)}; it has {', '.join(rows[0])}")
