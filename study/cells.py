@@ -72,9 +72,13 @@ class Cells(NamedTuple):
         value = self.given(column)
         if isinstance(value, str):
             return [{"role": "user", "content": value}]
-        is_chat = isinstance(value, list) and all(
-            isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-            for turn in value
+        is_chat = (
+            isinstance(value, list)
+            and bool(value)
+            and all(
+                isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+                for turn in value
+            )
         )
         return value if is_chat else self._refuse(column, "a text or a list of messages")
 

@@ -75,3 +75,25 @@ def test_rows_of_any_kind(tmp_path):
         (tmp_path / "scores.jsonl").write_bytes(lines([value(rng) for _ in range(3)]))
         for read in (read_scores, read_series):
             outcome(read, tmp_path / "scores.jsonl")
+
+
+def test_folders_with_odd_tables(tmp_path):
+    ids = [{"prompt_id": row["prompt_id"], "sample_id": row["sample_id"]} for row in TABLE]
+    outcomes = set()
+    for rng in cases("folder", 40):
+        tables = {
+            "samples": [{**i, "response": "a", "prompt": [{"role": "user", "content": "q"}]} for i in ids],
+            "scores/gold": [{**i, "score": float(k)} for k, i in enumerate(ids)],
+            "scores/proxy": [{**i, "score": float(-k)} for k, i in enumerate(ids)],
+        }
+        name, column = (
+            rng.choice(list(tables)),
+            rng.choice(("prompt_id", "sample_id", "score", "response", "prompt", "x")),
+        )
+        odd = rng.choice((None, 1, "a", [1], [], {"a": 1}, float("nan")))
+        tables[name] = [{**row, column: odd} for row in tables[name]]
+        for table, rows in tables.items():
+            (tmp_path / table).parent.mkdir(exist_ok=True)
+            written(tmp_path / f"{table}.parquet", rows)
+        outcomes.add(outcome(read_scores, tmp_path))
+    assert outcomes == {"read", "refused"}
