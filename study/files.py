@@ -32,6 +32,9 @@ def write(out: Path, results: Results) -> None:
     write_csv(out / "rms.csv", [flat(row) for row in results.rms])
     write_json(out / "conditions.json", plain(results.findings))
     write_json(out / "policies.json", plain(results.policies))
+    write_json(out / "pooled.json", plain({"pooled": results.pooled, "differences": results.policy_differences}))
+    write_csv(out / "pooled.csv", [{"policies": name} | flat(facts) for name, facts in results.pooled.items()])
+    write_csv(out / "policy_differences.csv", [flat(facts) for facts in results.policy_differences])
     write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in results.findings.items()])
     prompts = per_prompt(results)
     write_table(out / "per_prompt.parquet", prompts)
@@ -91,7 +94,7 @@ def plain(value):
 def read_policy(folder: Path, policy: Policy) -> Series:
     """The series that stage `eval` measured."""
     rows = read_table(folder / "eval" / "rl_eval.parquet")
-    return Series(rows, policy.arm.name, policy.arm.condition, policy.kl_coef)
+    return Series(rows, policy.arm.name, policy.arm.condition, policy.kl_coef, policy.arm.seed)
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

@@ -22,6 +22,8 @@ class Series:
     """Of that reward model."""
     kl_coef: float | None = None
     """Of the KL penalty it was trained with."""
+    seed: int | None = None
+    """Which of the policies of its condition and KL coefficient; None where that is not known."""
 
 
 @dataclass
@@ -34,12 +36,16 @@ class Results:
     conditions: dict[str, list[str]]
     """Name of a condition -> its proxies, which differ in their seed only."""
     designs: dict[str, Condition]
-    """Name of a condition or ensemble -> what it is."""
+    """Name of a condition or ensemble, of best-of-n or a policy's -> what it is."""
     curves: list[Curve] = field(default_factory=list)
     findings: dict[str, dict] = field(default_factory=dict)
     """Name of a condition or ensemble -> its numbers and verdict."""
     policies: dict[str, dict] = field(default_factory=dict)
     """Name of a policy -> its numbers and verdict."""
+    pooled: dict[str, dict] = field(default_factory=dict)
+    """Name of a condition and KL coefficient -> numbers and verdict of its policies together."""
+    policy_differences: list[dict] = field(default_factory=list)
+    """Policies of one condition less those of another (`study.analysis.policy_differences`)."""
     kl: list[dict] = field(default_factory=list)
     tail: list[dict] = field(default_factory=list)
     rms: list[dict] = field(default_factory=list)
@@ -49,10 +55,10 @@ class Results:
     golds: list[dict] = field(default_factory=list)
 
     def condition_of(self, name: str) -> str | None:
-        """The condition that a condition, an ensemble or a policy belongs to; None for baselines and strangers."""
-        if name in self.designs:
-            return self.designs[name].members.name
-        return self.policies.get(name, {}).get("condition")
+        """The condition that a condition, an ensemble, a policy or policies together belong to; None for baselines and
+        strangers."""
+        name = {**self.policies, **self.pooled}.get(name, {}).get("condition") or name
+        return self.designs[name].members.name if name in self.designs else None
 
     @property
     def rows(self) -> list[dict]:
