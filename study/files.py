@@ -26,7 +26,8 @@ def write(out: Path, results: Results) -> None:
     write_csv(out / "curves.csv", results.rows, analysis.COLUMNS)
     write_csv(out / "kl.csv", results.kl)
     write_csv(out / "tail.csv", results.tail)
-    for name in ("members", "prediction", "sweep", "golds"):
+    write_json(out / "about.json", results.about)
+    for name in ("members", "prediction", "sweep", "golds", "ensemble_size"):
         write_csv(out / f"{name}.csv", getattr(results, name))
     write_json(out / "rms.json", plain(results.rms))
     write_csv(out / "rms.csv", [flat(row) for row in results.rms])

@@ -53,6 +53,10 @@ class Results:
     prediction: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)
     golds: list[dict] = field(default_factory=list)
+    ensemble_size: list[dict] = field(default_factory=list)
+    """Gold of each ensemble by its number of members (`study.analysis.combiners.by_members`)."""
+    about: dict = field(default_factory=dict)
+    """The policy and the gold (`study.reward_models.about`); empty where they are not known."""
 
     def condition_of(self, name: str) -> str | None:
         """The condition that a condition, an ensemble, a policy or policies together belong to; None for baselines and

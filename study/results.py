@@ -6,7 +6,8 @@ study/policies.json    the same of each policy, and rules of when to stop
 study/pooled.json      the policies of a condition and KL coefficient together (pooled.csv); policy_differences.csv: one
                        condition less another at equal KL, at equal step, and at the last step
 study/rms.json         each reward model: what it is, what it agrees with gold in, what optimising it did (rms.csv too)
-study/members.csv      what the seeds of a condition have in common; sweep.csv: rules to combine them
+study/members.csv      what the seeds of a condition have in common; sweep.csv: rules to combine them, and
+                       ensemble_size.csv: how many of them
 study/prediction.csv  which number of a reward model predicts what optimising it does; golds.csv: a second gold
 study/kl.csv, tail.csv, per_prompt.parquet (and .csv), checks.json, figures/, study.html, study.md
 """
@@ -26,7 +27,7 @@ from study import reward_models as study_models
 from study.analysis import conditions as analysis
 from study.analysis.agreement import agreement, gold_by_proxy, members, prediction
 from study.analysis.bootstrap import holm
-from study.analysis.combiners import sweep
+from study.analysis.combiners import by_members, sweep
 from study.analysis.conditions import Curve, Plan
 from study.analysis.policies import curves_of, measure, series_findings
 from study.analysis.policy_differences import compare, comparisons
@@ -98,6 +99,7 @@ def results(
         out.findings[name]["difference_p_holm"] = p
     out.prediction = prediction(out.rms, study_models.OUTCOMES, seed=plan.seed)
     out.sweep = sweep(pools, out.proxies, list(out.conditions), rules, plan)
+    out.ensemble_size = by_members(pools, out.proxies, list(out.conditions), plan)
     out.golds = study_models.second_gold(out, plan)
     for name in (c for c, names in out.conditions.items() if len(names) > 1):
         out.members.append({"rm": name, "members": len(out.conditions[name])} | members(out.proxies[name], pools.gold))
@@ -143,7 +145,7 @@ def add_policies(
 
 def _design(condition: Condition) -> dict[str, str | int | float | None]:
     keys = ("variant", "pairs", "layers", "label_noise", "rule")
-    return {key: getattr(condition, key) for key in keys}
+    return {key: getattr(condition, key) for key in keys} | {"members": condition.members.name}
 
 
 def with_kl(rows: Sequence[Mapping]) -> list[dict]:
