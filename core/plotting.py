@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -19,7 +20,7 @@ DARK = {
     "#56b4e9": "#9ad6f7", "#000000": "#e8e6e3", "#ffffff": "#16181c", "#cccccc": "#4a4e55", "#b0b0b0": "#5c6068",
 }  # fmt: skip
 """Colour of a figure -> the one of a dark page."""
-GREYS = ("#262626", "#333333", "#4d4d4d", "#666666", "#737373", "#999999", "#b2b2b2")
+GREYS = tuple(to_hex(str(k / 20)) for k in range(3, 15))
 """Of lines and marks that have no meaning by colour, as figures name them: "0.15" to "0.7"."""
 ON_LIGHT, ON_DARK = "#010101", "#fefefe"
 """Of text that lies on a coloured cell: the same on a light and a dark page."""

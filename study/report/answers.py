@@ -131,7 +131,8 @@ def _listed(subjects: Sequence[Subject], what: str) -> list[str]:
         words = [s.words for s in own if not s.ensemble] if len(own) > MOST else [s.words for s in own]
         rest = len(own) - len(words[:MOST])
         more = "ensembles" if rest == sum(s.ensemble for s in own) else "others"
-        named = "; ".join(words[:MOST]) + (f"; and {rest} {more}" if rest else "")
+        between = "; " if any("," in w for w in words) else ", "
+        named = between.join(words[:MOST]) + (f"{between}and {rest} {more}" if rest else "")
         gains = sorted(s.facts["gold"].mean for s in own)
         span = f"{gains[0]:+.2f}" if len(own) == 1 else f"{gains[0]:+.2f} to {gains[-1]:+.2f}"
         ends = list(dict.fromkeys(s.at("end") for s in own))
@@ -168,11 +169,13 @@ def better(results: Results) -> list[str]:
     found = [_policies_compared(results, f) for f in results.policy_differences]
     rows = [(results.designs[n], f) for n, f in results.findings.items() if f["difference"]]
     for condition, f in sorted(rows, key=lambda row: row[0].rule is not None):
-        base = results.designs[f["against"]]
-        if not condition.rule or f["difference_p_holm"] < LEVEL:
-            theirs = "one alone" if condition.rule else of_variant(base)
-            found.append(Compared(f"Best of {f['n']}", of_variant(condition), theirs, of_sizes(results, condition),
-                                  f["difference"], f["difference_p_holm"]))  # fmt: skip
+        sizes, p = of_sizes(results, condition), f["difference_p_holm"]
+        if condition.rule is None:
+            where = f"Best of {f['n']}" + (" (one seed: two models, not two methods)" if f["seeds"] == 1 else "")
+            theirs = of_variant(results.designs[f["against"]])
+            found.append(Compared(where, of_variant(condition), theirs, sizes, f["difference"], p))
+        elif p < LEVEL:
+            found.append(Compared(f"Best of {f['n']}", of_variant(condition), "one alone", sizes, f["difference"], p))
     said: dict[tuple[str, str], list[Compared]] = {}
     for one in found:
         said.setdefault((one.where, one.told), []).append(one)

@@ -37,14 +37,15 @@ def policy_table(results: Results) -> list[list[str]]:
 
 
 def pooled_table(results: Results) -> list[list[str]]:
-    """Policies of one condition and KL coefficient together, at the largest KL that all of them reach."""
+    """Policies of one condition and KL coefficient together, at the largest KL that all of them reach; no row where
+    each has one policy."""
     head = ["policies", "seeds", "KL, nats", "proxy", "gold", "peak at KL", "drop from the peak",
             "over-optimised by themselves", "verdict"]  # fmt: skip
     rows = [
         [name, str(f["seeds"]), f"{f['kl']:.2f}", str(f["proxy"]), str(f["gold"]),
          f"{f['peak_kl'].mean:.1f} [{f['peak_kl'].lo:.1f}, {f['peak_kl'].hi:.1f}]", str(f["drop"]),
          f"{f['over_optimised']} of {f['seeds']}", f["verdict"].kind]
-        for name, f in results.pooled.items()
+        for name, f in (results.pooled if any(f["seeds"] > 1 for f in results.pooled.values()) else {}).items()
     ]  # fmt: skip
     return [head, *rows]
 

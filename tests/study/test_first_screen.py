@@ -15,7 +15,7 @@ from study.report.answers import answers
 from study.report.figures import all_figures
 from study.report.overoptimisation import ensembles, overoptimisation
 from tests.builders.browser import dom, needs_browser
-from tests.builders.planted_study import many_cells, two_methods
+from tests.builders.studies.whole import many_cells, two_methods
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_it_says_what_turns_and_when_with_the_numbers_of_the_tables(two):
         f"the proxy still rose (by {bt['proxy_since_peak'].mean:.2f}); 3 of 3 policies turn by themselves."
     )
     assert any("the min of 3 bt" in s for s in said.turns)
-    quiet = next(s for s in said.turns if s.startswith("Best-of-n by bt; grm; and 6 ensembles: gold did not turn"))
+    quiet = next(s for s in said.turns if s.startswith("Best-of-n by bt, grm, and 6 ensembles: gold did not turn"))
     assert "up to n = 64 (KL 3.2 nats)" in quiet
 
 
@@ -99,6 +99,7 @@ def test_panels_that_are_compared_have_one_y_axis_and_legends_lie_beside_them(tw
             for legend in legends:
                 box = legend.get_window_extent().shrunk(0.98, 0.98)
                 assert not any(box.overlaps(frame.shrunk(0.99, 0.99)) for frame in frames), name
+        plotting.plt.close("all")
 
 
 def test_bands_that_are_too_wide_do_not_flatten_the_curves(many):
@@ -154,7 +155,8 @@ def test_text_stands_out_from_the_page_in_both_modes(html, tmp_path, scheme, dar
     const paper = light(getComputedStyle(document.body).backgroundColor);
     const contrast = c => (Math.max(c, paper) + .05) / (Math.min(c, paper) + .05);
     const of = (e, key) => contrast(light(getComputedStyle(e)[key]));
-    const text = [...document.querySelectorAll("svg text")].filter(e => !e.getAttribute("style").includes("fill"));
+    const coloured = e => (e.getAttribute("style") || "").includes("fill");
+    const text = [...document.querySelectorAll("svg text")].filter(e => !coloured(e));
     const plain = [...document.querySelectorAll("p, li, h1, h2, td")];
     document.title = ["worst", Math.min(...text.map(e => of(e, "fill"))), Math.min(...plain.map(e => of(e, "color"))),
       "paper", paper].join(" ");

@@ -14,7 +14,7 @@ from study.analysis.fits import predict
 from study.design import Condition
 from study.papers import coste, gao, grm, run
 from study.papers.read import read
-from tests.builders.planted_study import study, two_methods
+from tests.builders.studies.whole import study, two_methods
 
 pytestmark = pytest.mark.slow
 

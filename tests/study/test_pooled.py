@@ -16,7 +16,7 @@ from study.design import Condition
 from study.records import Series
 from study.results import results
 from tests.builders.planted import pools, series
-from tests.builders.planted_policies import KLS, policies
+from tests.builders.studies.policies import KLS, policies
 
 PLAN = Plan(np.arange(1, 33), draws=200)
 ALONE = Verdict(OVER_OPTIMISED, "")
