@@ -87,5 +87,5 @@ def _more(narrower: float, found: Evidence) -> str:
     size = found.seeds if found.seeds > 1 and found.of_seeds > 0.5 else found.prompts
     unit = "prompts" if size == found.prompts else "seeds"
     more = max(math.ceil(size * narrower**2), size + 1)
-    wanted = f"some {more} {unit}" if more <= FAR * size else f"far more {unit} than {size}"
+    wanted = f"some {more} {unit}" if more <= FAR * size else f"far more than {size} {unit}"
     return f"{wanted} would tell" + (f", and at least {ENOUGH_SEEDS} seeds" if found.seeds < ENOUGH_SEEDS else "")

@@ -38,7 +38,8 @@ CAPTIONS = {
     "frontier": "Policies of one condition, seeds together: a penalty that only stops early moves along one curve.",
     "ensembles": "Solid: gold. Dashed: what each optimises, an ensemble's own reward in SD within prompts. Bands: "
     "gold, 95% for the whole curve; an ensemble is one model, so its band is over prompts alone.",
-    "ensembles_ppo": "Policies against an ensemble of a condition's seeds, beside policies against single ones.",
+    "ensembles_ppo": "Policies against an ensemble of a condition's seeds, beside policies against single ones. Those "
+    "against one ensemble share its reward models, so their band is over PPO's own draws and prompts.",
     "difference": "Policies of the same KL, whatever step that was. Bands: 95% for the whole curve, over seeds and "
     "prompts; with one seed each they are of two policies and not of two methods.",
     "sweep": "Rules to combine the seeds of a condition, on the same scores: gold against that of their mean. "
