@@ -29,7 +29,8 @@ Baselines = Mapping[Condition, Condition]
 
 
 def comparisons(groups: Sequence[Group], baseline: Baselines) -> list[tuple[Group, Group]]:
-    """Each group with that of its baseline of the same rule and KL coefficient, and an ensemble's with its members'."""
+    """Each group with that of its baseline of the same rule and KL coefficient, an ensemble's with its members', and
+    those of larger KL coefficients with that of the smallest: whether a penalty does more than stop early."""
     place = {(group.condition, group.kl_coef): group for group in groups}
     found = []
     for group in groups:
@@ -39,6 +40,10 @@ def comparisons(groups: Sequence[Group], baseline: Baselines) -> list[tuple[Grou
         if base is not None and base != condition.members:
             others.append(base.ensemble(condition.rule, condition.combined) if condition.rule else base)
         found += [(group, place[o, group.kl_coef]) for o in others if (o, group.kl_coef) in place]
+    for group in groups:
+        coefs = [g.kl_coef for g in groups if g.condition == group.condition and g.kl_coef is not None]
+        if group.kl_coef is not None and group.kl_coef > min(coefs):
+            found.append((group, place[group.condition, min(coefs)]))
     return found
 
 

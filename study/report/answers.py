@@ -98,10 +98,7 @@ def _alone(results: Results, name: str, kl: Callable) -> list[Subject]:
 def turns(kinds: dict[str, list[Subject]]) -> list[str]:
     """What turned, what harmed, what did neither."""
     said = [_turn(s) for s in _largest(kinds.get(OVER_OPTIMISED, []), "drop")]
-    said += [
-        f"{s}: gold fell from the start, by {-s.facts['gold'].mean:.2f} SD {_range(s.facts['gold'], -1)} "
-        f"to {s.at('end')}." for s in kinds.get(HARMS, [])[:MOST]
-    ]  # fmt: skip
+    said += [_harm(s) for s in kinds.get(HARMS, [])[:MOST]]
     left = sum(len(kinds.get(kind, [])) for kind in (OVER_OPTIMISED, HARMS)) - len(said)
     said += [f"So do {left} more: see the table."] if left else []
     said += _listed(kinds.get(NO_TURN_OVER, []), "gold did not turn; it rose")
@@ -120,6 +117,14 @@ def _turn(s: Subject) -> str:
     return (
         f"{s}: gold peaked at {s.at('peak')} and fell by {f['drop'].mean:.2f} SD {_range(f['drop'])} by "
         f"{s.at('end')}, {proxy}{own}."
+    )
+
+
+def _harm(s: Subject) -> str:
+    gold, proxy = s.facts["gold"], s.facts["proxy"]
+    return (
+        f"{s}: gold fell from the start, by {-gold.mean:.2f} SD {_range(gold, -1)} to {s.at('end')}, while the proxy "
+        f"changed by {proxy.mean:+.2f}."
     )
 
 
@@ -189,6 +194,10 @@ def _policies_compared(results: Results, f: dict) -> Compared:
     if f["seeds"] == f["seeds_less"] == 1:
         seeds = "one seed: two policies, not two methods"
     coef = f"KL coefficient {f['kl_coef']:g}" if len(coefficients(results)) > 1 else ""
+    if ours == theirs:
+        other = f"KL coefficient {results.pooled[f['less']]['kl_coef']:g}"
+        sizes = f"{in_words(results, ours.name)}, {f['kl']:.0f} nats"
+        return Compared(f"PPO at equal KL ({seeds})", coef, other, sizes, f["at_equal_kl"], f["p_holm"])
     sizes = ", ".join(filter(None, (of_sizes(results, ours), coef, f"{f['kl']:.0f} nats")))
     return Compared(
         f"PPO at equal KL ({seeds})", of_variant(ours), of_variant(theirs), sizes, f["at_equal_kl"], f["p_holm"]

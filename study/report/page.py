@@ -24,8 +24,6 @@ from study.report.words import in_words
 
 SHOWN = 12
 """Examples of each condition and n in the sample browser."""
-NAMED = 12
-"""Conditions and policies of one verdict that the summary names; of more it gives the number."""
 PLACED = ("overoptimisation", "ensembles", "ensembles_ppo", "difference")
 """Figures that stand beside what they belong to."""
 REM = 6.0
@@ -88,13 +86,9 @@ def render(page: dict) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """How many conditions have which verdict."""
-    kinds: dict[str, list[str]] = {}
-    for name, facts in {**results.findings, **results.policies}.items():
-        kinds.setdefault(facts["verdict"].kind, []).append(name)
-    total = sum(map(len, kinds.values()))
-    few = lambda names: "; ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
-    return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
+    """What turned and what is better, in the first sentences of the page without their full stops."""
+    said = answers(results, [])
+    return [sentence.rstrip(".") for sentence in (*said.turns[:3], *said.better[:2])]
 
 
 def browser(results: Results) -> list[dict]:

@@ -65,6 +65,11 @@ def test_it_says_who_is_better_or_that_they_are_not_told_apart(two):
     assert "grm perhaps gives more gold than bt (not clear among so many comparisons)" in told[1]
 
 
+def test_it_says_whether_a_penalty_does_more_than_stop_early(many):
+    said = [s for s in answers(many, []).better if "KL coefficient 0.05 and KL coefficient 0 are not told apart" in s]
+    assert len(said) == 1 and "(bt, 128 pairs, 25% wrong labels, " in said[0] and "nats)" in said[0]
+
+
 def test_it_says_what_it_cannot_tell(two, many):
     failed = check.Check("at least 500 prompts", False, "80")
     said = answers(two, [failed, check.Check("fine", True, "")]).unknown

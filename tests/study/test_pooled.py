@@ -106,7 +106,8 @@ def test_intervals_of_a_difference_at_equal_kl_hold_a_planted_one(seeds, known):
     assert abs(np.mean(off)) < 4 * np.std(off) / np.sqrt(len(off)) + 0.02
 
 
-def test_conditions_are_compared_with_their_baseline_and_ensembles_with_their_members():
+def test_what_is_compared():
+    """Conditions with their baseline, ensembles with their members, penalties with the smallest one."""
     rng = np.random.default_rng(0)
     runs = []
     for condition in (BT, GRM, GRM.ensemble("min", 3)):
@@ -115,7 +116,8 @@ def test_conditions_are_compared_with_their_baseline_and_ensembles_with_their_me
     pairs = comparisons(grouped(runs), {BT: BT, GRM: BT})
     said = {(a.name, b.name) for a, b in pairs}
     assert said == {("grm-kl0", "bt-kl0"), ("grm-kl0.1", "bt-kl0.1"), ("grm x 3, min-kl0", "grm-kl0"),
-                    ("grm x 3, min-kl0.1", "grm-kl0.1")}  # fmt: skip
+                    ("grm x 3, min-kl0.1", "grm-kl0.1"), ("bt-kl0.1", "bt-kl0"), ("grm-kl0.1", "grm-kl0"),
+                    ("grm x 3, min-kl0.1", "grm x 3, min-kl0")}  # fmt: skip
 
 
 BT, GRM = Condition("bt"), Condition("grm")
