@@ -34,6 +34,7 @@ plt.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.25,
         "figure.constrained_layout.use": True,
+        "figure.max_open_warning": 40,  # a page has some 20
     }
 )
 
