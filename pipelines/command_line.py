@@ -24,6 +24,7 @@ class Tool:
 
 TOOLS = {
     "study": Tool("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
+    "figure": Tool("study.papers.run", "a figure or table of a paper, from what a study has written"),
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),
     "vllm-serve": Tool("core.generation.serve", "the policy behind a vLLM server, for ppo.vllm_servers"),
     "rm-eval": Tool("rm.evaluation.command", "accuracy of reward models on published evaluation sets"),

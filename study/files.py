@@ -28,12 +28,16 @@ def write(out: Path, results: Results) -> None:
     write_csv(out / "curves.csv", results.rows, analysis.COLUMNS)
     write_csv(out / "kl.csv", results.kl)
     write_csv(out / "tail.csv", results.tail)
-    for name in ("members", "prediction", "sweep", "golds"):
+    write_json(out / "about.json", results.about)
+    for name in ("members", "prediction", "sweep", "golds", "ensemble_size"):
         write_csv(out / f"{name}.csv", getattr(results, name))
     write_json(out / "rms.json", plain(results.rms))
     write_csv(out / "rms.csv", [flat(row) for row in results.rms])
     write_json(out / "conditions.json", plain(results.findings))
     write_json(out / "policies.json", plain(results.policies))
+    write_json(out / "pooled.json", plain({"pooled": results.pooled, "differences": results.policy_differences}))
+    write_csv(out / "pooled.csv", [{"policies": name} | flat(facts) for name, facts in results.pooled.items()])
+    write_csv(out / "policy_differences.csv", [flat(facts) for facts in results.policy_differences])
     write_csv(out / "conditions.csv", [{"rm": name} | flat(facts) for name, facts in results.findings.items()])
     prompts = per_prompt(results)
     if prompts:  # none where there are policies alone

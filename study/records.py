@@ -50,6 +50,10 @@ class Results:
     """Name of a condition or ensemble -> its numbers and verdict."""
     policies: dict[str, dict] = field(default_factory=dict)
     """Name of a policy -> its numbers and verdict."""
+    pooled: dict[str, dict] = field(default_factory=dict)
+    """Name of a condition and KL coefficient -> numbers and verdict of its policies together."""
+    policy_differences: list[dict] = field(default_factory=list)
+    """Policies of one condition less those of another (`study.analysis.policy_differences`)."""
     kl: list[dict] = field(default_factory=list)
     tail: list[dict] = field(default_factory=list)
     rms: list[dict] = field(default_factory=list)
@@ -57,11 +61,16 @@ class Results:
     prediction: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)
     golds: list[dict] = field(default_factory=list)
+    ensemble_size: list[dict] = field(default_factory=list)
+    """Gold of each ensemble by its number of members (`study.analysis.combiners.by_members`)."""
+    about: dict = field(default_factory=dict)
+    """The policy and the gold (`study.reward_models.about`); empty where they are not known."""
 
     def condition_of(self, name: str) -> str | None:
-        """The condition that a condition, an ensemble or a policy belongs to; None for baselines and strangers."""
-        design = self.designs.get(self.policies.get(name, {}).get("condition") or name)
-        return design.members.name if design else None
+        """The condition that a condition, an ensemble, a policy or policies together belong to; None for baselines and
+        strangers."""
+        name = {**self.policies, **self.pooled}.get(name, {}).get("condition") or name
+        return self.designs[name].members.name if name in self.designs else None
 
     @property
     def rows(self) -> list[dict]:

@@ -3,8 +3,11 @@
 study/curves.csv       every curve with intervals and simultaneous bands
 study/conditions.json  numbers, fits and verdict of each condition of best-of-n (conditions.csv: without the fits' rest)
 study/policies.json    the same of each policy, and rules of when to stop
+study/pooled.json      the policies of a condition and KL coefficient together (pooled.csv); policy_differences.csv: one
+                       condition less another at equal KL, at equal step, and at the last step
 study/rms.json         each reward model: what it is, what it agrees with gold in, what optimising it did (rms.csv too)
-study/members.csv      what the seeds of a condition have in common; sweep.csv: rules to combine them
+study/members.csv      what the seeds of a condition have in common; sweep.csv: rules to combine them, and
+                       ensemble_size.csv: how many of them
 study/prediction.csv  which number of a reward model predicts what optimising it does; golds.csv: a second gold
 study/kl.csv, tail.csv, per_prompt.parquet (and .csv), checks.json, figures/, study.html, study.md
 """
@@ -24,9 +27,11 @@ from study import reward_models as study_models
 from study.analysis import conditions as analysis
 from study.analysis.agreement import agreement, gold_by_proxy, members, prediction
 from study.analysis.bootstrap import holm
-from study.analysis.combiners import sweep
+from study.analysis.combiners import by_members, sweep
 from study.analysis.conditions import Curve, Plan
-from study.analysis.policies import series_curves, series_findings
+from study.analysis.policies import curves_of, measure, series_findings
+from study.analysis.policy_differences import compare, comparisons
+from study.analysis.pooled import grouped, pooled_curves, pooled_findings
 from study.design import Condition
 from study.records import Results, Series
 
@@ -81,7 +86,8 @@ def results(
         gold[condition] = curves["gold"]
         against = condition.members if condition.rule else (baseline or {}).get(condition)
         other = gold.get(against) if against is not None and against != condition else None
-        out.findings[name] = analysis.findings(curves, bases[0], other) | _design(condition)
+        found = analysis.findings(curves, bases[0], other) | _design(condition)
+        out.findings[name] = found | {"against": against.name if other is not None and against else None}
         out.curves += curves.values()
         if condition in conditions:
             out.curves += analysis.soft_curves(pools, name, stacked, plan)
@@ -93,6 +99,7 @@ def results(
         out.findings[name]["difference_p_holm"] = p
     out.prediction = prediction(out.rms, study_models.OUTCOMES, seed=plan.seed)
     out.sweep = sweep(pools, out.proxies, list(out.conditions), rules, plan)
+    out.ensemble_size = by_members(pools, out.proxies, list(out.conditions), plan)
     out.golds = study_models.second_gold(out, plan)
     for name in (c for c, names in out.conditions.items() if len(names) > 1):
         out.members.append({"rm": name, "members": len(out.conditions[name])} | members(out.proxies[name], pools.gold))
@@ -106,9 +113,11 @@ def results(
 def add_policies(
     out: Results, series: Mapping[str, Series], plan: Plan, baseline: Mapping[Condition, Condition]
 ) -> None:
-    """Each policy by itself."""
+    """Each policy by itself, the policies of a condition and KL coefficient together, and these compared."""
+    runs = []
     for name, one in series.items():
-        curves = series_curves(name, with_kl(one.rows), plan, pools=one.pools(out.pools), proxy=one.proxy)
+        run = measure(name, with_kl(one.rows), pools=one.pools(out.pools), proxy=one.proxy)
+        curves = curves_of(run, plan)
         if one.condition:
             out.designs.setdefault(one.condition.name, one.condition)
         out.policies[name] = series_findings(curves) | {
@@ -116,11 +125,27 @@ def add_policies(
             "rule": one.condition.rule if one.condition else None, "seed": one.seed,
         }  # fmt: skip
         out.curves += curves.values()
+        runs.append((run, one.condition, one.kl_coef, one.seed))
+    groups = grouped(runs)
+    for group in groups:
+        if curves := pooled_curves(group, plan):
+            own = [out.policies[run.name]["verdict"] for run in group.runs]
+            found = pooled_findings(group, curves, own)
+            out.pooled[group.name] = found | {"condition": group.condition.name} | _design(group.condition)
+            out.curves += curves.values() if len(group.runs) > 1 else ()
+    for ours, theirs in comparisons(groups, baseline):
+        facts, curve = compare(ours, theirs, plan)
+        if curve is not None:
+            out.policy_differences.append(facts)
+            out.curves.append(curve)
+    p_values = {str(k): facts["p"] for k, facts in enumerate(out.policy_differences)}
+    for k, p in holm(p_values).items():
+        out.policy_differences[int(k)]["p_holm"] = p
 
 
 def _design(condition: Condition) -> dict[str, str | int | float | None]:
     keys = ("variant", "pairs", "layers", "label_noise", "rule")
-    return {key: getattr(condition, key) for key in keys}
+    return {key: getattr(condition, key) for key in keys} | {"members": condition.members.name}
 
 
 def with_kl(rows: Sequence[Mapping]) -> list[dict]:

@@ -75,6 +75,13 @@ def facts(cfg: Config, realised: Mapping[str, float]) -> dict[str, dict]:
     return found
 
 
+def about(cfg: Config) -> dict[str, str | int | None]:
+    """The policy with its number of parameters, and the gold; of a policy that is not here, None."""
+    here = Path(cfg.policy.path).is_dir()
+    size = sum(math.prod(shape) for shape in shapes(Path(cfg.policy.path)).values()) if here else None
+    return {"policy": cfg.policy.path, "policy_params": size, "gold": cfg.gold.kind}
+
+
 def parameters(folder: Path, base: str, layers: int) -> int:
     """Of the causal LM in `folder`; where it holds an adapter, of the first `layers` layers of its base."""
     whole = locate(base) if (folder / "adapter_config.json").is_file() else folder

@@ -9,7 +9,7 @@ computed on every draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -57,22 +57,47 @@ def crossed_draws(values: Array, draws: int, seed: int) -> Array:
     S, P, _ = values.shape
     mean: Array = values.mean(axis=(0, 1))
     of_seed: Array = values.mean(axis=1)
-    freedom = _freedom(values)
+    degrees = freedom(values)
     if S > 1:
         values = values + (np.sqrt(S / (S - 1)) - 1) * (of_seed - mean)[:, None]
     rng = np.random.default_rng(seed)
     prompts = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
     seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
     means: Array = np.sum([seeds[:, s, None] * (prompts @ values[s]) for s in range(S)], axis=0)
-    return mean + (means - mean) * (student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975))
+    return mean + (means - mean) * (student_quantile(0.975, degrees) / NormalDist().inv_cdf(0.975))
 
 
-def _freedom(values: Array) -> float:
+def difference_draws(ours: Array, theirs: Array, draws: int, seed: int) -> tuple[Array, float]:
+    """Draws [B, K] of the mean of values [S, P, K] less that of others [S', P, K] on the same prompts, whose seeds have
+    nothing in common and are drawn independently; and their degrees of freedom.
+
+    Corrected for few seeds as `crossed_draws` is; a side of one seed is that one model.
+    """
+    of_prompts: Array = ours.mean(axis=0) - theirs.mean(axis=0)
+    P, rng = len(of_prompts), np.random.default_rng(seed)
+    mean: Array = of_prompts.mean(axis=0)
+    off: Array = (rng.multinomial(P, np.full(P, 1 / P), size=draws) / P) @ (of_prompts - mean)
+    parts = [(float(of_prompts.var(axis=0, ddof=1).sum()) / P, P - 1)]
+    for side in (ours, theirs):
+        if (S := len(side)) > 1:
+            of_seeds: Array = side.mean(axis=1)
+            drawn = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
+            off = off + np.sqrt(S / (S - 1)) * (drawn @ (of_seeds - of_seeds.mean(axis=0)))
+            parts.append((float(of_seeds.var(axis=0, ddof=1).sum()) / S, S - 1))
+    degrees = _satterthwaite(parts)
+    return mean + off * (student_quantile(0.975, degrees) / NormalDist().inv_cdf(0.975)), degrees
+
+
+def freedom(values: Array) -> float:
     """Satterthwaite's degrees of freedom of the mean of values [S, P, K], from its variances over prompts and seeds."""
     S, P, _ = values.shape
-    variances = list(zip(_variances(values), (P - 1, S - 1), strict=False))
-    total = sum(v for v, _ in variances)
-    return float(total**2 / sum(v**2 / f for v, f in variances)) if total > 0 else P - 1
+    return _satterthwaite(list(zip(_variances(values), (P - 1, S - 1), strict=False)))
+
+
+def _satterthwaite(parts: Sequence[tuple[float, int]]) -> float:
+    """Degrees of freedom of a sum of variances, each with its own; those of the first where all are 0."""
+    total = sum(v for v, _ in parts)
+    return float(total**2 / sum(v**2 / f for v, f in parts)) if total > 0 else parts[0][1]
 
 
 def _variances(values: Array) -> list[float]:
@@ -120,10 +145,10 @@ def p_value(values: Array, draws: int, seed: int) -> float:
 
     A share of the draws could not be below 1 / `draws`, which correction for many comparisons makes useless.
     """
-    freedom = _freedom(values)
-    widened = student_quantile(0.975, freedom) / NormalDist().inv_cdf(0.975)
+    degrees = freedom(values)
+    widened = student_quantile(0.975, degrees) / NormalDist().inv_cdf(0.975)
     error = float(crossed_draws(values, draws, seed)[:, 0].std(ddof=1)) / widened
-    return student_tails(abs(float(values.mean())) / error, freedom) if error > 0 else 1.0
+    return student_tails(abs(float(values.mean())) / error, degrees) if error > 0 else 1.0
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ are centred within prompts and scaled first, since Bradley-Terry leaves both fre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -78,4 +79,32 @@ def sweep(
                     "difference": change.mean, "difference_lo": change.lo, "difference_hi": change.hi,
                 }
             )  # fmt: skip
+    return rows
+
+
+CHOICES = 20
+"""Of so many members: of more, as many are drawn."""
+
+
+def by_members(pools: Pools, proxies: Mapping[str, Array], conditions: Sequence[str], plan: Plan) -> list[dict]:
+    """Gold of best-of-n at the largest n by ensembles of 1 to all seeds of a condition, mean over choices of the seeds.
+
+    Returns:
+        Rows of rm, rule, members, choices, n, gold, lo, hi; in standard deviations of gold within prompts, with 95%
+        intervals over prompts. Those over seeds are not to be had: choices of the same few seeds overlap.
+    """
+    gold, n, rows = gains(pools.gold), int(plan.ns[-1]), []
+    for condition in conditions:
+        members = proxies[condition]
+        for text in plan.ensembles if len(members) > 1 else ():
+            combine_all = rule(text)
+            for size in range(1, len(members) + 1):
+                chosen = list(combinations(range(len(members)), size))
+                if len(chosen) > CHOICES:
+                    rng = np.random.default_rng(plan.seed)
+                    chosen = [chosen[k] for k in rng.choice(len(chosen), CHOICES, replace=False)]
+                values = np.mean([best_of_n(combine_all(members[list(c)], None), gold, [n]) for c in chosen], axis=0)
+                at = interval(float(values.mean()), crossed_draws(values[None], plan.draws, plan.seed)[:, 0])
+                rows.append({"rm": condition, "rule": text, "members": size, "choices": len(chosen), "n": n,
+                             "gold": at.mean, "lo": at.lo, "hi": at.hi})  # fmt: skip
     return rows

@@ -50,8 +50,10 @@ class Curve:
 
     rm: str
     method: str
+    """bon, soft_bon, ppo, or ppo_pooled: PPO's policies of several seeds at equal KL."""
     metric: str
-    x: NDArray[np.int64]
+    x: NDArray[np.int64] | Array
+    """n, step, or KL (ppo_pooled)."""
     kl: Array
     kl_kind: str
     values: Array = field(repr=False)
@@ -87,6 +89,8 @@ class Curve:
     @property
     def end(self) -> str:
         """The last point, in words, with its KL."""
+        if self.method == "ppo_pooled":
+            return f"a KL of {self.kl[-1]:.2f} nats"
         # A series whose KL is the bound is not of PPO: its steps are n (`study.layouts.grm_repository`).
         unit = "step" if self.method == "ppo" and self.kl_kind != "bound" else "n ="
         return f"{unit} {self.x[-1]} (KL {self.kl[-1]:.2f} nats)"
@@ -99,11 +103,11 @@ class Curve:
         names = ("mean", "lo", "hi", "band_lo", "band_hi")
         return [
             {
-                "rm": self.rm, "method": self.method, "x": int(self.x[k]), "d": float(self.d[k]),
+                "rm": self.rm, "method": self.method, "x": self.x[k].item(), "d": float(self.d[k]),
                 "kl": float(self.kl[k]), "kl_kind": self.kl_kind, "metric": self.metric,
                 **{name: float(column[k]) for name, column in zip(names, numbers, strict=True)},
                 "prompts": P, "pool": self.pool, "seeds": S,
-                "effective_draws": self.pool / float(self.x[k]) if self.method != "ppo" else self.pool,
+                "effective_draws": self.pool / float(self.x[k]) if "ppo" not in self.method else self.pool,
             }
             for k in range(K)
         ]  # fmt: skip
@@ -247,16 +251,18 @@ def findings(curves: Mapping[str, Curve], best: Curve, baseline: Curve | None = 
         change = (gold.values - other)[..., -1:]
         paired, p = _crossed(change, gold), p_value(change, gold.draws_asked, gold.seed)
     peaks = gold.draws.argmax(axis=1)
-    fell = evidence.drop.lo > 0
+    fell, proxy, at = evidence.drop.lo > 0, curves["proxy"], int(np.median(chosen))
     return {
         "n": int(gold.x[last]),
         "kl": float(gold.kl[last]),
         "seeds": S,
         "gold": gold.at(last),
-        "proxy": curves["proxy"].at(last),
+        "proxy": proxy.at(last),
         "peak_n": interval(float(np.median(gold.x[chosen])), gold.x[peaks].astype(float)),
         "peak_d": interval(float(np.median(gold.d[chosen])), gold.d[peaks]),
+        "peak_kl": float(gold.kl[at]),
         "gold_at_peak": _crossed(top, gold),
+        "proxy_since_peak": _crossed(proxy.values[..., -1:] - proxy.values[..., at : at + 1], proxy),
         "rise": evidence.rise,
         "drop": evidence.drop,
         "efficiency": interval(float(gold.mean[last] / best.mean[last]), ratio) if best.mean[last] > 0 else None,

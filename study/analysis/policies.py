@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bon.gains import scale
 from bon.pools import Pools
 from core.errors import ArtefactError
-from study.analysis.bootstrap import Array, best_above, cross_fitted_peak, crossed_draws, interval
+from study.analysis.bootstrap import Array, Interval, best_above, cross_fitted_peak, crossed_draws, interval
 from study.analysis.conditions import Curve, Plan
 from study.analysis.fits import fit_curve
 from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, verdict
@@ -17,10 +19,24 @@ from study.analysis.verdict import CANNOT_CONCLUDE, NOT_OPTIMISED, Verdict, verd
 ENTRIES = ("proxy", "gold", "kl")
 
 
-def series_curves(
-    name: str, rows: Sequence[Mapping], plan: Plan, *, pools: Pools | None = None, proxy: str | None = None
-) -> dict[str, Curve]:
-    """proxy and gold curves of one run from rows of step, prompt_id, proxy, gold, kl (nats) and kl_kind, one a sample.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One policy along training: gains and KL of each prompt [P, T], samples of a prompt averaged."""
+
+    name: str
+    steps: NDArray[np.int64]
+    prompts: list[str]
+    gains: dict[str, Array]
+    """proxy and gold, in the unit of the study."""
+    kl: Array
+    """Nats."""
+    kl_kind: str
+    samples: int
+    """Of a prompt and step."""
+
+
+def measure(name: str, rows: Sequence[Mapping], *, pools: Pools | None = None, proxy: str | None = None) -> Measured:
+    """One run from rows of step, prompt_id, proxy, gold, kl (nats) and kl_kind, one a sample.
 
     Gains are over the pool of the same prompt where `pools` holds all prompts and samples of the reference, else over
     the first step of the run, prompt by prompt. Their unit is the SD within prompts of the pools; without pools of that
@@ -39,15 +55,30 @@ def series_curves(
     values = np.array([[np.mean(cells[s, p], axis=0) for s in steps] for p in prompts])  # [P, steps, 3]
     if bad := int((~np.isfinite(values)).sum()):
         raise ArtefactError(f"series {name}: {bad} values of {', '.join(ENTRIES)} are NaN or infinite")
-    kl, kind = values[..., 2].mean(axis=0), str(rows[0].get("kl_kind", "rb"))
-    found = {}
+    gained = {}
     for j, metric in enumerate(ENTRIES[:2]):
         offset, unit = _origin(metric, values[..., j], prompts, pools, proxy)
-        gain = (values[..., j] - offset) / unit
-        found[metric] = Curve(
-            name, "ppo", metric, np.array(steps), kl, kind, gain[None], len(rows) // len(cells), plan.draws, plan.seed
+        gained[metric] = (values[..., j] - offset) / unit
+    kind = str(rows[0].get("kl_kind", "rb"))
+    return Measured(name, np.array(steps), prompts, gained, values[..., 2], kind, len(rows) // len(cells))
+
+
+def series_curves(
+    name: str, rows: Sequence[Mapping], plan: Plan, *, pools: Pools | None = None, proxy: str | None = None
+) -> dict[str, Curve]:
+    """proxy and gold curves of one run (`measure` says of which rows)."""
+    return curves_of(measure(name, rows, pools=pools, proxy=proxy), plan)
+
+
+def curves_of(run: Measured, plan: Plan) -> dict[str, Curve]:
+    """proxy and gold of one run, a point a step."""
+    return {
+        metric: Curve(
+            run.name, "ppo", metric, run.steps, run.kl.mean(axis=0), run.kl_kind, values[None], run.samples,
+            plan.draws, plan.seed,
         )
-    return found
+        for metric, values in run.gains.items()
+    }  # fmt: skip
 
 
 def _origin(
@@ -89,12 +120,15 @@ def stopping_rules(curves: Mapping[str, Curve]) -> list[dict]:
 def series_findings(curves: Mapping[str, Curve]) -> dict:
     """Numbers and verdict of one run."""
     gold, proxy = curves["gold"], curves["proxy"]
-    evidence, last = gold.evidence()[0], len(gold.x) - 1
-    judged = verdict(evidence, gold.end)
+    (evidence, top, chosen), last = gold.evidence(), len(gold.x) - 1
     rise = _over_prompts(proxy.values[..., -1:] - proxy.values[..., :1], proxy)
-    if rise.lo <= 0 and judged.kind != CANNOT_CONCLUDE:
-        judged = Verdict(NOT_OPTIMISED, f"the proxy itself changed by {rise} SD: this training did not optimise it")
+    judged = judge(verdict(evidence, gold.end), rise)
+    at = int(np.median(chosen))
     return {
+        "peak_step": int(gold.x[at]),
+        "peak_kl": float(gold.kl[at]),
+        "gold_at_peak": _over_prompts(top, gold),
+        "proxy_since_peak": _over_prompts(proxy.values[..., -1:] - proxy.values[..., at : at + 1], proxy),
         "step": int(gold.x[last]),
         "kl": float(gold.kl[last]),
         "gold": gold.at(last),
@@ -108,5 +142,12 @@ def series_findings(curves: Mapping[str, Curve]) -> dict:
     }
 
 
-def _over_prompts(values: Array, like: Curve):
+def judge(found: Verdict, rise: Interval) -> Verdict:
+    """The verdict on gold, or that a training whose proxy reward rose by `rise` did not optimise it."""
+    if rise.lo <= 0 and found.kind != CANNOT_CONCLUDE:
+        return Verdict(NOT_OPTIMISED, f"the proxy itself changed by {rise} SD: this training did not optimise it")
+    return found
+
+
+def _over_prompts(values: Array, like: Curve) -> Interval:
     return interval(float(values.mean()), crossed_draws(values, like.draws_asked, like.seed)[:, 0])

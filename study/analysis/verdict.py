@@ -14,6 +14,8 @@ RESOLUTION = 0.1
 """Of gold, in standard deviations within prompts: a smaller drop counts as none."""
 HELPS = 0.25
 """In the same unit: a proxy by which gold rises less does not help. Best of 64 by a useful proxy gains 0.5 to 2."""
+FAR = 30
+"""Times as many prompts or seeds: an estimate from so few says no more than that they do not do."""
 LEAST_POINTS, LEAST_PROMPTS, ENOUGH_SEEDS = 3, 20, 3
 """Fewer points do not make a curve, fewer prompts cannot be resampled, and fewer seeds do not stand for a method."""
 OVER_OPTIMISED = "over-optimised"
@@ -85,5 +87,5 @@ def _more(narrower: float, found: Evidence) -> str:
     size = found.seeds if found.seeds > 1 and found.of_seeds > 0.5 else found.prompts
     unit = "prompts" if size == found.prompts else "seeds"
     more = max(math.ceil(size * narrower**2), size + 1)
-    wanted = f"some {more} {unit}" if more < 1000 * size else f"far more {unit}"
+    wanted = f"some {more} {unit}" if more <= FAR * size else f"far more than {size} {unit}"
     return f"{wanted} would tell" + (f", and at least {ENOUGH_SEEDS} seeds" if found.seeds < ENOUGH_SEEDS else "")

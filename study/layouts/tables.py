@@ -26,7 +26,11 @@ def folder_pools(folder: Path) -> Pools:
     if "gold" not in files or len(files) < 2 or not (folder / "samples.parquet").is_file():
         raise ArtefactError("a folder holds samples.parquet, scores/gold.parquet and scores/PROXY.parquet")
     gold, second = files.pop("gold"), files.pop("gold2", None)
-    return pools_of_files(folder / "samples.parquet", gold, files, second)
+    try:
+        return pools_of_files(folder / "samples.parquet", gold, files, second)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"its tables are not like those of stage bon ({what})") from None
 
 
 def table_pools(path: Path) -> Pools:

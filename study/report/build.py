@@ -41,6 +41,7 @@ def report(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) -> str:
         pools, conditions, series, plan, baselines(arms),
         facts=study_models.facts(cfg, realised), rules=cfg.study.sweep,
     )  # fmt: skip
+    results.about = study_models.about(cfg)
     files.write(out, results)
     manifests = {"rm": read_json(run / "rm" / MANIFEST)}
     manifests |= {p.name: read_json(run / "policies" / p.name / "ppo" / MANIFEST) for p in policies}

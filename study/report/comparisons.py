@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from core.plotting import COLOURS, plt
+from core.plotting import COLOURS, ON_DARK, ON_LIGHT, plt
 from study.records import Results
-from study.report.style import MARKERS, legend, style
+from study.report.overoptimisation import band, below, by_kl, kl_axis
+from study.report.style import MARKERS, colour, legend, pick, style
+from study.report.words import in_words
 
 AXES = {"pairs": "training pairs", "layers": "layers of the reward model"}
 """Sizes of a design -> how an axis names them."""
@@ -24,7 +26,9 @@ def scaling(results: Results) -> Figure | None:
     axes_of = [a for a in AXES if len({f[a] for f in cells.values() if f[a]}) > 1]
     if not axes_of:
         return None
-    figure, axes = plt.subplots(2, len(axes_of), figsize=(5.5 * len(axes_of), 7), squeeze=False, sharex="col")
+    figure, axes = plt.subplots(
+        2, len(axes_of), figsize=(5.5 * len(axes_of), 7), squeeze=False, sharex="col", sharey="row"
+    )
     for column, axis_name in enumerate(axes_of):
         other = next(k for k in AXES if k != axis_name)
         lines: dict[tuple, list[dict]] = {}
@@ -90,7 +94,7 @@ def heat_map(results: Results) -> Figure | None:
             grid[y, x] = top = f["gold_at_peak"].mean
             dark = (top - min(tops)) < 0.5 * (max(tops) - min(tops))
             axis.text(x, y, f"{top:+.2f}\nn* {f['peak_n'].mean:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if dark else "black")  # fmt: skip
+                      color=ON_DARK if dark else ON_LIGHT)  # fmt: skip
         axis.imshow(grid, cmap=shades, vmin=min(tops), vmax=max(tops), aspect="auto", origin="lower")
         axis.set_xticks(range(len(pairs)), [str(p or "all") for p in pairs])
         axis.set_yticks(range(len(layers)), [str(n or "all") for n in layers])
@@ -109,7 +113,8 @@ def disagreement(results: Results) -> Figure | None:
     figure, axis = plt.subplots(figsize=(6.4, 4))
     for curve in curves:
         axis.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
-    axis.set(xlabel="sqrt(KL), nats$^{1/2}$", ylabel="SD over seeds of the chosen response's proxy", ylim=(0, None))
+    axis.set(ylabel="SD over seeds of the chosen response's proxy", ylim=(0, None))
+    kl_axis(axis)
     legend(axis, results)
     return figure
 
@@ -128,7 +133,7 @@ def sweep(results: Results) -> Figure | None:
         grid[y, x] = r["difference"]
         mark = "*" if r["difference_lo"] > 0 or r["difference_hi"] < 0 else ""
         axis.text(x, y, f"{r['difference']:+.2f}{mark}", ha="center", va="center", fontsize=8,
-                  color="white" if abs(r["difference"]) > 0.7 * most else "black")  # fmt: skip
+                  color=ON_DARK if abs(r["difference"]) > 0.7 * most else ON_LIGHT)  # fmt: skip
     axis.imshow(grid, cmap="PuOr", vmin=-most, vmax=most, aspect="auto")
     axis.set_xticks(range(len(rules)), rules, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -168,32 +173,53 @@ def prediction(results: Results) -> Figure | None:
 
 
 def frontier(results: Results) -> Figure | None:
-    """Gold against measured KL, a line a KL coefficient: whether the penalty moves the frontier or only stops early."""
-    groups: dict[str, list] = {}
-    for curve in results.curves:
-        facts = results.policies.get(curve.rm, {})
-        if curve.method == "ppo" and curve.metric == "gold" and facts.get("kl_coef") is not None:
-            groups.setdefault(facts["rm"], []).append((facts["kl_coef"], curve))
-    groups = {name: curves for name, curves in groups.items() if len({coef for coef, _ in curves}) > 1}
+    """Gold against measured KL, a line a KL coefficient: whether the penalty moves the frontier or only stops early.
+    A panel a condition, with one y axis; seeds together where there are several."""
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for name, facts in results.pooled.items():
+        if facts["kl_coef"] is not None:
+            groups.setdefault(facts["condition"], []).append((facts["kl_coef"], name))
+    groups = {condition: sorted(names) for condition, names in groups.items() if len(names) > 1}
     if not groups:
         return None
-    columns = min(3, len(groups))
-    figure, axes = _grid(len(groups), columns, 4.2, 3.4)
-    for axis, (name, curves) in zip(axes, groups.items(), strict=False):
-        for number, (coef, curve) in enumerate(sorted(curves, key=lambda c: c[0])):
-            order = np.argsort(curve.d)
+    figure, axes = _grid(len(groups), min(3, len(groups)), 4.2, 3.4)
+    drawn = {}
+    for axis, (condition, names) in zip(axes, groups.items(), strict=False):
+        for number, (coef, name) in enumerate(names):
+            facts = results.pooled[name]
+            kind, of = ("ppo_pooled", [name]) if facts["seeds"] > 1 else ("ppo", facts["policies"])
             shown = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            axis.plot(curve.d[order], curve.mean[order], markersize=4, label=f"KL coefficient {coef:g}", **shown)
+            [line] = axis.plot(*by_kl(pick(results, kind, "gold", of)[0]), markersize=4, markevery=0.12, **shown)
+            drawn[f"KL coefficient {coef:g}"] = line
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set(title=name, xlabel="sqrt(KL), nats$^{1/2}$", ylabel="gold gain, SD within prompts")
-        axis.title.set_fontsize(9)
-        axis.legend(fontsize=7)
+        axis.set_title(in_words(results, condition), fontsize=9)
+        kl_axis(axis)
+    axes[0].set_ylabel("gold gain, SD within prompts")
+    below(figure, drawn, 4)
+    return figure
+
+
+def difference(results: Results) -> Figure | None:
+    """Gold of one condition's policies less that of another's at each KL, with the 95% simultaneous band."""
+    curves = [c for c in results.curves if c.metric == "gold_difference"]
+    if not curves:
+        return None
+    figure, axes = _grid(len(curves), min(3, len(curves)), 4.2, 3.2)
+    for axis, curve, facts in zip(axes, curves, results.policy_differences, strict=False):
+        shade = colour(results, facts["policies"])
+        axis.plot(*by_kl(curve), color=shade)
+        band(axis, curve, shade)
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        words = in_words(results, facts["policies"]), in_words(results, facts["less"])
+        axis.set_title(f"{words[0]}\nless {words[1]} ({facts['seeds']} seeds)", fontsize=9)
+        kl_axis(axis)
+    axes[0].set_ylabel("gold of the first less the second,\nSD within prompts")
     return figure
 
 
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, Sequence]:
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, sharey=True)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat)

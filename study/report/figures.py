@@ -1,9 +1,6 @@
-"""Figures of a study (those that compare arms: `study_figures_arms`). Gold is solid, proxy
-dashed."""
+"""Figures of a study. The main one is in `overoptimisation`, those that compare sizes and rules in `comparisons`."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,19 +9,23 @@ from core.plotting import plt
 from study.analysis.conditions import prompt_gains
 from study.records import Results
 from study.report import comparisons as arms
-from study.report.style import MARKERS, cell, cell_name, cells, colour, crowded, legend, style
-
-UNIT = "gain over the reference, SD within prompts"
+from study.report import overoptimisation as main
+from study.report.overoptimisation import UNIT, kl_axis
+from study.report.style import MARKERS, colour, crowded, legend, pick, style
 
 
 def all_figures(results: Results) -> dict[str, Figure]:
     """Name -> figure; those without data are left out. The main one comes first."""
     if not results.conditions:  # policies of other tools, without pools
-        figures = {"overoptimisation": overoptimisation(results), "gold_against_proxy": gold_against_proxy(results),
-                   "frontier": arms.frontier(results)}  # fmt: skip
-        return {name: figure for name, figure in figures.items() if figure is not None}
+        few = {"overoptimisation": main.overoptimisation(results), "gold_against_proxy": gold_against_proxy(results),
+               "ensembles_ppo": main.ensembles(results, "ppo"), "difference": arms.difference(results),
+               "frontier": arms.frontier(results)}  # fmt: skip
+        return {name: figure for name, figure in few.items() if figure is not None}
     drawn = {
-        "overoptimisation": overoptimisation(results),
+        "overoptimisation": main.overoptimisation(results),
+        "ensembles": main.ensembles(results),
+        "ensembles_ppo": main.ensembles(results, "ppo"),
+        "difference": arms.difference(results),
         "conditions": conditions(results),
         "gold_against_proxy": gold_against_proxy(results),
         "gold_by_proxy": gold_by_proxy(results),
@@ -39,86 +40,6 @@ def all_figures(results: Results) -> dict[str, Figure]:
         "prediction": arms.prediction(results),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _curves(results: Results, method: str, metric: str, names: Sequence[str] | None = None) -> list:
-    wanted = results.conditions if names is None else names
-    return [
-        c for c in results.curves if c.method == method and c.metric == metric and (method == "ppo" or c.rm in wanted)
-    ]
-
-
-def overoptimisation(results: Results) -> Figure:
-    """Gold and proxy, in one unit, against sqrt(KL), with 95% simultaneous bands of gold: best-of-n in a panel, or in
-    one a size and noise where there are more conditions than colours, and PPO in the last."""
-    policies = _curves(results, "ppo", "gold")
-    groups = [[c for c in results.conditions if cell(results, c) == one] for one in cells(results)]
-    groups = groups if crowded(results) or not groups else [list(results.conditions)]
-    count, single = len(groups) + bool(policies), len(groups) == 1
-    columns = min(count, 2 if single else 4)
-    lines = -(-count // columns)
-    size = (11 if columns > 1 else 7, 4.6 if single else 2.8 * lines)
-    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    panels = list(grid.flat)
-    for axis, names in zip(panels, groups, strict=False):
-        title = "Best-of-n (KL: log n - (n-1)/n, an upper bound)" if single else cell_name(cell(results, names[0]))
-        _best_of_n(axis, results, names, title)
-    if policies:
-        _policies(panels[len(groups)], results)
-    for axis in panels[count:]:
-        axis.set_visible(False)
-    for number, axis in enumerate(panels[:count]):
-        axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$" if single else "sqrt(KL)")
-        if single or number == 0:
-            axis.legend(fontsize=8, loc="upper left")
-        elif number == len(groups):
-            axis.legend(fontsize=6, loc="upper left")
-    for row in grid:
-        row[0].set_ylabel(UNIT if single else "gain, SD within prompts")
-    return figure
-
-
-def _best_of_n(axis, results: Results, names: Sequence[str], title: str) -> None:
-    for metric, line in (("gold", "-"), ("proxy", "--")):
-        for curve in _curves(results, "bon", metric, names):
-            shade = colour(results, curve.rm)
-            name = results.designs[curve.rm].variant if crowded(results) else curve.rm
-            axis.plot(curve.d, curve.mean, line, color=shade, label=name if metric == "gold" else None)
-            if metric == "gold":
-                axis.fill_between(curve.d, *_band(curve.rows()), color=shade, alpha=0.15, linewidth=0)
-    best = _curves(results, "bon", "gold", ["oracle"])[0]
-    axis.plot(best.d, best.mean, ":", color="0.3", label="oracle")
-    axis.set_title(title, fontsize=8 if crowded(results) else 10)
-    _n_axis(axis, best)
-
-
-def _policies(axis, results: Results) -> None:
-    for metric, line in (("gold", "-"), ("proxy", "--")):
-        for number, curve in enumerate(_curves(results, "ppo", metric)):
-            order, shade = np.argsort(curve.d), colour(results, curve.rm)
-            label = curve.rm if metric == "gold" else None
-            marker = MARKERS[number % len(MARKERS)]
-            axis.plot(curve.d[order], curve.mean[order], line, color=shade, marker=marker, markersize=4, label=label)
-            if metric == "gold":
-                lo, hi = _band(curve.rows())
-                axis.fill_between(curve.d[order], lo[order], hi[order], color=shade, alpha=0.15, linewidth=0)
-    bounds = all(curve.kl_kind == "bound" for curve in _curves(results, "ppo", "gold"))
-    title = "Best of the first n (KL: an upper bound)" if bounds else "PPO (KL: measured on samples)"
-    axis.set_title(title, fontsize=8 if crowded(results) else 10, pad=16)
-
-
-def _band(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([r["band_lo"] for r in rows]), np.array([r["band_hi"] for r in rows])
-
-
-def _n_axis(axis, curve) -> None:
-    """n above, where KL is below."""
-    ticks = [k for k in range(len(curve.x)) if np.log2(curve.x[k]) % 1 == 0]
-    top = axis.secondary_xaxis("top")
-    top.set_xticks([curve.d[k] for k in ticks], [f"{int(curve.x[k])}" for k in ticks], fontsize=7)
-    top.tick_params(length=2)
-    axis.set_title(axis.get_title(), pad=16, fontsize=axis.title.get_fontsize())
 
 
 def conditions(results: Results) -> Figure:
@@ -140,7 +61,7 @@ def gold_against_proxy(results: Results) -> Figure:
     """Best-of-n and PPO on one plane; on the diagonal a gain is real, below it is the proxy's own."""
     figure, axis = plt.subplots(figsize=(7, 4.6))
     for method in ("bon", "ppo"):
-        pairs = zip(_curves(results, method, "proxy"), _curves(results, method, "gold"), strict=True)
+        pairs = zip(pick(results, method, "proxy"), pick(results, method, "gold"), strict=True)
         for number, (proxy, gold) in enumerate(pairs):
             shown = style(results, gold.rm)
             shown |= {"marker": MARKERS[number % len(MARKERS)], "markevery": 1} if method == "ppo" else {}
@@ -169,10 +90,12 @@ def gold_by_proxy(results: Results) -> Figure:
 def win_rate(results: Results) -> Figure:
     """Against one sample of the reference, by gold; no proxy can exceed n / (n + 1)."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    for curve in _curves(results, "bon", "win_rate"):
+    for curve in pick(results, "bon", "win_rate"):
         axis.plot(curve.x, curve.mean, label=curve.rm, **style(results, curve.rm))
         if not crowded(results):
-            axis.fill_between(curve.x, *_band(curve.rows()), color=colour(results, curve.rm), alpha=0.12, linewidth=0)
+            rows = curve.rows()
+            axis.fill_between(curve.x, [r["band_lo"] for r in rows], [r["band_hi"] for r in rows],
+                              color=colour(results, curve.rm), alpha=0.12, linewidth=0)  # fmt: skip
     n = curve.x
     axis.plot(n, n / (n + 1), ":", color="0.3", label="n / (n + 1)")
     axis.set(xscale="log", xlabel="n", ylabel="win rate against the reference, by gold")
@@ -182,16 +105,16 @@ def win_rate(results: Results) -> Figure:
 
 def length(results: Results) -> Figure | None:
     """Length of what is chosen, the gold that choosing the longest would have given, and gold that is not length."""
-    curves = _curves(results, "bon", "length")
+    curves = pick(results, "bon", "length")
     if not curves:
         return None
-    beyond = _curves(results, "bon", "gold_beyond_length")
-    figure, axes = plt.subplots(1, 3 if beyond else 2, figsize=(12 if beyond else 9, 3.8))
+    beyond = pick(results, "bon", "gold_beyond_length")
+    figure, axes = plt.subplots(1, 3 if beyond else 2, figsize=(12.5 if beyond else 9.5, 4))
     left, middle, right = axes[0], axes[1], axes[-1]
     for curve in curves:
         left.plot(curve.d, curve.mean, label=curve.rm, **style(results, curve.rm))
     left.set(ylabel="length of the chosen response")
-    for curve in _curves(results, "bon", "gold", [*results.conditions, "longest", "random"]):
+    for curve in pick(results, "bon", "gold", [*results.conditions, "longest", "random"]):
         line = {"longest": ":", "random": "-."}.get(curve.rm, "-")
         named = curve.rm if curve.rm in ("longest", "random") else None
         middle.plot(curve.d, curve.mean, line, label=named, **style(results, curve.rm))
@@ -201,8 +124,9 @@ def length(results: Results) -> Figure | None:
     if beyond:
         right.set(ylabel="gold beyond its regression on length", ylim=middle.get_ylim())
     for axis in axes:
-        axis.set_xlabel("sqrt(KL), nats$^{1/2}$")
-    middle.legend(fontsize=8)
+        kl_axis(axis)
+    rules = dict(zip(*reversed(middle.get_legend_handles_labels()), strict=True))
+    main.below(figure, rules, 2)
     legend(right if beyond else left, results)
     return figure
 
@@ -210,7 +134,7 @@ def length(results: Results) -> Figure | None:
 def harm(results: Results) -> Figure:
     """Gold gain of each prompt at the largest n: left of 0 are prompts that optimisation has harmed."""
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    for curve in _curves(results, "bon", "gold"):
+    for curve in pick(results, "bon", "gold"):
         values = np.sort(prompt_gains(curve))
         shown = style(results, curve.rm)
         name = curve.rm if crowded(results) else f"{curve.rm}: {np.mean(values < 0):.0%}"

@@ -36,6 +36,7 @@ def run(cfg: Config, inputs: Mapping[str, Path], out: Path) -> dict:
     series = {f"PPO against {cfg.ppo.label}": run_series(cfg, inputs["eval"])}
     realised = realised_noise(cfg, list(trained))
     found = analyse(cfg, pools, series, reward_models.facts(cfg, realised))
+    found.about = reward_models.about(cfg)
     files.write(out, found)
     checks = run_checks(
         cfg, found, series, {"rm": manifests["rm"], "ppo": manifests["ppo"]}, realised, policy_seeds=1

@@ -16,44 +16,18 @@ from core import plotting
 from study.checks import Check
 from study.records import Results
 from study.report import tables
+from study.report.answers import answers
+from study.report.captions import CAPTIONS, DATA, TITLES
 from study.report.figures import all_figures
+from study.report.overoptimisation import overoptimisation
+from study.report.words import in_words
 
 SHOWN = 12
 """Examples of each condition and n in the sample browser."""
-NAMED = 12
-"""Conditions and policies of one verdict that the summary names; of more it gives the number."""
+PLACED = ("overoptimisation", "ensembles", "ensembles_ppo", "difference")
+"""Figures that stand beside what they belong to."""
 REM = 6.0
 """Of the page to an inch of a figure: so texts of all figures have one size."""
-CAPTIONS = {
-    "overoptimisation": "Solid: gold. Dashed: proxy, in the same unit. Bands: gold, 95% for the whole curve, over "
-    "seeds and prompts. The KL of best-of-n is a bound and that of PPO is "
-    "measured: compare within a panel, not across.",
-    "conditions": "An ensemble is one model, so its interval is over prompts alone; the others' are over seeds too.",
-    "gold_against_proxy": "On the diagonal a gain of the proxy is real; what lies below it is its own. Dotted: PPO.",
-    "gold_by_proxy": "Mean gold of the reference's samples by quantile of the proxy.",
-    "win_rate": "How often the chosen response beats a sample of the reference by gold, and the ceiling of any proxy.",
-    "length": "Left: length of what is chosen. Middle: gold of choosing by proxy, the longest, or at random. Right: "
-    "gold of choosing by proxy, less its regression on length within prompts; what is missing here was length.",
-    "harm": "Share of prompts whose gold gain is below a value; in the legend, the share below 0 "
-    "(`harmed` in conditions.csv).",
-    "scaling": "Parameters of the fits by size, 95% intervals from refits on every bootstrap draw.",
-    "heat_map": "Gold at the cross-fitted peak, and the n of that peak.",
-    "frontier": "Policies of one reward model: a penalty that only stops early moves along one curve.",
-    "sweep": "Rules to combine the seeds of a condition, on the same scores: gold against that of their mean. "
-    "*: the interval excludes 0.",
-    "disagreement": "Spread over the seeds of a condition at what their mean chooses; a rise leads to where they have "
-    "nothing in common.",
-    "accuracy": "Pairwise accuracy on pairs that were not trained on, with 95% intervals.",
-    "reward_training": "Loss and accuracy of the batches, as trained.",
-    "ppo_training": "What PPO measured on its own rollouts; nothing of it is gold.",
-    "prediction": "A point is a reward model. Across: what is known of it before it is optimised. Down: what "
-    "best-of-n by it did.",
-}
-DATA = {
-    "conditions": "conditions.csv", "gold_by_proxy": "tail.csv", "harm": "per_prompt.csv", "scaling": "conditions.csv",
-    "heat_map": "conditions.csv", "sweep": "sweep.csv", "prediction": "rms.csv",
-}  # fmt: skip
-"""File of a figure's numbers, where that is not curves.csv."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +52,23 @@ def write(
     """Figures, and the page and its Markdown as `file`.html and .md."""
     drawn = all_figures(results) | (run.figures if run else {})
     widths = {name: REM * figure.get_size_inches()[0] for name, figure in drawn.items()}
-    svg = {name: plotting.save(figure, out / "figures", name) for name, figure in drawn.items()}
+    svg = {name: plotting.save(figure, out / "figures", name, TITLES.get(name, name)) for name, figure in drawn.items()}
+    narrow = plotting.drawn(overoptimisation(results, narrow=True))
     page = {
-        "widths": widths,
+        "widths": widths, "theme": plotting.theme(), "answers": answers(results, checks),
+        "narrow": plotting.for_page(narrow, "narrow", TITLES["overoptimisation"]),
         "title": title, "description": description, "svg": svg, "captions": CAPTIONS, "data": DATA, "run": run,
-        "more": [name for name in svg if name != "overoptimisation" and not (run and name in run.figures)],
+        "more": [name for name in svg if name not in PLACED and not (run and name in run.figures)],
         "conditions": tables.condition_table(results, accuracy or {}), "policies": tables.policy_table(results),
+        "pooled": tables.pooled_table(results), "differences": tables.difference_table(results),
         "rules": tables.rule_table(results), "fits": tables.fit_table(results), "models": tables.model_table(results),
         "members": tables.member_table(results), "prediction": tables.prediction_table(results),
         "golds": tables.gold_table(results), "checks": list(checks), "seconds": seconds,
-        "failed": [c for c in checks if not c.ok], "config": config, "summary": summary(results),
-        "reasons": [(n, f["verdict"].why) for n, f in {**results.findings, **results.policies}.items()],
+        "failed": [c for c in checks if not c.ok], "config": config,
+        "reasons": [
+            (in_words(results, n), f["verdict"].why)
+            for n, f in {**results.findings, **results.policies, **results.pooled}.items()
+        ],
         "samples": browser(results) if results.pools.responses else None,
     }  # fmt: skip
     (out / f"{file}.html").write_text(render(page), encoding="utf-8")
@@ -106,13 +86,9 @@ def render(page: dict) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """How many conditions have which verdict."""
-    kinds: dict[str, list[str]] = {}
-    for name, facts in {**results.findings, **results.policies}.items():
-        kinds.setdefault(facts["verdict"].kind, []).append(name)
-    total = sum(map(len, kinds.values()))
-    few = lambda names: "; ".join(names) if len(names) <= NAMED else f"{len(names)} of {total}, named below"  # noqa: E731
-    return [f"{kind}: {few(names)}" for kind, names in kinds.items()]
+    """What turned and what is better, in the first sentences of the page without their full stops."""
+    said = answers(results, [])
+    return [sentence.rstrip(".") for sentence in (*said.turns[:3], *said.better[:2])]
 
 
 def browser(results: Results) -> list[dict]:
@@ -143,18 +119,17 @@ def browser(results: Results) -> list[dict]:
 
 def markdown(page: dict) -> str:
     """The page without its samples."""
-    lines = [
-        f"# {page['title']}",
-        "",
-        page["description"],
-        "",
-        "![gold and proxy against KL](figures/overoptimisation.png)",
-        "",
-    ]
-    lines += [CAPTIONS["overoptimisation"], ""] + [f"- {s}" for s in page["summary"]] + [""]
+    said = page["answers"]
+    lines = [f"# {page['title']}", ""]
+    for question, sentences in (("What turns, and when", said.turns), ("Which is better", said.better),
+                                ("What this cannot tell", said.unknown)):  # fmt: skip
+        lines += [f"**{question}.**", "", *(f"- {sentence}" for sentence in sentences), ""]
+    lines += ["![gold and proxy against KL](figures/overoptimisation.png)", "", CAPTIONS["overoptimisation"], ""]
+    lines += [page["description"], ""]
     lines += [f"- check failed: {c.name} ({c.detail})" for c in page["failed"]] + [""]
     titles = {
-        "conditions": "Conditions", "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
+        "conditions": "Conditions", "pooled": "Policies of several seeds", "differences": "Policies compared",
+        "policies": "Policies", "rules": "Rules to stop", "fits": "Fits",
         "golds": "A second gold", "models": "Reward models", "members": "Seeds of a condition",
         "prediction": "What predicts the outcome",
     }  # fmt: skip

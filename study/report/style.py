@@ -3,10 +3,14 @@ everywhere; with more conditions than colours they mean a variant, and a marker 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.lines import Line2D
 
 from core.plotting import COLOURS
+from study.analysis.conditions import Curve
 from study.records import Results
+from study.report.words import of_cell
 
 MARKERS = "osD^vPX<>*hpd8"
 
@@ -44,25 +48,24 @@ def style(results: Results, name: str) -> dict:
     return {"color": colour(results, name), "marker": marker, "markevery": 0.12, "markersize": 4}
 
 
+def pick(results: Results, method: str, metric: str, names: Sequence[str] | None = None) -> list[Curve]:
+    """Curves of some names, by default of all conditions; of all policies by default where the method is ppo."""
+    wanted = results.conditions if names is None else names
+    return [
+        c for c in results.curves
+        if c.method == method and c.metric == metric and ((method == "ppo" and names is None) or c.rm in wanted)
+    ]  # fmt: skip
+
+
 def legend(axis, results: Results) -> None:
-    """Inside where it is short, else beside the axes, so that no entry lies on a line. With more conditions than
-    colours, colour stands for the variant and the marker for the rest; each is listed once."""
+    """Beside the axes, so that no entry lies on a line. With more conditions than colours, colour stands for the
+    variant and the marker for the rest; each is listed once."""
     drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     if crowded(results):
         rest = {name: line for name, line in drawn.items() if name not in results.conditions}
         variants = {results.designs[c].variant: colour(results, c) for c in results.conditions}
         drawn = {name: Line2D([], [], color=shade) for name, shade in variants.items()}
         for number, one in enumerate(cells(results)):
-            drawn[cell_name(one)] = Line2D([], [], color="0.4", marker=MARKERS[number % len(MARKERS)], linestyle="")
+            drawn[of_cell(one)] = Line2D([], [], color="0.4", marker=MARKERS[number % len(MARKERS)], linestyle="")
         drawn |= rest
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0} if len(drawn) > 5 else {}
-    axis.legend(drawn.values(), drawn.keys(), fontsize=8, **beside)
-
-
-def cell_name(one: tuple) -> str:
-    """A cell of the matrix in words."""
-    pairs, layers, noise = one
-    parts = [f"{pairs} pairs"] if pairs else []
-    parts += [f"{layers} layers"] if layers else []
-    parts += [f"noise {noise:g}"] if noise else []
-    return ", ".join(parts) or "all pairs"
+    axis.legend(drawn.values(), drawn.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

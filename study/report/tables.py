@@ -36,6 +36,35 @@ def policy_table(results: Results) -> list[list[str]]:
     return [head, *rows]
 
 
+def pooled_table(results: Results) -> list[list[str]]:
+    """Policies of one condition and KL coefficient together, at the largest KL that all of them reach; no row where
+    each has one policy."""
+    head = ["policies", "seeds", "KL, nats", "proxy", "gold", "peak at KL", "drop from the peak",
+            "over-optimised by themselves", "verdict"]  # fmt: skip
+    rows = [
+        [name, str(f["seeds"]), f"{f['kl']:.2f}", str(f["proxy"]), str(f["gold"]),
+         f"{f['peak_kl'].mean:.1f} [{f['peak_kl'].lo:.1f}, {f['peak_kl'].hi:.1f}]", str(f["drop"]),
+         f"{f['over_optimised']} of {f['seeds']}", f["verdict"].kind]
+        for name, f in (results.pooled if any(f["seeds"] > 1 for f in results.pooled.values()) else {}).items()
+    ]  # fmt: skip
+    return [head, *rows]
+
+
+def difference_table(results: Results) -> list[list[str]]:
+    """Gold of policies less that of others."""
+    head = ["policies", "less", "seeds", "at equal KL", "KL, nats", "p (Holm)", "mean up to there", "at equal step",
+            "step", "as training ended", "KLs then"]  # fmt: skip
+    rows = []
+    for f in results.policy_differences:
+        seeds = str(f["seeds"]) if f["paired"] else f"{f['seeds']} against {f['seeds_less']}, not paired"
+        rows.append([
+            f["policies"], f["less"], seeds, str(f["at_equal_kl"]), f"{f['kl']:.1f}", _p(f["p_holm"]),
+            str(f["over_range"]), str(f.get("at_equal_step", "")), str(f.get("step", "")), str(f["at_last_step"]),
+            f"{f['last_kl']:.1f}, {f['last_kl_less']:.1f}",
+        ])  # fmt: skip
+    return [head, *rows]
+
+
 def rule_table(results: Results) -> list[list[str]]:
     head = ["policy", "rule", "step", "KL, nats", "gold", "regret"]
     rows = [
@@ -49,7 +78,8 @@ def rule_table(results: Results) -> list[list[str]]:
 def fit_table(results: Results) -> list[list[str]]:
     head = ["curve", "form", "alpha", "beta", "d at the peak", "gold at the peak", "error of extrapolation"]
     rows = []
-    for name, facts in {**results.findings, **results.policies}.items():
+    pooled = {name: facts for name, facts in results.pooled.items() if facts["seeds"] > 1}
+    for name, facts in {**results.findings, **results.policies, **pooled}.items():
         if fit := facts["fit"]:
             none = "no turn-over within range"
             rows.append([

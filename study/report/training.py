@@ -19,7 +19,7 @@ def accuracy(variants: dict, judge: str, longest: float | None) -> Figure:
     if longest is not None:
         axis.axvline(longest, color="0.4", linestyle=":", label="longest answer")
     axis.set(xlim=(0.4, 1.0), ylim=(-0.6, len(variants) - 0.4), xlabel=f"held-out accuracy against {judge}")
-    axis.legend(fontsize=8, loc="upper right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return figure
 
 
@@ -31,7 +31,7 @@ def reward_training(logs: dict[str, list[dict]]) -> Figure:
             axis.plot([r["step"] for r in rows], [r[key] for r in rows], color=colour, label=name)
     axes[0].set(xlabel="optimiser step", ylabel="Bradley-Terry loss, nats")
     axes[1].set(xlabel="optimiser step", ylabel="accuracy of the batch")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return figure
 
 
@@ -64,7 +64,7 @@ def ppo_training(rows: list[dict]) -> Figure:
         axis.bar(steps, heights, bottom=bottom, color=colour, label=phase)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axis.set_title("seconds per phase", fontsize=9)
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     for axis in axes[1]:
         axis.set_xlabel("step")
     return figure

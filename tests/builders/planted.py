@@ -26,8 +26,8 @@ def pools(P=40, N=32):
     )
 
 
-def series(bend, P=150):
-    rng, rows = np.random.default_rng(0), []
+def series(bend, P=150, start=0):
+    rng, rows = np.random.default_rng(start), []
     base = rng.normal(size=P)
     for step in range(0, 12):
         kl = 0.4 * step

@@ -115,13 +115,12 @@ def test_the_page_has_every_section_and_escapes(folder):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html.replace("xmlns:xlink", ""))
     for heading in ("Policies", "Checkpoints", "Reward models on held-out pairs", "PPO", "Before and after", "Stages",
                     "Fits", "Checks"):  # fmt: skip
-        assert f"<h2>{heading}" in html
+        assert re.search(f"<h2[^>]*>{heading}", html)
     for text in ("0.710 [0.620, 0.790]", "0 (reference)", "Checks that failed: 3 of 4", "step 8", "torch: 2"):
         assert text in html, text
     drawn = {p.stem for p in (folder / "figures").glob("*.svg")}
-    assert {"overoptimisation", "accuracy", "reward_training", "ppo_training"} <= drawn and html.count("<svg") == len(
-        drawn
-    )
+    assert {"overoptimisation", "accuracy", "reward_training", "ppo_training"} <= drawn
+    assert html.count("<svg") == len(drawn) + 1
 
 
 def test_markdown_has_the_same_tables(folder):
@@ -133,7 +132,7 @@ def test_markdown_has_the_same_tables(folder):
 
 def test_figures_are_the_same_twice(found, tmp_path):
     from core import plotting
-    from study.report.figures import overoptimisation
+    from study.report.overoptimisation import overoptimisation
 
     first, second = (plotting.save(overoptimisation(found), tmp_path, "f") for _ in range(2))
     assert first == second and (tmp_path / "f.png").stat().st_size > 10_000

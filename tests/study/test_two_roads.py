@@ -53,7 +53,9 @@ def read(folder, name):
 
 
 def nameless(facts):
-    return {k: v for k, v in facts.items() if k not in ("variant", "condition", "label_noise")}
+    return {
+        k: v for k, v in facts.items() if k not in ("variant", "condition", "label_noise", "against", "seed", "members")
+    }
 
 
 def test_a_run_and_a_study_give_the_same_numbers(finished):

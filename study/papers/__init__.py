@@ -1,0 +1,1 @@
+"""The figures of the papers, from what a study has written."""
