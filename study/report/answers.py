@@ -17,7 +17,7 @@ from study.analysis.verdict import (
 )
 from study.checks import Check
 from study.records import Results
-from study.report.words import coefficients, in_words, of_sizes, of_variant
+from study.report.words import coefficients, in_words, of_sizes, of_variant, optimised_by
 
 MOST = 4
 """Sentences of one kind; the tables have the rest."""
@@ -81,7 +81,9 @@ def trained(results: Results) -> list[Subject]:
         seen |= set(f["policies"])
         if f["seeds"] > 1:
             words = f"{in_words(results, name)} ({f['seeds']} seeds)"
-            found.append(Subject("PPO against", words, f, kl(f["peak_kl"].mean, f), f["rule"] is not None))
+            found.append(
+                Subject(" ".join(optimised_by(results)), words, f, kl(f["peak_kl"].mean, f), f["rule"] is not None)
+            )
         else:
             found += _alone(results, f["policies"][0], kl)
     for name in results.policies.keys() - seen:
@@ -91,7 +93,7 @@ def trained(results: Results) -> list[Subject]:
 
 def _alone(results: Results, name: str, kl: Callable) -> list[Subject]:
     f = results.policies[name]
-    method = "PPO against" if f["condition"] else "The run"
+    method = " ".join(optimised_by(results)) if f["condition"] else "The run"
     return [Subject(method, f"{in_words(results, name)} (one seed)", f, kl(f["peak_kl"], f))]
 
 
@@ -194,13 +196,14 @@ def _policies_compared(results: Results, f: dict) -> Compared:
     if f["seeds"] == f["seeds_less"] == 1:
         seeds = "one seed: two policies, not two methods"
     coef = f"KL coefficient {f['kl_coef']:g}" if len(coefficients(results)) > 1 else ""
+    how = optimised_by(results)[0]
     if ours == theirs:
         other = f"KL coefficient {results.pooled[f['less']]['kl_coef']:g}"
         sizes = f"{in_words(results, ours.name)}, {f['kl']:.0f} nats"
-        return Compared(f"PPO at equal KL ({seeds})", coef, other, sizes, f["at_equal_kl"], f["p_holm"])
+        return Compared(f"{how} at equal KL ({seeds})", coef, other, sizes, f["at_equal_kl"], f["p_holm"])
     sizes = ", ".join(filter(None, (of_sizes(results, ours), coef, f"{f['kl']:.0f} nats")))
     return Compared(
-        f"PPO at equal KL ({seeds})", of_variant(ours), of_variant(theirs), sizes, f["at_equal_kl"], f["p_holm"]
+        f"{how} at equal KL ({seeds})", of_variant(ours), of_variant(theirs), sizes, f["at_equal_kl"], f["p_holm"]
     )
 
 
@@ -224,9 +227,10 @@ def unknown(results: Results, open_: Sequence[Subject], checks: Sequence[Check])
     pooled = [f["seeds"] for f in results.pooled.values()]
     if pooled and min(pooled) < ENOUGH_SEEDS:
         what = "is one policy" if min(pooled) == 1 else f"are {min(pooled)} policies"
-        said.append(f"Whether PPO with other seeds would: there {what} a condition.")
+        said.append(f"Whether {optimised_by(results)[0]} with other seeds would: there {what} a condition.")
     ends = [f"n = {f['n']}" for f in list(results.findings.values())[:1]]
-    ends += [f"a KL of {max(f['kl'] for f in results.policies.values()):.0f} nats of PPO"] if results.policies else []
+    if results.policies:
+        ends.append(f"a KL of {max(f['kl'] for f in results.policies.values()):.0f} nats of {optimised_by(results)[0]}")
     said.append(f"What happens beyond {' and '.join(ends)}.")
     if not results.golds:
         said.append("Whether another gold would agree: there is one.")

@@ -14,7 +14,7 @@ from core.plotting import COLOURS, plt
 from study.analysis.conditions import Curve
 from study.records import Results
 from study.report.style import MARKERS, cell, cells, colour, crowded, pick
-from study.report.words import coefficients, in_words, of_cell
+from study.report.words import coefficients, in_words, of_cell, optimised_by
 
 UNIT = "gain over the reference, SD within prompts"
 KL_TICKS = (0, 0.25, 1, 2, 4, 6, 9, 16, 25, 36, 49, 64, 100, 144, 196, 256, 400, 625, 900)
@@ -62,9 +62,8 @@ def panels(results: Results) -> list[Panel]:
     """Best-of-n first, then PPO."""
     together = {name for facts in results.pooled.values() for name in facts["policies"]}
     groups = [*results.pooled, *(name for name in results.policies if name not in together)]
-    bounds = {c.kl_kind for c in results.curves if c.method == "ppo"} == {"bound"}
-    bon = "Best-of-n (KL: a bound)"
-    ppo = "Best of the first n (KL: an upper bound)" if bounds else "PPO (KL: measured)"
+    bon, by = "Best-of-n (KL: a bound)", optimised_by(results)[0]
+    ppo = f"{by} (KL: {'measured' if by == 'PPO' else 'an upper bound'})"
     if not crowded(results):
         shown = [Panel(bon, "bon", list(results.conditions))] if results.conditions else []
         return shown + ([Panel(ppo, "ppo", groups)] if groups else [])

@@ -55,3 +55,10 @@ def of_cell(cell: tuple) -> str:
     parts += [f"{layers} layers"] if layers else []
     parts += [f"noise {noise:g}"] if noise else []
     return ", ".join(parts) or "all pairs"
+
+
+def optimised_by(results: Results) -> tuple[str, str]:
+    """What policies were made by, and the word before their reward model. Series whose KL is the bound of best-of-n are
+    not of PPO: other tools have gold of what the first n gave alone (`study.layouts.grm_repository`)."""
+    bounds = {c.kl_kind for c in results.curves if c.method == "ppo"} == {"bound"}
+    return ("Best of the first n", "by") if bounds else ("PPO", "against")

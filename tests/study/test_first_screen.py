@@ -83,6 +83,15 @@ def test_it_says_what_it_cannot_tell(two, many):
     assert len(said) < 9 and all(len(s) < 400 for s in said)
 
 
+def test_what_other_tools_chose_among_the_first_n_is_not_called_ppo(two):
+    curves = [replace(c, kl_kind="bound") for c in two.curves]
+    said = answers(replace(two, curves=curves), [])
+    every = " ".join((*said.turns, *said.better, *said.unknown))
+    assert "Best of the first n by bt (3 seeds): gold peaked" in every and "PPO" not in every
+    titles = [a.get_title() for a in overoptimisation(replace(two, curves=curves)).axes]
+    assert "Best of the first n (KL: an upper bound)" in titles
+
+
 def test_one_policy_is_not_spoken_of_as_a_method(two):
     """With one seed the policy's own verdict is told, as that of one seed."""
     name = "bt-128pairs-12layers-noise0.25-seed0-kl0"
