@@ -124,8 +124,10 @@ def audit(cfg: Config, options: argparse.Namespace) -> str:
     }  # fmt: skip
     gold_name = cfg.gold.kind if cfg.gold.kind == "judge" else cfg.gold.path
     text = f"of {source}; gold: {gold_name}"
+    said = report(cfg, pools, out, about, text, baseline=options.baseline, more=check.degenerate(samples, "pool"))
+    # Last, since an audit that has it is finished.
     (out / MADE_WITH).write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    return report(cfg, pools, out, about, text, baseline=options.baseline, more=check.degenerate(samples, "pool"))
+    return said
 
 
 def scored(cfg: Config, options: argparse.Namespace) -> str:
