@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 from bon.estimators import kl_bound
 from bon.pools import Pools
 from bon.scores import pools_of_files
@@ -45,26 +47,25 @@ KEPT = (
     "win_rate", "length", "gold_beyond_length", "difference", "difference_p", "difference_p_holm", "fit",
 )  # fmt: skip
 """Numbers of a reward model in audit.json, beside its agreement with gold."""
+MADE_WITH = "audit.yaml"
+"""The configuration of an audit, with which models are added to it."""
 
 
 def main(argv: list[str]) -> int:
     options = _parser().parse_intermixed_args(argv)
     overrides = [word for word in options.models if _is_override(word)]
     options.models = [word for word in options.models if word not in overrides]
-    sampling = (
-        options.config,
-        overrides,
-        options.policy,
-        options.prompts,
-        options.samples,
-        options.pools,
-        options.gold,
-    )
-    options.continues = not any(sampling)
-    cfg = configured(load(options.config or ["configs/offline.yaml"], overrides), options)
-    alone = options.scores is not None and not options.models and "gold" in _columns(options.scores)
     if not options.models and options.scores is None:
         raise ConfigError("give a reward model (a folder or hub id), or --scores FILE")
+    alone = options.scores is not None and not options.models and "gold" in _columns(options.scores)
+    options.out = options.out or Path("runs", options.scores.stem if alone else "audit")
+    made_with = options.out / MADE_WITH
+    asked = ("config", "policy", "prompts", "samples", "pools", "gold")
+    options.continues = (
+        not (alone or overrides or any(getattr(options, name) for name in asked)) and made_with.is_file()
+    )
+    cfg = load([made_with] if options.continues else options.config or ["configs/offline.yaml"], overrides)
+    cfg = configured(cfg, options)
     if not alone and not environment.is_started():
         from pipelines import launch
 
@@ -96,12 +97,10 @@ def audit(cfg: Config, options: argparse.Namespace) -> str:
     """Sample, score and report; the lines to print."""
     from study import audit_pools as kept
 
-    out = options.out or Path("runs", "audit")
+    out = options.out
     keys = {kept.model_key(path, options.dtype, options.reads): path for path in options.models}
-    if options.continues and (out / "audit.json").is_file():
-        before = read_json(out / "audit.json")
-        cfg = _updated(cfg, "gold", kind=before["gold"], path=before["gold_path"])
-        samples, source = read_table(out / "samples.parquet", SampleRow), before["source"]
+    if options.continues:
+        samples, source = read_table(out / "samples.parquet", SampleRow), read_json(out / "audit.json")["source"]
     elif options.scores and not options.models and not (out / "samples.parquet").is_file():
         raise ConfigError(f"--scores {options.scores} has no gold, and {out} no samples that it could be scores of")
     elif options.pools:
@@ -125,7 +124,10 @@ def audit(cfg: Config, options: argparse.Namespace) -> str:
     }  # fmt: skip
     gold_name = cfg.gold.kind if cfg.gold.kind == "judge" else cfg.gold.path
     text = f"of {source}; gold: {gold_name}"
-    return report(cfg, pools, out, about, text, baseline=options.baseline, more=check.degenerate(samples, "pool"))
+    said = report(cfg, pools, out, about, text, baseline=options.baseline, more=check.degenerate(samples, "pool"))
+    # Last, since an audit that has it is finished.
+    (out / MADE_WITH).write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    return said
 
 
 def scored(cfg: Config, options: argparse.Namespace) -> str:
@@ -135,9 +137,8 @@ def scored(cfg: Config, options: argparse.Namespace) -> str:
         raise ConfigError(
             f"--scores {options.scores}: gold covers only chosen responses; `grm study --scores` reads it"
         )
-    out = options.out or Path("runs", options.scores.stem)
     about = {"scores": options.scores, "models": {name: {} for name in pools.proxies}}
-    return report(cfg, pools, out, about, f"scores of {options.scores}", baseline=options.baseline)
+    return report(cfg, pools, options.out, about, f"scores of {options.scores}", baseline=options.baseline)
 
 
 def report(

@@ -207,6 +207,14 @@ def test_the_pool_and_the_scores_of_a_run_are_taken(models, tmp_path):
     assert scores[taken] == [float((k * 4) % 7) for k in range(len(rows))] and len(set(scores[own])) > 2
     [file] = [p for p in (out / "scores").iterdir() if p.name.startswith("gold-")]
     assert [r["score"] for r in read_table(file)] == [float((k * 3) % 7) for k in range(len(rows))]
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "scores").iterdir()}
+    run_program(*GRM[1:], "audit", models / "b", "--out", out)  # the pool, gold and settings are those of before
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "scores").iterdir()}
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+    added = read_json(out / "audit.json")["models"]
+    for (old, one), new in zip(found.items(), list(added)[:2], strict=True):
+        both = [{k: v for k, v in facts.items() if k != "name" and "holm" not in k} for facts in (one, added[new])]
+        assert both[0] == both[1], (old, new)
 
 
 def manifest_of(manifest):
