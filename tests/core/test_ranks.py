@@ -129,10 +129,10 @@ def test_ctrl_c_lets_ranks_save_as_sigterm_does(tmp_path):
 
 
 def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path):
-    twice = (tmp_path, 2, signal.SIGINT, signal.SIGINT)
+    before, twice = signal.getsignal(signal.SIGINT), (tmp_path, 2, signal.SIGINT, signal.SIGINT)
     threading.Thread(target=stop_when_ready, args=twice, daemon=True).start()
     assert ranks(DEAF, 2, tmp_path, stop_seconds=60) == -signal.SIGKILL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_ranks_that_do_not_stop_are_killed(tmp_path, monkeypatch):
