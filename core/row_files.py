@@ -104,7 +104,7 @@ def _textual(value: Any, data: bytes) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return Fault("not Unicode", str(error))
+        return Fault("not valid Unicode", str(error))
     return value
 
 

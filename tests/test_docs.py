@@ -52,8 +52,8 @@ def workplace(policy_path, tmp_path_factory) -> Path:
     return folder
 
 
-class Parsed(Exception):
-    """A command line was understood; its options are the argument."""
+class Parsed(BaseException):
+    """A command line was understood; its options are the argument. No handler of errors may take it for one."""
 
 
 @pytest.fixture

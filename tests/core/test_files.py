@@ -207,6 +207,6 @@ def test_half_a_pair_of_surrogates_is_no_text(tmp_path, name, unit):
     assert "\\ud83d\\ude00" in text
     faults = []
     assert list(numbered_rows(tmp_path / name, lambda *fault: faults.append(fault))) == [(1, good)]
-    assert faults == [(2, "not Unicode")]
-    with pytest.raises(ArtefactError, match=f"{name}, {unit} 2: not Unicode"):
+    assert faults == [(2, "not valid Unicode")]
+    with pytest.raises(ArtefactError, match=f"{name}, {unit} 2: not valid Unicode"):
         read_rows(tmp_path / name)
