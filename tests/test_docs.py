@@ -53,7 +53,7 @@ def workplace(policy_path, tmp_path_factory) -> Path:
 
 
 class Parsed(BaseException):
-    """A command line was understood; its options are the argument. No handler of errors may take it for one."""
+    """A command line was understood; its options are the argument. No Exception, which commands report themselves."""
 
 
 @pytest.fixture
