@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from core.config.base import NATIVE_DTYPE, Section, merge
 
@@ -14,7 +16,7 @@ ENGINE_STAGES: tuple[EngineStage, ...] = ("rm", "ppo")
 class Engine(Section):
     """What DeepSpeed is given. `rm.engine` and `ppo.engine` say what differs for one stage."""
 
-    processes: int | Literal["auto"] = "auto"
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Ranks on this machine. auto: one per GPU, or two on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """What ZeRO shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters. A higher
@@ -45,7 +47,7 @@ class Engine(Section):
 class EngineOfStage(Section):
     """What differs from the section `engine` for this stage alone. null: nothing differs."""
 
-    processes: int | Literal["auto"] | None = None
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """As engine.processes."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """As engine.zero_stage."""

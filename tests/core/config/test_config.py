@@ -203,3 +203,10 @@ def test_addresses_hold_no_passwords():
     """Manifests, reports and trackers show the configuration."""
     with pytest.raises(ConfigError, match="vllm_servers hold a user or a password"):
         load([], ["ppo.vllm_servers=[http://me:hush@node1:8000]"])
+
+
+@pytest.mark.parametrize("key", ["engine.processes", "rm.engine.processes", "ppo.engine.processes"])
+@pytest.mark.parametrize("value", ["0", "-1", "false"])
+def test_no_number_of_ranks_below_one(key, value):
+    with pytest.raises(ConfigError, match=key):
+        load([], [f"{key}={value}"])
