@@ -113,7 +113,7 @@ def test_series_alone_are_analysed(tmp_path, capsys):
     write_jsonl(tmp_path / "rl.jsonl", turning())
     out = tmp_path / "out"
     assert study("--series", tmp_path / "rl.jsonl", "--out", out) == 0
-    assert "bt-seed0; bt-seed1; bt-seed2" in capsys.readouterr().out
+    assert "PPO against bt (3 seeds): gold peaked" in capsys.readouterr().out
     found = json.loads((out / "policies.json").read_text())
     kinds = {name: facts["verdict"]["kind"] for name, facts in found.items()}
     assert all((kind == "over-optimised") == name.startswith("bt") for name, kind in kinds.items()), kinds
