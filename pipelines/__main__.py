@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -59,22 +61,32 @@ def _command(name: str | None, rest: list[str], arguments: list[str]) -> int:
     if name is None or name not in command_line.COMMANDS:
         return command_line.help_or_error(name, rest)
     if name in TOOLS:
-        return importlib.import_module(TOOLS[name].module).main(rest) or 0
+        return _as_far_as_read(lambda: importlib.import_module(TOOLS[name].module).main(rest) or 0)
     options = command_line.parser(name).parse_intermixed_args(rest)  # options may stand among overrides
     if name in OVERVIEWS:
-        return _overview(name, options)
+        return _as_far_as_read(lambda: OVERVIEWS[name](options))
     return _stages(name, options, arguments)
 
 
-def _overview(name: str, options: argparse.Namespace) -> int:
-    """Print an overview, as much of it as somebody reads: `grm runs | head`."""
+def _as_far_as_read(command: Callable[[], int]) -> int:
+    """Run a command that prints, as much of it as somebody reads: `grm runs | head`. A pipe that breaks elsewhere
+    within it is an error like any other."""
     try:
-        status = OVERVIEWS[name](options)
+        status = command()
         sys.stdout.flush()
         return status
     except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed at the end
         return 128 + signal.SIGPIPE
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what this process prints."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:

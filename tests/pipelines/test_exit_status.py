@@ -90,3 +90,14 @@ def test_env_names_versions_and_machine(capsys):
     assert grm("env") == 0
     shown = capsys.readouterr().out
     assert all(f"\n{word}" in "\n" + shown for word in ("code ", "python ", "memory ", "device ", "package   torch 2"))
+
+
+@pytest.mark.parametrize("command", ["runs", "study --dry-run"])
+def test_a_reader_that_left_is_no_error(command):
+    """As in `grm study --dry-run | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    call = [sys.executable, "-m", "pipelines", *command.split()]
+    ended = subprocess.run(call, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
