@@ -160,11 +160,15 @@ class Probes:
         return lm
 
     def _kl(self, lm: CausalLM) -> None:
-        """Of a policy from itself: all layers are shared, so what is left are two LM heads and the sums over them."""
-        response = list(range(3, 35))
+        """Of a policy from itself, less the layers, which both share: what is left are two LM heads and the sums."""
+        response = list(range(3, 51))
         samples = [{"prompt": self.prompt, "token_ids": response} for _ in range(8)]
-        call = lambda: measure_kl(lm, lm, self.tokenizer, samples, 1.0, 8)  # noqa: E731
-        self.found["kl"] = timed(call, repeat=2) / (len(samples) * len(response))
+        row = self.tokenizer.prompt_ids(self.prompt) + response
+        ids = torch.tensor([row] * len(samples), device=distributed.device())
+        whole = timed(lambda: measure_kl(lm, lm, self.tokenizer, samples, 1.0, 8), repeat=2)
+        with torch.no_grad():
+            layers = timed(lambda: hidden_states(lm, ids, torch.ones_like(ids)), repeat=2)
+        self.found["kl"] = max(whole - layers, 0.0) / (len(samples) * len(response))
 
     def _head(self, lm: CausalLM, tokens: int) -> None:
         """Log-probs of some tokens, with and without a backward pass to the hidden states; the head is frozen."""
