@@ -200,6 +200,7 @@ def archive_fault(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
+    # A damaged header may also name an offset before the file, or a compression that zipfile does not know.
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         return f"is cut short or damaged ({error})"
     return f"is damaged: the checksum of {damaged} is another" if damaged else None
