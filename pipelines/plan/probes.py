@@ -51,8 +51,9 @@ FEW = 2
 """Layers of the passes that show what a call costs by itself."""
 SEQUENCES = (4, 16, 64)
 """Sequences that are sampled together."""
-MOST_NEW = 48
-"""Longest response that is sampled here."""
+NEW_TOKENS = (64, 256)
+"""Longest response that is sampled here is `generation.max_new_tokens`, within these bounds: one measurement serves
+configurations with shorter responses too."""
 OPTIM = Optim(lr=1e-6)
 
 
@@ -101,7 +102,9 @@ class Probes:
     def sampling(self) -> None:
         """vLLM: its start, sampling by the number of sequences, reading log-probs, and the built-in judge."""
         cfg, rank = self.cfg, distributed.rank()
-        most = min(MOST_NEW, cfg.generation.vllm.max_model_len - cfg.data.max_prompt_tokens)
+        least, longest = NEW_TOKENS
+        room = cfg.generation.vllm.max_model_len - cfg.data.max_prompt_tokens
+        most = min(max(cfg.generation.max_new_tokens, least), longest, room)
         generation = cfg.generation.model_copy(update={"max_new_tokens": most})
         calls = [(count, 1) for count in SEQUENCES] + [(SEQUENCES[-1] // 8, 8)]
         needed = 2 + sum(count for count, _ in calls)  # none is used twice: vLLM keeps the keys of what it has read
