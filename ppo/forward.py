@@ -71,10 +71,18 @@ class Forward:
         for batch in self.batches:
             batch.frozen = layers(batch.input_ids, batch.attention_mask)
             for m, _ in batch.sources:
-                if m.frozen is None:
-                    states = batch.frozen.states
-                    m.frozen = FrozenStates(batch.frozen.depth, states.new_zeros(*m.input_ids.shape, states.shape[-1]))
-            _spread(batch.frozen.states, [(m.frozen.states, b) for m, b in batch.sources if m.frozen])
+                m.frozen = m.frozen or _empty_like(batch.frozen, m)
+            for i, level in enumerate(batch.frozen.levels):
+                _spread(level.states, [(m.frozen.levels[i].states, b) for m, b in batch.sources if m.frozen])
+
+
+def _empty_like(frozen: FrozenStates, micro: Micro) -> FrozenStates:
+    """States of the same depths for the rows of a micro-batch, still all 0."""
+    empty = [
+        FrozenStates(level.depth, level.states.new_zeros(*micro.input_ids.shape, level.states.shape[-1]))
+        for level in frozen.levels
+    ]
+    return empty[-1]._replace(lower=tuple(empty[:-1]))
 
 
 def _wide(rows: list[tuple[Micro, int]], length: int) -> Wide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.models import CausalLM
-from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth, train_top_layers
+from core.models.layers import FrozenLayers, frozen_layers_of, frozen_levels_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training import distributed
@@ -36,8 +37,8 @@ class Engines:
     """With adapters it is the actor, run without them."""
     proxy: LocalProxy | RemoteProxy
     frozen_layers: Engine | None
-    """The lowest layers, frozen and equal in actor, reference and critic: run once for all three, and for the reward
-    models of the proxy that have them too. None for none."""
+    """The lowest layers of the policy, frozen and equal in several of these models, and run once for them. Each
+    continues them where its own frozen layers end (`Engine.continues`). None for none."""
 
 
 def make_engines(
@@ -69,13 +70,14 @@ def make_engines(
     value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
     members, base_of_members = loader.members(ppo)
     # This compares weights, so it comes before they are sharded.
-    lms = [lm, value_model.lm] if value_model else [lm]
-    layers, continuing = _frozen_layers(ppo, policy, settings, lms, members)
+    layers, depths = _frozen_layers(ppo, policy, settings, lm, value_model, members)
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
+    actor.continues = depths.actor
     critic = None
     if value_model:
         critic = Engine(value_model, settings, optim=ppo.critic, total_steps=ppo.steps * updates, **trained)
+        critic.continues = depths.critic
     alike = len(members) + (ppo.lora is None) + (layers is not None)
 
     def frozen(module: nn.Module) -> Engine:
@@ -85,11 +87,12 @@ def make_engines(
     if not ppo.lora:
         base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
         reference = frozen(PolicyModule(base, temperature))
+        reference.continues = depths.actor
     if ppo.reward_server:
         proxy: LocalProxy | RemoteProxy = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy))
     else:
         of_members = base_of_members.through(frozen(base_of_members)) if base_of_members else map(frozen, members)
-        proxy = LocalProxy(list(of_members), ppo.combine, continuing)
+        proxy = LocalProxy(list(of_members), ppo.combine, depths.members)
     return Engines(actor, critic, reference, proxy, frozen(layers) if layers else None)
 
 
@@ -148,29 +151,46 @@ def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _Re
     return critic
 
 
-def _frozen_layers(
-    ppo: Ppo, policy: Model, settings: config.Engine, lms: list[CausalLM], members: list[RewardModel]
-) -> tuple[FrozenLayers | None, list[bool]]:
-    """The layers that all of `lms` keep frozen and equal, and which of the reward models `members` can continue them.
+class _Depths(NamedTuple):
+    """How many of the policy's lowest layers each model takes from those that are run once; 0 for none."""
 
-    None where there are none, where they cannot be run apart, or where `ppo` does not reuse them. A reward model
-    continues them if it has them too and reads the tokens that were sampled and no others.
+    actor: int
+    critic: int
+    members: list[int]
+
+
+def _frozen_layers(
+    ppo: Ppo, policy: Model, settings: config.Engine, lm: CausalLM, critic: RewardModel | None,
+    members: list[RewardModel],
+) -> tuple[FrozenLayers | None, _Depths]:  # fmt: skip
+    """The layers of the policy that actor and critic keep frozen, and where each model continues them.
+
+    None where there are none, where they cannot be run apart, or where `ppo` does not reuse them. A reward model of the
+    proxy continues them if it has them too and reads the tokens that were sampled and no others.
     """
-    nobody = [False] * len(members)
-    depth = shared_depth(*lms) if ppo.reuse_frozen_layers else 0
-    if not depth:
+    nobody = _Depths(0, 0, [0] * len(members))
+    if not ppo.reuse_frozen_layers or not any(shared_depth(model) for model in (lm, *([critic.lm] if critic else []))):
         return None, nobody
     base = load_causal_lm(policy, dtype=settings.dtype).requires_grad_(False)
     if base.config._attn_implementation.startswith("flash"):  # a kernel of GPUs only: they must hold the whole models
-        for lm in (base, *lms, *(member.lm for member in members)):
-            lm.to(distributed.device())
-    layers = frozen_layers_of(base, depth, *lms)
+        for model in (base, lm, *([critic.lm] if critic else []), *(member.lm for member in members)):
+            model.to(distributed.device())
+    of_actor, of_critic = shared_depth(base, lm), shared_depth(base, critic.lm) if critic else 0
+    levels = sorted({of_actor, of_critic} - {0})
+    if not levels:
+        return None, nobody
+    continued = [(lm, of_actor)] if of_actor else []
+    continued += [(critic.lm, of_critic)] if critic and of_critic else []
+    layers = frozen_levels_of(base, *continued)
     if layers is None:
         return None, nobody
 
-    def continues(member: RewardModel) -> bool:
+    def depth(member: RewardModel) -> int:
         member.requires_grad_(False)
-        same = member.reads == "end_of_turn" and shared_depth(base, member.lm) >= depth
-        return same and frozen_layers_of(base, depth, member.lm) is not None
+        if member.reads != "end_of_turn":
+            return 0
+        has = shared_depth(base, member.lm)
+        found = max((level for level in levels if level <= has), default=0)
+        return found if found and frozen_layers_of(base, found, member.lm) else 0
 
-    return layers, [continues(member) for member in members]
+    return layers, _Depths(of_actor, of_critic, [depth(member) for member in members])

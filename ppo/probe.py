@@ -10,6 +10,7 @@ from torch import Tensor
 from core.errors import DataError
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
+from core.models.layers import states_at
 from core.models.lora import lora_product, merged_lora
 from core.training import distributed
 from core.training.engine import Engine
@@ -118,7 +119,8 @@ class SyncProbe:
 
     def _actor_logprobs(self) -> Tensor:
         m = self._micro
-        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, frozen=m.frozen)[0]
+        frozen = states_at(m.frozen, self._actor.continues)
+        return self._actor(m.input_ids, m.attention_mask, m.is_response, temperature=1.0, frozen=frozen)[0]
 
     def _sampler_logprobs(self) -> Tensor:
         m = self._micro

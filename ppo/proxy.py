@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError
+from core.models.layers import states_at
 from core.training import distributed
 from core.training.engine import Engine
 from ppo.forward import Wide
@@ -25,8 +26,8 @@ class LocalProxy:
     Args:
         members: engines of the reward models; several are an ensemble.
         rule: how their rewards are combined (`rm.combine.combiner`); None for a single reward model.
-        continuing: which members continue the frozen layers that actor, reference and critic share, and read just the
-            tokens that were sampled; None for none of them.
+        continuing: how many of the policy's lowest layers each member has and need not run, since their states are
+            given, and it reads just the tokens that were sampled; 0 for a member that runs whole; None for all whole.
 
     Attributes:
         mean, std: of the proxy's rewards on samples of the reference policy.
@@ -36,9 +37,9 @@ class LocalProxy:
     """
 
     def __init__(
-        self, members: Sequence[Engine | EngineMember], rule: str | None, continuing: Sequence[bool] | None = None
+        self, members: Sequence[Engine | EngineMember], rule: str | None, continuing: Sequence[int] | None = None
     ):
-        self._members, self._rule, self._continuing = members, rule, continuing or [False] * len(members)
+        self._members, self._rule, self._continuing = members, rule, continuing or [0] * len(members)
         self._units = [(m.module.mean, m.module.std) for m in members]
         self.mean, self.std = proxy_units(self._units, rule)
         proxy_reward(torch.zeros(len(members), 1), self._units, rule)  # an unknown rule fails here, not after sampling
@@ -56,9 +57,9 @@ class LocalProxy:
         shared = bool(batches) and batches[0].frozen is not None
         everyones = [] if shared and all(self._continuing) else distributed.gather_rows(list(rows))
         rewards = []
-        for member, continues in zip(self._members, self._continuing, strict=True):
-            if shared and continues:
-                rewards.append(_from_states(member, batches))
+        for member, depth in zip(self._members, self._continuing, strict=True):
+            if shared and depth:
+                rewards.append(_from_states(member, batches, depth))
                 continue
             model = member.module
             reader = model.reader
@@ -71,8 +72,8 @@ class LocalProxy:
 
 
 @torch.no_grad()
-def _from_states(member: Engine | EngineMember, batches: Sequence[Wide]) -> Tensor:
-    """Raw rewards [n] of the rows of `batches`, from the states of the frozen layers; by number of the response.
+def _from_states(member: Engine | EngineMember, batches: Sequence[Wide], depth: int) -> Tensor:
+    """Raw rewards [n] of the rows of `batches`, from the states of the lowest layers; by number of the response.
 
     Equal rows get one reward: `grpo` divides by the spread of a prompt's rewards, which must not be mere rounding.
     """
@@ -80,7 +81,8 @@ def _from_states(member: Engine | EngineMember, batches: Sequence[Wide]) -> Tens
     first: dict[bytes, int] = {}
     for batch in batches:
         numbers = batch.rows.tolist()
-        rewards[numbers] = member(batch.input_ids, batch.attention_mask, frozen=batch.frozen)[0].float().cpu()
+        frozen = states_at(batch.frozen, depth)
+        rewards[numbers] = member(batch.input_ids, batch.attention_mask, frozen=frozen)[0].float().cpu()
         for number, ids, length in zip(numbers, batch.input_ids.cpu(), batch.attention_mask.sum(-1), strict=True):
             same = first.setdefault(ids[: int(length)].numpy().tobytes(), number)
             rewards[number] = rewards[same]

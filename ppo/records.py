@@ -44,7 +44,7 @@ class Micro:
     advantages: Tensor = field(init=False)
     returns: Tensor = field(init=False)
     is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
-    frozen: FrozenStates | None = None  # of the frozen layers of actor, reference and critic
+    frozen: FrozenStates | None = None  # of the frozen layers that several models share
 
     @property
     def reads(self) -> Tensor:

@@ -12,6 +12,7 @@ from core.data.rows import PromptRow, ResponseRow
 from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
+from core.models.layers import states_at
 from core.training import distributed
 from ppo.forward import Forward, Wide
 from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
@@ -113,7 +114,7 @@ class Collector:
         engines, cap = self._engines, self._ppo.clip.importance_weight
         for micro in forward.micros:
             inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
-            micro.logprobs = engines.actor(*inputs, frozen=micro.frozen)[0]
+            micro.logprobs = engines.actor(*inputs, frozen=states_at(micro.frozen, engines.actor.continues))[0]
             micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
         forward.fill("ref_logprobs", self._of_reference)
         if engines.critic:
@@ -121,7 +122,8 @@ class Collector:
 
     def _of_reference(self, rows: Wide) -> Tensor:
         inputs = (rows.input_ids, rows.attention_mask, rows.is_response)
-        return self._engines.reference(*inputs, reference=True, frozen=rows.frozen)[0]
+        reference = self._engines.reference
+        return reference(*inputs, reference=True, frozen=states_at(rows.frozen, reference.continues))[0]
 
 
 def responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:

@@ -10,6 +10,7 @@ import torch
 from core.config import Ppo
 from core.data.streams import stream_seed
 from core.errors import DataError
+from core.models.layers import states_at
 from core.training import distributed
 from core.training.distributed import check_finite
 from core.training.engine import Engine
@@ -58,7 +59,8 @@ class Learner:
         0 outside responses.
         """
         assert self.critic is not None, "estimators without a critic have no values"
-        outputs = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=micro.frozen)[0]
+        frozen = states_at(micro.frozen, self.critic.continues)
+        outputs = self.critic(micro.input_ids, micro.attention_mask, read=micro.reads, frozen=frozen)[0]
         return scatter(outputs, micro.is_response)
 
     def _values(self, micro: Micro, outputs: torch.Tensor) -> torch.Tensor:
@@ -175,7 +177,8 @@ class Learner:
         """One pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
         ppo = self.ppo
         logps, entropy = self.actor(
-            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0, frozen=m.frozen
+            m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0,
+            frozen=states_at(m.frozen, self.actor.continues),
         )  # fmt: skip
         loss, stats = policy_loss(
             logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high,

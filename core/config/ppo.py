@@ -131,7 +131,8 @@ class Ppo(Section):
     """zero: the critic's head starts at 0. reward: it starts as the proxy's head. Within a response that is not a value
     yet, and with lam below 1 its bias drives the policy until the critic has learned (arXiv 2503.01491)."""
     reuse_frozen_layers: bool = True
-    """Run the lowest layers that actor, reference and critic have in common, if all are frozen, once per rollout."""
+    """Run the lowest layers of the policy once per rollout for all models that keep them frozen and equal: actor,
+    reference, critic and proxy, each up to where its own frozen layers end."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of a moving average of the trained weights, which is saved as a policy in `policy-ema/` (null: no
     average)."""

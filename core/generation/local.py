@@ -22,6 +22,7 @@ from torch import Tensor
 from core.config import Generation, Lora, Model
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
+from core.generation.cpu_kernels import fused_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class Generator:
             options |= {"language_model_only": True}
         if cuda:
             options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
+        elif vllm.enforce_eager:
+            options |= fused_kernels()
         self._llm = LLM(
             model.path,
             revision=model.revision,

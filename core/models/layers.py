@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -48,6 +48,17 @@ class FrozenStates(NamedTuple):
 
     depth: int
     states: Tensor  # [B, L, H]
+    lower: tuple[FrozenStates, ...] = ()
+    """The same of fewer layers, for models that share only those."""
+
+    @property
+    def levels(self) -> tuple[FrozenStates, ...]:
+        return (*self.lower, self)
+
+
+def states_at(frozen: FrozenStates | None, depth: int) -> FrozenStates | None:
+    """The states of just `depth` layers; None where there are none, or for 0 layers."""
+    return next((level for level in frozen.levels if level.depth == depth), None) if frozen and depth else None
 
 
 def hidden_states(
@@ -74,7 +85,8 @@ def hidden_states(
         ValueError: shared rows with flash attention.
     """
     inputs = {"input_ids": input_ids} if frozen is None else {"inputs_embeds": frozen.states}
-    return _states(trunk_of(lm), inputs, attention_mask, positions, depth=frozen.depth if frozen else 0)
+    depth = frozen.depth if frozen else 0
+    return _states(trunk_of(lm), inputs, attention_mask, positions, lambda output: [output], depth=depth)[0]
 
 
 def _states(
@@ -82,15 +94,15 @@ def _states(
     inputs: dict[str, Tensor],
     mask: Tensor,
     positions: Tensor | None,
+    taken: Callable[[Tensor], list[Tensor]],
     *,
     depth: int = 0,
-    taken: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """States [B, L, H] at the end of a pass.
+) -> list[Tensor]:
+    """States [B, L, H] of one pass.
 
     Args:
+        taken: chooses the states after the pass; it is given what comes out of the trunk.
         depth: how many of the lowest layers have been run; `inputs` are then their states.
-        taken: gives the states after the pass; by default they are what comes out of the trunk.
     """
     if positions is None:
         positions = ((mask > 0).cumsum(-1) - 1).clamp(min=0)
@@ -99,11 +111,14 @@ def _states(
         one_row = {name: x.flatten(0, 1)[joined.real][None] for name, x in inputs.items()}
         with attention_within(trunk, joined.segments):
             output = _run(trunk, one_row, None, positions.flatten()[joined.real][None], depth)
-        found = (taken() if taken else output)[0]
-        states = found.new_zeros(mask.numel(), found.shape[-1]).index_copy(0, joined.real, found)
-        return states.view(*mask.shape, -1)
-    output = _run(trunk, inputs, _for_kernel(trunk, mask), positions, depth)
-    return taken() if taken else output
+        return [_into_rows(found[0], joined.real, mask) for found in taken(output)]
+    return taken(_run(trunk, inputs, _for_kernel(trunk, mask), positions, depth))
+
+
+def _into_rows(found: Tensor, real: Tensor, mask: Tensor) -> Tensor:
+    """States [T, H] of the real tokens, put where these are in [B, L, H]."""
+    states = found.new_zeros(mask.numel(), found.shape[-1]).index_copy(0, real, found)
+    return states.view(*mask.shape, -1)
 
 
 def _run(trunk: CausalLM, inputs: dict[str, Tensor], mask: Tensor | None, positions: Tensor, depth: int) -> Tensor:
@@ -149,11 +164,14 @@ class FrozenLayers(nn.Module):
 
     Models that differ only above them can share what they compute. The parameters are those of `lm`, not copies.
 
+    Args:
+        lower: smaller depths, whose states are wanted too.
+
     Raises:
         ArtefactError: its layers are not a list of its trunk, so that they cannot be taken out.
     """
 
-    def __init__(self, lm: CausalLM, depth: int):
+    def __init__(self, lm: CausalLM, depth: int, *, lower: Iterable[int] = ()):
         super().__init__()
         self.depth = depth
         whole = trunk_of(lm)
@@ -161,21 +179,30 @@ class FrozenLayers(nn.Module):
         layers = getattr(whole, name)
         trunk = copy.copy(whole)
         trunk._modules = dict(trunk._modules)  # a shallow copy shares the table of submodules
-        self._last = _KeepsOutput(layers[depth - 1])
-        setattr(trunk, name, nn.ModuleList([*layers[: depth - 1], self._last]))
+        run = list(layers[:depth])
+        # In a dict, which torch does not look into: these modules are in the trunk.
+        self._keeps = {d: _KeepsOutput(layers[d - 1]) for d in sorted({*lower, depth})}
+        for d, keeps in self._keeps.items():
+            run[d - 1] = keeps
+        setattr(trunk, name, nn.ModuleList(run))
         self.trunk = trunk
         for module in (trunk.get_input_embeddings(), *layers[:depth]):
             module.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> FrozenStates:
-        """The states after the last of these layers; inputs as in `hidden_states`."""
-        states = _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions, taken=self._last.taken)
-        return FrozenStates(self.depth, states)
+        """The states after the last of these layers, and of the lower depths; inputs as in `hidden_states`."""
+        taken = lambda _: [keeps.taken() for keeps in self._keeps.values()]  # noqa: E731
+        states = _states(self.trunk, {"input_ids": input_ids}, attention_mask, positions, taken)
+        *lower, deepest = (FrozenStates(d, x) for d, x in zip(self._keeps, states, strict=True))
+        return deepest._replace(lower=tuple(lower))
 
     @torch.no_grad()
-    def check(self, lm: CausalLM) -> None:
+    def check(self, lm: CausalLM, depth: int | None = None) -> None:
         """Check on one row that `lm`, continued from these layers, computes what it computes whole.
+
+        Args:
+            depth: where `lm` continues; by default above all of these layers.
 
         Raises:
             ArtefactError: it does not.
@@ -184,11 +211,11 @@ class FrozenLayers(nn.Module):
         mask = torch.ones_like(ids)
         whole = hidden_states(lm, ids, mask)
         try:
-            split = hidden_states(lm, ids, mask, frozen=self(ids, mask))
+            split = hidden_states(lm, ids, mask, frozen=states_at(self(ids, mask), depth or self.depth))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # of the model's own code
-            raise ArtefactError(f"{_uncut(lm, self.depth)} ({type(error).__name__}: {error})") from None
+            raise ArtefactError(f"{_uncut(lm, depth or self.depth)} ({type(error).__name__}: {error})") from None
         if not torch.allclose(whole, split, rtol=0.02, atol=0.02 * float(whole.abs().mean())):
-            raise ArtefactError(_uncut(lm, self.depth))
+            raise ArtefactError(_uncut(lm, depth or self.depth))
 
 
 def _uncut(lm: CausalLM, depth: int) -> str:
@@ -201,10 +228,16 @@ def _uncut(lm: CausalLM, depth: int) -> str:
 def frozen_layers_of(base: CausalLM, depth: int, *lms: CausalLM) -> FrozenLayers | None:
     """The lowest `depth` layers of `base`, which all of `lms` continue; None, with a line in the log, where the
     architecture cannot be cut there. To use none is slower and computes the same."""
+    return frozen_levels_of(base, *((lm, depth) for lm in lms or [base]))
+
+
+def frozen_levels_of(base: CausalLM, *continued: tuple[CausalLM, int]) -> FrozenLayers | None:
+    """The lowest layers of `base`, for models that continue them at depths of their own; None as `frozen_layers_of`."""
+    depths = {depth for _, depth in continued}
     try:
-        layers = FrozenLayers(base, depth)
-        for lm in lms:
-            layers.check(lm)
+        layers = FrozenLayers(base, max(depths), lower=depths)
+        for lm, depth in continued:
+            layers.check(lm, depth)
     except ArtefactError as error:
         logging.getLogger(__name__).warning("frozen layers are not shared: %s", error)
         return None

@@ -44,6 +44,8 @@ class Engine:
     Attributes:
         module: the module; under ZeRO-3 its parameters are this rank's shards.
         accumulation: as given.
+        continues: how many of the module's lowest layers are run elsewhere, once for several models; whoever runs them
+            sets it, and gives their states with each call.
     """
 
     module: Any  # to a type checker, so that callers may use what their own module has
@@ -62,7 +64,7 @@ class Engine:
         import deepspeed
 
         init_distributed()
-        self.module, self.accumulation = module, accumulation
+        self.module, self.accumulation, self.continues = module, accumulation, 0
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
         if optim is None:
             module.requires_grad_(False).eval()

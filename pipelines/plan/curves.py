@@ -131,8 +131,10 @@ def _figure(kept: Mapping[str, Any], image: Path) -> None:
     for axis, title, unit in zip(axes, titles, units, strict=True):
         axis.set(xlabel=title, ylabel=unit, ylim=(0, None))
     axes[3].set_title("vLLM")
-    axes[0].legend(fontsize=6)
-    axes[3].legend(fontsize=6)
+    handles, labels = axes[0].get_legend_handles_labels()
+    # outside the axes, so that it covers nothing
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8)
+    axes[3].legend(fontsize=8, loc="lower right")
     figure.savefig(image, dpi=130)
     plotting.plt.close(figure)
 

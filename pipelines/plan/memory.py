@@ -190,7 +190,8 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     if sizes.shared:
         below = sizes.shared * sizes.policy.layer_params + sizes.policy.embedding_params
         parts["frozen layers"] = held(below, size, frozen, ranks)
-        parts["states of frozen layers"] = sizes.rollouts * sizes.row() * sizes.policy.hidden * size
+        levels = len({sizes.actor_shared, sizes.critic_shared} - {0})
+        parts["states of frozen layers"] = levels * sizes.rollouts * sizes.row() * sizes.policy.hidden * size
     parts["activations"] = kept
     read = cfg.micro_batch * sizes.lengths.response_tokens
     parts["logits"] = logit_bytes(sizes.policy, read, float32=settings.float32_head, backward=True)

@@ -124,18 +124,31 @@ class Sizes:
         return part.trained * self.critic.layer_params if part.frozen else self.critic.params
 
     @property
-    def shared(self) -> int:
-        """The lowest layers that stage `ppo` runs once for actor, reference and critic; 0 for none."""
-        ppo, depth = self.cfg.ppo, self.actor_part.frozen
-        if not ppo.reuse_frozen_layers:
+    def actor_shared(self) -> int:
+        """The lowest layers that stage `ppo` runs once, with the reference, before the actor continues; 0 for none."""
+        return self.actor_part.frozen if self.cfg.ppo.reuse_frozen_layers else 0
+
+    @property
+    def critic_shared(self) -> int:
+        """The lowest layers of the critic that are the policy's and run once with them; 0 for none."""
+        ppo = self.cfg.ppo
+        if self.critic is None or not ppo.reuse_frozen_layers:
             return 0
-        if self.critic is not None:
-            depth = min(depth, self.critic_part.frozen)
-            if ppo.critic_init == "proxy":
-                if self.base.name != self.policy.name:
-                    return 0
-                depth = min(depth, self.untouched(self.cfg.rm.variants[ppo.proxy]))
-        return depth
+        if ppo.critic_init == "policy":
+            return self.critic_part.frozen
+        if self.base.name != self.policy.name:
+            return 0
+        return min(self.critic_part.frozen, self.untouched(self.cfg.rm.variants[ppo.proxy]))
+
+    @property
+    def shared(self) -> int:
+        """The lowest layers of the policy that stage `ppo` runs once; 0 for none."""
+        return max(self.actor_shared, self.critic_shared)
+
+    def member_shared(self, variant: RewardVariant) -> int:
+        """The lowest layers that a reward model of the proxy takes from those; 0 for none."""
+        has = self.untouched(variant) if self.base.name == self.policy.name else 0
+        return max((depth for depth in (self.actor_shared, self.critic_shared) if depth <= has), default=0)
 
     def untouched(self, variant: RewardVariant) -> int:
         """The lowest layers of a trained reward model that still are those of its base."""

@@ -187,9 +187,9 @@ def _scoring(sizes: Sizes, steps: float) -> list[Item]:
     items: list[Item] = []
     for variant in (sizes.cfg.rm.variants[name] for name in cfg.members):
         shape, zero = sizes.variant_shape(variant), sizes.frozen_zero
-        if sizes.shared and sizes.untouched(variant) >= sizes.shared and sizes.base.name == sizes.policy.name:
+        if depth := sizes.member_shared(variant):
             calls, tokens = _wide(sizes)
-            layers = shape.layers - sizes.shared
+            layers = shape.layers - depth
             items.append(Pass(shape, steps * calls, tokens, sizes.row(), layers, zero=zero, ranks=sizes.ranks))
         else:
             calls, tokens = batches(cfg.rollouts / n * sizes.row(n), SCORE_TOKENS, sizes.ranks)
@@ -249,7 +249,7 @@ def ppo_micro(sizes: Sizes) -> float:
 def _actor(sizes: Sizes, calls: float, tokens: float, *, reference: bool) -> list[Item]:
     """A forward pass of actor or reference above the shared layers, with log-probs of the responses."""
     zero = sizes.frozen_zero if reference and sizes.cfg.ppo.lora is None else sizes.actor_zero
-    layers = sizes.policy.layers - sizes.shared
+    layers = sizes.policy.layers - sizes.actor_shared
     responses = tokens * sizes.lengths.response_tokens / sizes.row()
     return [
         Pass(sizes.policy, calls, tokens, sizes.row(), layers, zero=zero, ranks=sizes.ranks),
@@ -260,14 +260,14 @@ def _actor(sizes: Sizes, calls: float, tokens: float, *, reference: bool) -> lis
 def _trunk(sizes: Sizes, calls: float, tokens: float, which: str, trained: Trained | None) -> list[Item]:
     """The layers of actor or critic above the shared ones; `trained` is what is trained, None a forward pass."""
     if which == "actor":
-        shape, part = sizes.policy, sizes.actor_part
+        shape, part, shared = sizes.policy, sizes.actor_part, sizes.actor_shared
     else:
         assert sizes.critic is not None
-        shape, part = sizes.critic, sizes.critic_part
+        shape, part, shared = sizes.critic, sizes.critic_part, sizes.critic_shared
     make = lambda layers, kind: Pass(  # noqa: E731
         shape, calls, tokens, sizes.row(), layers, kind, sizes.actor_zero, sizes.ranks
     )
     if trained is None:
-        return [make(shape.layers - sizes.shared, None)]
-    between = part.frozen - sizes.shared
+        return [make(shape.layers - shared, None)]
+    between = part.frozen - shared
     return [*([make(between, None)] if between > 0 else []), make(part.trained, trained)]

@@ -11,7 +11,7 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int = 1, clip: float = 1e9):
         self.module, self.optimizer, self.accumulation, self.clip = module, optimizer, accumulation, clip
-        self.grad_norm, self._passes = 0.0, 0
+        self.grad_norm, self._passes, self.continues = 0.0, 0, 0
 
     def __call__(self, *args, **kwargs):
         return self.module(*args, **kwargs)

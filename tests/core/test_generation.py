@@ -21,6 +21,7 @@ def test_vllm_equals_transformers_before_and_after_sync(small_policy):
     assert found["narrow"] == [True, True]
     if not torch.cuda.is_available():  # a compiler takes longer than it gains, and not every machine has one
         assert found["compiled"] == 0
+        assert found["fused"] == ["_C::fused_add_rms_norm", "_C::rms_norm", "_C::silu_and_mul"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 
 from core.config import Model
 from core.generation.local import Completion
-from core.models.layers import FrozenStates
+from core.models.layers import FrozenLayers
 from core.models.loading import load_causal_lm
 from ppo.forward import Forward
 from ppo.proxy import LocalProxy
@@ -43,7 +43,9 @@ def found(folder) -> dict:
 def test_stages_and_shared_layers_give_the_same_step(found, layout):
     """Log-probs, values and rewards before the updates and after them, losses, and the weights that come out."""
     slow, fast = found["slow"], found[layout]
-    assert (slow["depth"], fast["depth"]) == (0, LAYERS - 2)
+    assert (slow["shared"], fast["shared"]) == (False, True)
+    # Each continues where its own frozen layers end: adapters on two layers, and a critic that trains one.
+    assert (slow["depths"], fast["depths"]) == ([0, 0], [LAYERS - 2, LAYERS - 1])
     for one, other in zip(slow["rows"], fast["rows"], strict=True):
         assert one["ids"] == other["ids"]
         for name in (*OF_TOKENS, "proxy"):
@@ -107,18 +109,20 @@ def test_every_row_gets_its_own_values_back(tokenizer_path, monkeypatch, wider):
     assert wider > 1 or padding(forward.batches) < padding(rollout)
 
 
-def test_frozen_states_reach_batches_and_micro_batches(tokenizer_path):
-    """Rewards from the states equal those without, and each micro-batch has the states of its rows."""
+@pytest.mark.parametrize("depth", [1, 2])
+def test_frozen_states_reach_batches_and_micro_batches(tokenizer_path, depth):
+    """Rewards from the states of either depth equal those without, and each micro-batch has the states of its rows."""
     model = tiny_reward_model(tokenizer_path, "mlp")
     rollout = micros(model.tokenizer)
-    embed = model.lm.get_input_embeddings()
-    depth_0 = lambda ids, mask: FrozenStates(0, embed(ids))  # noqa: E731
+    layers = FrozenLayers(model.lm, 2, lower=[1])
     forward = Forward(rollout)
-    forward.fill_frozen(depth_0)
+    forward.fill_frozen(layers)
     for m in rollout:
-        real = m.attention_mask.bool()
-        assert m.frozen.states[real].equal(embed(m.input_ids)[real])
-    proxy = LocalProxy([PlainEngine(model, None)], None, [True])
+        real, expected = m.attention_mask.bool(), layers(m.input_ids, m.attention_mask)
+        assert [level.depth for level in m.frozen.levels] == [1, 2]
+        for found, apart in zip(m.frozen.levels, expected.levels, strict=True):
+            torch.testing.assert_close(found.states[real], apart.states[real], **ROUNDING)
+    proxy = LocalProxy([PlainEngine(model, None)], None, [depth])
     rewards = proxy.score([], forward.batches)
     for m in rollout:
         expected = model(m.input_ids, m.attention_mask)[0]

@@ -106,7 +106,8 @@ def train(policy: config.Model, folder: Path, trained: int, frozen: int, shared:
     sampler = Table(tokenizer)
     probe = SyncProbe(engines.actor, sampler, dtype=torch.float32)
     collector = Collector(ppo, engines, learner, sampler, probe, prompts=prompts(), seed=1)
-    found = {"depth": engines.frozen_layers.module.depth if engines.frozen_layers else 0, "rows": [], "metrics": []}
+    depths = [engines.actor.continues, engines.critic.continues]
+    found = {"depths": depths, "shared": engines.frozen_layers is not None, "rows": [], "metrics": []}
     for step in (1, 2):
         collector.policy = step - 1
         rollout = collector.collect(step)

@@ -102,12 +102,12 @@ def test_layers_of_ppo_are_run_once_where_they_are_shared():
         rm=RM,
         ppo={"lora": {"rank": 2, "top_layers": 2}, "critic_trainable_layers": 1, "rollouts": 16, "minibatches": 1},
     )
-    assert (found.actor_part, found.critic_part, found.shared) == (Part(2, 2, "lora"), Part(3, 1, "weights"), 2)
+    assert (found.actor_part, found.critic_part, found.shared) == (Part(2, 2, "lora"), Part(3, 1, "weights"), 3)
     phases = training.ppo(found)
     reading = [(p.layers, p.zero) for p in of_kind(phases, "logprobs", Pass)]
-    assert reading == [(2, None), (2, 3), (2, 3), (2, 3)]  # shared, actor, reference, critic
-    assert [p.layers for p in of_kind(phases, "score", Pass)] == [2]  # the proxy goes on from the shared layers
-    assert [(p.layers, p.trained) for p in of_kind(phases, "train", Pass)] == [(2, "lora"), (1, None), (1, "weights")]
+    assert reading == [(3, None), (2, 3), (2, 3), (1, 3)]  # shared, actor, reference, critic: each from its own depth
+    assert [p.layers for p in of_kind(phases, "score", Pass)] == [1]  # the proxy goes on from the shared layers
+    assert [(p.layers, p.trained) for p in of_kind(phases, "train", Pass)] == [(2, "lora"), (1, "weights")]
     alone = sizes(rm=RM, ppo=found.cfg.ppo.model_dump() | {"reuse_frozen_layers": False})
     assert alone.shared == 0
     assert [p.layers for p in of_kind(training.ppo(alone), "logprobs", Pass)] == [4, 4, 4]
@@ -116,7 +116,7 @@ def test_layers_of_ppo_are_run_once_where_they_are_shared():
 
 def test_a_reward_model_with_adapters_shares_no_layer():
     found = sizes(rm={"lora": {"rank": 2}}, ppo={"lora": {"rank": 2, "top_layers": 2}, "critic_trainable_layers": 1})
-    assert found.shared == 0
+    assert (found.critic_shared, found.actor_shared, found.shared) == (0, 2, 2)  # actor and reference share two
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
