@@ -178,6 +178,14 @@ class Config(Section):
                 f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {dtype}, "
                 f"generation.vllm.dtype {self.generation.vllm.dtype}"
             )
+        settings = self.engine_of("ppo")
+        if self.ppo.offload_while_sampling and settings.offload:
+            faults.append(
+                "ppo.offload_while_sampling and engine.offload exclude each other: the latter keeps optimiser states "
+                "in host memory all the time"
+            )
+        elif self.ppo.offload_while_sampling and settings.zero_stage == 0:
+            faults.append("ppo.offload_while_sampling: DeepSpeed moves nothing at engine.zero_stage 0; take 1, 2 or 3")
         if (self.policy.path, self.policy.revision) == (self.rm.base.path, self.rm.base.revision):
             faults += [
                 f"policy.{name} and rm.base.{name} differ: policy and reward models would read other tokens; set both"
