@@ -48,7 +48,8 @@ class BestOfN(Section):
     """Sample from the most probable tokens of this total probability alone (1: from all). The GRM paper has 0.95. Below
     1 the same holds as for temperature."""
     shard_prompts: int = Field(default=64, ge=1)
-    """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
+    """Prompts of a shard, which one process samples between two writes to disk: an interrupted stage loses at most
+    these. With several generation.processes, have at least one shard for each."""
 
     @model_validator(mode="after")
     def _n_fits(self) -> BestOfN:
@@ -63,6 +64,9 @@ class Evaluation(Section):
     samples: int = Field(default=1, ge=1)
     """Responses per prompt and checkpoint, at the training temperature. Those of a prompt are averaged, and intervals
     are over prompts: more of them help where samples differ more than prompts do."""
+    shard_prompts: int | None = Field(default=None, ge=1)
+    """Prompts of a checkpoint that one process samples at a time (null: all). Fewer of them give work to more processes
+    than there are checkpoints; each of these processes loads the checkpoint."""
     micro_batch: int = Field(default=8, ge=1)
     """Sequences per forward pass when KL is measured. Lower it when memory runs out."""
     bootstrap: int = Field(default=1000, ge=100)
