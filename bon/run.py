@@ -9,33 +9,37 @@ from typing import cast
 
 from bon.estimators import best_of_n, oracle
 from bon.gains import correlation, gains, scale
-from bon.scores import read_pools, score_proxies, write_scores
+from bon.scores import put_together, read_pools, score_gold, score_proxies
 from core.config import BestOfN, Config
 from core.data.chat import ChatTokenizer
 from core.data.rows import ResponseRow, SampleRow
 from core.data.splits import read_split
 from core.generation.local import Generator
-from core.generation.pool import sample_pool
-from rm.gold import load_gold, score_samples, with_reading
+from core.generation.pool import SampledPool, sample_pool
+from core.shares import Share
+from rm.gold import with_reading
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
-    tokenizer = ChatTokenizer(cfg.policy)
-    samples = _sample(cfg, tokenizer, inputs["prompts"], out)
+    """Run the stage on this process; the metrics of the stage on the first one, nothing on the others."""
+    share, tokenizer = Share.of_this_process(), ChatTokenizer(cfg.policy)
+    pool = _sample(cfg, tokenizer, inputs["prompts"], out, share)
     gc.collect()  # the engine's memory, before reward models are loaded
-    names = score_proxies(inputs["rm"], samples, out)
-    gold, rows = load_gold(cfg.gold), cast(list[ResponseRow], samples)
-    if not (out / "scores" / "gold.parquet").exists():
-        write_scores(out / "scores" / "gold.parquet", samples, score_samples(gold, rows).tolist())
-    return with_reading(summary(cfg.bon, out, samples, names), gold, tokenizer, rows)
+    names, table = score_proxies(inputs["rm"], pool, out), out / "scores" / "gold.parquet"
+    gold = score_gold(cfg.gold, table, pool)
+    if gold is None or not share.is_first:
+        return {}
+    put_together([table, *(out / "scores" / f"{name}.parquet" for name in names)], pool, title="bon")
+    samples = pool.whole()
+    return with_reading(summary(cfg.bon, out, samples, names), gold, tokenizer, cast(list[ResponseRow], samples))
 
 
-def _sample(cfg: Config, tokenizer: ChatTokenizer, prompts: Path, out: Path) -> list[SampleRow]:
+def _sample(cfg: Config, tokenizer: ChatTokenizer, prompts: Path, out: Path, share: Share) -> SampledPool:
     rows = read_split(prompts, "eval", cfg.bon.prompts)
     return sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, rows, cfg.bon.samples,
         out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="bon",
-        temperature=cfg.bon.temperature, top_p=cfg.bon.top_p,
+        temperature=cfg.bon.temperature, top_p=cfg.bon.top_p, share=share,
     )  # fmt: skip
 
 

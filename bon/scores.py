@@ -2,64 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from bon.joining import Keys
 from bon.pools import Pools, Scores, from_columns
 from core.column_files import Kind, first_row, pick, read_columns
+from core.config import Gold
 from core.data.rows import ResponseRow, SampleRow, ScoreRow
 from core.errors import ArtefactError
 from core.files import digest, write_table
+from core.generation.pool import SampledPool
 from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
 from core.models.state_cache import FrozenStateCache
+from core.shares import remove_shards, shard_file
 from rm.checkpoints.folder import locate, read_config
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
+from rm.gold import GoldModel, load_gold, score_samples
 from rm.model import RewardModel
 
+Writer = Callable[[Path, list[SampleRow], list[float]], None]
+"""Writes the scores of these samples to a file."""
 CACHED_STATES = 4 << 30
-"""Most bytes of host memory for the states of frozen layers that reward models share."""
+"""Most bytes of host memory for the states of frozen layers that reward models share, of all processes together."""
 
 
-def score_proxies(folder: Path, samples: list[SampleRow], out: Path) -> list[str]:
-    """Write a table of rewards for each reward model that has none yet; returns the names of all of them."""
+def score_proxies(folder: Path, pool: SampledPool, out: Path) -> list[str]:
+    """Score this process's shards by each reward model that has not done so; returns the names of all of them."""
     names = reward_models(folder)
-    score_models({name: (folder / name, out / "scores" / f"{name}.parquet") for name in names}, samples)
+    score_models({name: (folder / name, out / "scores" / f"{name}.parquet") for name in names}, pool)
     return names
 
 
 def score_models(
-    models: Mapping[str, tuple[str | Path, Path]], samples: list[SampleRow], *, title: str = "bon",
+    models: Mapping[str, tuple[str | Path, Path]], pool: SampledPool, *, title: str = "bon",
     load: Callable[[str | Path], RewardModel] = RewardModel.from_pretrained,
 ) -> None:  # fmt: skip
-    """Score samples by reward models, where that is not done yet.
+    """Score this process's shards by reward models, where that is not done yet; `put_together` makes tables of them.
 
     Args:
         models: name -> a folder or hub id, and the table of its rewards.
         title: of progress bars.
         load: what makes a model of a folder or hub id.
     """
-    waiting = [name for name, (_, file) in models.items() if not file.exists()]
-    rows = cast(list[ResponseRow], samples)
+    waiting = [name for name, (_, file) in models.items() if pool.share.missing(file, pool.count)]
+    rows = cast(list[ResponseRow], pool.mine)
     # Size by size: models of two sizes share only the frozen layers of the smaller one.
     size = {name: _size(models[name][0]) for name in waiting}
     for alike in (list(names) for _, names in groupby(sorted(waiting, key=size.__getitem__), key=size.__getitem__)):
         shared, loaded = None, {}
         if len(alike) > 1:
             loaded = {name: load(models[name][0]) for name in alike[:2]}
-            shared = SharedLayers.of(loaded[alike[0]], loaded[alike[1]], rows)
+            room = CACHED_STATES // pool.share.ranks
+            shared = SharedLayers.of(loaded[alike[0]], loaded[alike[1]], rows, room)
         for name in alike:
             model = loaded.pop(name, None) or load(models[name][0])
             cache = shared.cache if shared and shared.fits(model) else None
-            rewards = model.score_rows(rows, frozen=cache, progress=f"{title}: {name}")
-            write_scores(models[name][1], samples, rewards.tolist())
+            score = lambda shard, bar: model.score_rows(shard, frozen=cache, progress=bar).tolist()  # noqa: B023, E731
+            score_shards(models[name][1], pool, score, title=f"{title}: {name}")
+
+
+def score_gold(cfg: Gold, table: Path, pool: SampledPool, *, write: Writer | None = None) -> GoldModel | None:
+    """Score this process's shards by gold, where that is not done yet; the first process gets the model too.
+
+    Args:
+        write: as in `score_shards`.
+    """
+    if not pool.share.is_first and not pool.share.missing(table, pool.count):
+        return None
+    gold = load_gold(cfg)
+    score_shards(table, pool, lambda shard, bar: score_samples(gold, shard, bar).tolist(), title="gold", write=write)
+    return gold
+
+
+def score_shards(
+    table: Path, pool: SampledPool, score: Callable[[list[ResponseRow], tqdm], list[float]], *, title: str,
+    write: Writer | None = None,
+) -> None:  # fmt: skip
+    """Write the scores of this process's shards that have none yet, each to a file of its own.
+
+    Shard by shard, so that no score depends on the number of processes: rows in other batches may be rounded otherwise.
+
+    Args:
+        score: scores of a shard, by a model that shows its progress on a bar.
+        write: writes them; by default `write_scores`.
+    """
+    missing = pool.share.missing(table, pool.count)
+    if not missing:
+        return
+    total = sum(len(pool.shards[number]) for number in missing)
+    with pool.share.bar(total=total, desc=title, unit="resp") as bar:
+        for number in missing:
+            shard, before = pool.shards[number], bar.n
+            scores = score(cast(list[ResponseRow], shard), bar)
+            (write or write_scores)(shard_file(table, number), shard, scores)
+            bar.update(before + len(shard) - bar.n)  # equal responses are scored once
+
+
+def put_together(tables: Iterable[Path], pool: SampledPool, *, title: str) -> None:
+    """Make tables of the scores of all shards, and remove what only shards were: for the first process, at its end."""
+    whole = list(tables)
+    for table in whole:
+        pool.share.make_whole(table, pool.count, title=f"{title}: {table.stem}")
+    remove_shards([*whole, pool.table])
 
 
 def _size(path: str | Path) -> tuple[str, int, int]:
@@ -78,16 +131,18 @@ class SharedLayers:
         self.model, self.cache = model, FrozenStateCache(layers)
 
     @classmethod
-    def of(cls, first: RewardModel, second: RewardModel, rows: Sequence[ResponseRow]) -> SharedLayers | None:
-        """None if they share no layers, if these cannot be run apart, or if the states would take more than
-        CACHED_STATES."""
+    def of(
+        cls, first: RewardModel, second: RewardModel, rows: Sequence[ResponseRow], room: float = CACHED_STATES
+    ) -> SharedLayers | None:
+        """None if they share no layers, if these cannot be run apart, or if the states would take more bytes than there
+        is room for."""
         depth = shared_depth(first.lm.requires_grad_(False), second.lm.requires_grad_(False))
         if not depth or not first.shares_prompts:
             return None
         reader = first.reader
         tokens = sum(len(prompt) + len(response) for prompt, response in {reader.row(row) for row in rows})
         size = tokens * hidden_size(first.lm) * next(first.parameters()).element_size()
-        layers = frozen_layers_of(first.lm, depth, first.lm) if size <= CACHED_STATES else None
+        layers = frozen_layers_of(first.lm, depth, first.lm) if size <= room else None
         return None if layers is None else cls(first, layers)
 
     def fits(self, model: RewardModel) -> bool:

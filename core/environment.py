@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from core.errors import ConfigError
+
 STARTED = "GRM_STAGE_STARTED"
 """Its value is the number of ranks that share this machine."""
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -25,6 +27,21 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def own_gpu(number: int) -> dict[str, str]:
+    """Variables by which a process sees one GPU alone, that of this number; none where there are no GPUs.
+
+    Raises:
+        ConfigError: there are fewer GPUs.
+    """
+    count = num_gpus()
+    if not count:
+        return {}
+    if number >= count:
+        raise ConfigError(f"each process needs a GPU of its own, and here are {count}: lower generation.processes")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
 
 
 def is_started() -> bool:

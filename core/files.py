@@ -134,6 +134,31 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: type | No
     os.replace(temporary, path)
 
 
+def concatenate_tables(files: Sequence[Path], path: Path) -> None:
+    """The rows of tables with the same columns, in one table, atomically. No row becomes a Python object.
+
+    Raises:
+        ArtefactError: no files; a file that is no Parquet, or has other columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not files:
+        raise ArtefactError(f"{path}: no rows to write")
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.read_table(file))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtefactError(f"{file} is damaged ({error}): delete it, and it is made again") from None
+        if tables[-1].column_names != tables[0].column_names:
+            raise ArtefactError(f"{file} has other columns than {files[0]}: delete both, and they are made again")
+    temporary = path.with_name(path.name + ".tmp")
+    # A column that is null in all rows of one table has no type there, and gets that of the others.
+    pq.write_table(pa.concat_tables(tables, promote_options="permissive"), temporary)
+    os.replace(temporary, path)
+
+
 @overload
 def read_table(path: Path) -> list[dict[str, Any]]: ...
 

@@ -12,10 +12,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING
 
+from core.errors import DataError
 from core.locks import descriptors
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 LAUNCHER = "GRM_LAUNCHER"
 """Environment variable of a rank: the process that started it."""
@@ -23,6 +30,8 @@ DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 GRACE_SECONDS = 30
 """What the other ranks have to end by themselves where one has failed."""
+LONGEST_WAIT = timedelta(days=7)
+"""Of a rank for another one: whoever started them ends all where one has failed."""
 
 
 def free_port() -> int:
@@ -59,7 +68,55 @@ class _Asked:
             print("stops after the current step; Ctrl-C once more ends it at once", file=sys.stderr, flush=True)
 
 
-def run_ranks(command: Sequence[str], environment: Mapping[str, str], ranks: int, *, stop_seconds: float) -> int:
+def place() -> tuple[int, int]:
+    """(number of this process from 0, how many work together), as `grm` or torchrun started it; else (0, 1)."""
+    if LAUNCHER not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1  # such variables are also set for other programs, on clusters
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def told_by_first(subject: str, tell: Callable[[], str] = str) -> str:
+    """What the first rank says on a subject, on every rank: it calls `tell`, and the others wait for the answer.
+
+    Every rank must call it, once for each subject. It returns when all ranks know the answer. It needs no process
+    group, which would be that of vLLM and DeepSpeed too.
+
+    Raises:
+        DataError: on the others, where the first rank has ended without an answer.
+    """
+    rank, ranks = place()
+    if ranks == 1:
+        return tell()
+    from torch.distributed import DistError
+
+    store, everyone = _store(), f"{subject}: heard by all"
+    if rank == 0:
+        said = tell()
+        store.set(subject, said)
+        store.wait([everyone], LONGEST_WAIT)  # the store ends with this process
+        return said
+    try:
+        said = store.get(subject).decode()
+        if store.add(f"{subject}: heard", 1) == ranks - 1:
+            store.set(everyone, "")
+    except DistError:
+        time.sleep(GRACE_SECONDS)  # whoever started the ranks ends this one too; the first has said what is wrong
+        raise DataError("the first rank has ended") from None
+    return said
+
+
+@cache
+def _store() -> Store:
+    """The ranks' common store, which is in the first rank, or in torchrun."""
+    from torch.distributed import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))[0]
+
+
+def run_ranks(
+    command: Sequence[str], environment: Mapping[str, str], ranks: int, *, stop_seconds: float,
+    own: Callable[[int], Mapping[str, str]] = lambda rank: {},
+) -> int:  # fmt: skip
     """Run `command` once for each rank, with its place in the variables that torch.distributed reads.
 
     SIGTERM is passed on to all ranks, and SIGINT as SIGTERM; a second SIGINT kills them. Where one of them fails, the
@@ -68,6 +125,7 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], ranks: int
     Args:
         environment: of all ranks.
         stop_seconds: how long ranks may take to end after SIGTERM before they are killed.
+        own: further variables of a rank by its number.
 
     Returns:
         The exit status of a rank that failed, negative for a signal; 0 if all went well.
@@ -81,8 +139,8 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], ranks: int
     try:
         with _held_back(signal.SIGINT):
             for rank in range(ranks):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                running.append(subprocess.Popen(command, env={**shared, **place}, pass_fds=locks))
+                numbered = {"RANK": str(rank), "LOCAL_RANK": str(rank), **own(rank)}
+                running.append(subprocess.Popen(command, env={**shared, **numbered}, pass_fds=locks))
         if asked.first:  # while they were started
             end(running)
         while None in (ended := [process.poll() for process in running]) and not any(ended):

@@ -104,7 +104,7 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
         for name in names:
             launch.check_ranks(name, cfg, launch.world_size())
         if not environment.is_started():
-            launch.restart(given)
+            launch.restart(given, names[-1])
         starting.collect_less()
         for name in names:
             launch.run_here(name, cfg, force=options.force)

@@ -1,104 +1,186 @@
 """Stage `eval`: the reference and every PPO checkpoint on held-out prompts: proxy, gold and KL.
 
 Samples are drawn at the training temperature, so that rewards and KL speak of the same distribution. Gold is
-read here for the first time after the labels.
+read here for the first time after the labels. Several processes divide the checkpoints, or shards of the prompts of
+each, and then the scoring.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bon.gains import scale
 from bon.pools import Pools
-from bon.scores import optimised_rewards, read_pools
+from bon.scores import optimised_rewards, put_together, read_pools, score_gold, score_shards
 from core import starting
 from core.config import Config, Model
 from core.data.chat import ChatTokenizer
-from core.data.rows import EvaluationRow, ResponseRow
+from core.data.rows import EvaluationRow, PromptRow, ResponseRow, SampleRow
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import open_tensors, read_table, write_table
+from core.files import join, open_tensors, read_table, write_table
 from core.generation.local import Generator
+from core.generation.pool import SampledPool, prompt_shards
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
+from core.shares import Share, remove_shards, shard_file
 from core.training.distributed import device
 from core.training.weights import named_weights
 from pipelines.policy_kl import measure_kl
+from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
-from rm.gold import load_gold, score_samples, with_reading
+from rm.gold import with_reading
 from rm.model import RewardModel
+
+SCORED_PROMPTS = 16
+"""Prompts whose responses, of all checkpoints, are scored together: so a prompt is computed once for all of them."""
+IDS = ("step", "prompt_id", "sample_id")
+"""Columns that name a response."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
+    """Run the stage on this process; the metrics of the stage on the first one, nothing on the others."""
+    share = Share.of_this_process()
     checkpoints = {0: None} | {int(p.name.split("-")[1]): p for p in sorted((inputs["ppo"] / "checkpoints").iterdir())}
-    sample_checkpoints(cfg, inputs["prompts"], checkpoints, out)
+    tables = sample_checkpoints(cfg, inputs["prompts"], checkpoints, out, share)
     gc.collect()
-    rows = [row for step in checkpoints for row in read_table(out / "steps" / f"{step:04d}.parquet")]
-    tokenizer, responses = ChatTokenizer(cfg.policy), cast(list[ResponseRow], rows)
-    rewards = proxy_scores(cfg, inputs["rm"], responses)
-    gold = load_gold(cfg.gold)
-    golds = score_samples(gold, responses).tolist()
+    share.wait_for(tables, title="eval")
+    rows = [row for table in tables for row in read_table(table)]
+    shards = by_prompts(rows)
+    mine = {number: cast(list[SampleRow], shards[number]) for number in share.of(len(shards))}
+    pool = SampledPool(out / "rl_eval.parquet", len(shards), mine, share)
+    scores = score_proxies(cfg, inputs["rm"], pool, out / "scores")
+    gold_table = out / "scores" / "gold.parquet"
+    gold = score_gold(cfg.gold, gold_table, pool, write=_write_scores)
+    if gold is None or not share.is_first:
+        return {}
+    put_together([*scores, gold_table], pool, title="eval")
+    rewards = combined_rewards(cfg, inputs["rm"], [_scores(rows, table) for table in scores])
     drop = ("split", "token_ids", "tokenizer")
     table = [
         {"run": cfg.run.name, **{k: v for k, v in row.items() if k not in drop}, "proxy": p, "gold": g}
-        for row, p, g in zip(rows, rewards, golds, strict=True)
+        for row, p, g in zip(rows, rewards, _scores(rows, gold_table), strict=True)
     ]
-    write_table(out / "rl_eval.parquet", table, EvaluationRow)
+    write_table(pool.table, table, EvaluationRow)
+    shutil.rmtree(out / "scores")  # they are columns of the table now
     pools = read_pools(inputs["bon"], cfg.ppo.members)
     metrics = summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
-    return with_reading(metrics, gold, tokenizer, responses)
+    return with_reading(metrics, gold, ChatTokenizer(cfg.policy), cast(list[ResponseRow], rows))
 
 
-def proxy_scores(cfg: Config, reward_models: Path, rows: list[ResponseRow]) -> list[float]:
-    """Raw rewards by what PPO optimised, one reward model or an ensemble."""
-    raw, units = [], []
-    for name in cfg.ppo.members:
-        model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
-        raw.append(model.score_rows(rows, progress=f"eval: {name}").cpu())
-        units.append((model.mean, model.std))
-    return proxy_reward(torch.stack(raw), units, cfg.ppo.combine).tolist()
+def by_prompts(rows: list[dict]) -> list[list[dict]]:
+    """The rows of SCORED_PROMPTS prompts each, in the order in which the prompts come first."""
+    of_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        of_prompt.setdefault(row["prompt_id"], []).append(row)
+    groups = list(of_prompt.values())
+    return [
+        [row for group in groups[start : start + SCORED_PROMPTS] for row in group]
+        for start in range(0, len(groups), SCORED_PROMPTS)
+    ]
 
 
-def sample_checkpoints(cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path) -> None:
-    """A table for each checkpoint under `steps/`, with KL; existing tables are kept, so that a killed stage resumes."""
+def score_proxies(cfg: Config, reward_models: Path, pool: SampledPool, out: Path) -> list[Path]:
+    """Score this process's shards by what PPO optimised, one reward model or an ensemble; the tables of the members."""
+    tables = {name: out / f"{name}.parquet" for name in cfg.ppo.members}
+    for name, table in tables.items():
+        if pool.share.missing(table, pool.count):
+            model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
+            score = lambda shard, bar: model.score_rows(shard, progress=bar).tolist()  # noqa: B023, E731
+            score_shards(table, pool, score, title=f"eval: {name}", write=_write_scores)
+    return list(tables.values())
+
+
+def _write_scores(path: Path, rows: Sequence[Mapping[str, Any]], scores: list[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = [{column: row[column] for column in IDS} for row in rows]
+    write_table(path, [{**row, "score": score} for row, score in zip(ids, scores, strict=True)])
+
+
+def _scores(rows: list[dict], table: Path) -> list[float]:
+    return [row["score"] for row in join([{c: row[c] for c in IDS} for row in rows], read_table(table), IDS)]
+
+
+def combined_rewards(cfg: Config, reward_models: Path, raw: list[list[float]]) -> list[float]:
+    """One reward from those of each member, raw, as PPO combined them."""
+    about = [read_about(reward_models / name) for name in cfg.ppo.members]
+    units = [(a["mean"], a["std"]) for a in about]
+    return proxy_reward(torch.tensor(raw, dtype=torch.float32), units, cfg.ppo.combine).tolist()
+
+
+def sample_checkpoints(
+    cfg: Config, prompts: Path, checkpoints: dict[int, Path | None], out: Path, share: Share
+) -> list[Path]:
+    """A table for each checkpoint under `steps/`, with KL: of the reference first.
+
+    Each is made of shards of prompts, which the processes divide and a killed stage keeps. Returns the tables, all of
+    which are there once the first process has returned.
+    """
     tokenizer = ChatTokenizer(cfg.policy)
     rows = read_split(prompts, "eval", cfg.eval.prompts)
+    parts = prompt_shards(rows, cfg.eval.shard_prompts or len(rows))
+    share.advise("eval.shard_prompts", len(rows), len(parts), tables=len(checkpoints))
+    tables = {step: out / "steps" / f"{step:04d}.parquet" for step in checkpoints}
+    numbered = [(step, part) for step in checkpoints for part in range(len(parts))]
+    missing = [
+        (step, part) for step, part in (numbered[number] for number in share.of(len(numbered)))
+        if not tables[step].exists() and not shard_file(tables[step], part).exists()
+    ]  # fmt: skip
+    if missing:
+        generator = Generator(cfg.policy, cfg.generation, tokenizer)
+        reference = _load(cfg, cfg.policy).eval().to(device())
+        starting.working()
+        with share.bar(total=len(missing), desc="eval: checkpoints", unit="shard") as bar:
+            for step, of_step in groupby(missing, key=itemgetter(0)):
+                folder = checkpoints[step]
+                policy = load_policy(cfg, folder) if folder else reference
+                if folder:
+                    generator.sync(named_weights(policy))
+                for _, part in of_step:
+                    samples = _samples(cfg, generator, parts[part], step, part)
+                    kls = measure_kl(
+                        policy, reference, tokenizer, samples, cfg.generation.temperature, cfg.eval.micro_batch,
+                        quiet=not share.is_first,
+                    )  # fmt: skip
+                    file = shard_file(tables[step], part)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_table(file, [{**s, **kl} for s, kl in zip(samples, kls, strict=True)])
+                    bar.update()
+    for step, table in tables.items():
+        share.make_whole(table, len(parts), title=f"eval: step {step}")
+    if share.is_first:
+        remove_shards(tables.values())  # the other processes read the tables
+    return list(tables.values())
+
+
+def _samples(cfg: Config, generator: Generator, rows: Sequence[PromptRow], step: int, part: int) -> list[dict]:
+    """Responses of the weights that vLLM has, those of a step; `part` is the number of the shard of prompts."""
+    tokenizer = generator.tokenizer
     ids = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
-    waiting = [s for s in checkpoints if not (out / "steps" / f"{s:04d}.parquet").exists()]
-    if not waiting:
-        return
-    (out / "steps").mkdir(exist_ok=True)
-    generator = Generator(cfg.policy, cfg.generation, tokenizer)
-    reference = _load(cfg, cfg.policy).eval().to(device())
-    starting.working()
-    for step in tqdm(waiting, desc="eval: checkpoints", unit="policy"):
-        folder = checkpoints[step]
-        policy = load_policy(cfg, folder) if folder else reference
-        if folder:
-            generator.sync(named_weights(policy))
-        seed = stream_seed(cfg.run.seed, "eval", step)
-        groups = generator.generate(ids, n=cfg.eval.samples, seed=seed)
-        samples = [
-            {
-                "step": step, "prompt_id": row["prompt_id"], "sample_id": k, "split": row["split"],
-                "prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids,
-                "n_tokens": len(c.token_ids), "finished": c.finished, "logp_sampler": float(sum(c.logprobs)),
-                "tokenizer": tokenizer.fingerprint,
-            }
-            for row, group in zip(rows, groups, strict=True)
-            for k, c in enumerate(group)
-        ]  # fmt: skip
-        kls = measure_kl(policy, reference, tokenizer, samples, cfg.generation.temperature, cfg.eval.micro_batch)
-        write_table(out / "steps" / f"{step:04d}.parquet", [{**s, **kl} for s, kl in zip(samples, kls, strict=True)])
+    names = (step,) if cfg.eval.shard_prompts is None else (step, part)
+    groups = generator.generate(ids, n=cfg.eval.samples, seed=stream_seed(cfg.run.seed, "eval", *names))
+    return [
+        {
+            "step": step, "prompt_id": row["prompt_id"], "sample_id": k, "split": row["split"],
+            "prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids,
+            "n_tokens": len(c.token_ids), "finished": c.finished, "logp_sampler": float(sum(c.logprobs)),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        for row, group in zip(rows, groups, strict=True)
+        for k, c in enumerate(group)
+    ]  # fmt: skip
 
 
 def load_policy(cfg: Config, folder: Path) -> nn.Module:

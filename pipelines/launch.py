@@ -7,6 +7,7 @@ From there on both are the same: `check_ranks`, then `run_here`.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -15,10 +16,10 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from core.config import Config
-from core.environment import STARTED, num_gpus, variables
+from core.environment import STARTED, num_gpus, own_gpu, variables
 from core.errors import ArtefactError, ConfigError
 from core.locks import writing
-from core.ranks import LAUNCHER, end_with_launcher, run_ranks
+from core.ranks import LAUNCHER, end_with_launcher, run_ranks, told_by_first
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
@@ -30,18 +31,34 @@ STOP_SECONDS = 1800
 
 def num_processes(name: str, cfg: Config) -> int:
     """Ranks of a stage on this machine."""
-    processes = cfg.engine_of(stages.STAGES[name].engine).processes
-    return processes if processes != "auto" else num_gpus() or min(2, os.cpu_count() or 1)
+    stage = stages.STAGES[name]
+    if stage.distributed:
+        processes = cfg.engine_of(stage.engine).processes
+        return processes if processes != "auto" else num_gpus() or min(2, os.cpu_count() or 1)
+    if stage.divided:
+        return num_gpus() or 1 if cfg.generation.processes == "auto" else cfg.generation.processes
+    return 1
 
 
 def check_ranks(name: str, cfg: Config, ranks: int) -> None:
     """ConfigError where `ranks` processes cannot share the work of a stage as the configuration says."""
     stage = stages.STAGES[name]
-    if not stage.distributed:
-        if ranks > 1:
-            raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")
-    elif faults := cfg.batch_faults(stage.engine, ranks):
-        raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
+    if stage.distributed:
+        if faults := cfg.batch_faults(stage.engine, ranks):
+            raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
+    elif ranks > 1 and not stage.divided:
+        raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")
+
+
+def own_variables(name: str, ranks: int, number: int) -> dict[str, str]:
+    """Variables of one of the `ranks` processes of a stage on this machine, beside those of all.
+
+    Processes that divide a stage see one GPU each, so that each works as if it were alone.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    return own_gpu(number) if stages.STAGES[name].divided and ranks > 1 else {}
 
 
 def world_size() -> int:
@@ -59,9 +76,16 @@ def is_ours() -> bool:
     return LAUNCHER in os.environ
 
 
-def restart(arguments: list[str]) -> NoReturn:
-    """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks."""
-    environment = {**os.environ, **variables(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), BEGAN: str(command_began())}
+def restart(arguments: list[str], stage: str | None = None) -> NoReturn:
+    """Begin this rank of the user's own torchrun again, in the environment that `run_stage_process` gives to ranks.
+
+    Args:
+        arguments: the whole command line.
+        stage: that it runs; None for a tool.
+    """
+    ranks, number = (int(os.environ.get(v, d)) for v, d in (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    own = own_variables(stage, ranks, number) if stage else {}
+    environment = {**os.environ, **variables(ranks), **own, BEGAN: str(command_began())}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, "-u", "-m", "pipelines", *arguments], environment)
@@ -83,23 +107,17 @@ def _settled(name: str, cfg: Config) -> bool:
 
     Where `grm` has not done so, the inputs are checked too.
     """
-    if world_size() == 1:
-        return _settled_here(name, cfg)
-    import torch
 
-    from core.training import distributed
-
-    distributed.init_distributed()
-    answer: list[bool | ArtefactError] = [False]
-    if distributed.rank() == 0:
+    def answer() -> str:
         try:
-            answer = [_settled_here(name, cfg)]
+            return json.dumps(_settled_here(name, cfg))
         except ArtefactError as error:  # the others wait for an answer
-            answer = [error]
-    torch.distributed.broadcast_object_list(answer, device=distributed.device())
-    if isinstance(answer[0], ArtefactError):
-        raise answer[0]
-    return answer[0]
+            return json.dumps(str(error))
+
+    told = json.loads(told_by_first(f"{name}: it is up to date", answer))
+    if isinstance(told, str):
+        raise ArtefactError(told)
+    return told
 
 
 def _settled_here(name: str, cfg: Config) -> bool:
@@ -117,20 +135,21 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
         began: when the command for this stage began, in seconds since the epoch (None: now).
 
     Raises:
-        ConfigError: the configuration does not fit the number of ranks.
+        ConfigError: the configuration does not fit the number of ranks, or of GPUs.
         ArtefactError: a file that the stage reads is damaged.
         Busy: another process writes the stage.
     """
     name = arguments[0]
     check_inputs(name, cfg)
-    ranks = num_processes(name, cfg) if stages.STAGES[name].distributed else 1
+    ranks = num_processes(name, cfg)
     check_ranks(name, cfg, ranks)
+    own = {number: own_variables(name, ranks, number) for number in range(ranks)}
     environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
     mark = cfg.run_dir / f"{name}.partial" / MARK
     with writing(cfg.run_dir, name):
         mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
-        status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS)
+        status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__)
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED

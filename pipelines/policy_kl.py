@@ -24,11 +24,17 @@ def measure_kl(
     samples: list[dict],
     temperature: float,
     micro: int,
+    *,
+    quiet: bool = False,
 ) -> list[dict[str, float]]:
     """KL(pi || pi_0) in nats per response, three ways, for responses sampled from `policy`.
 
     kl_k1 and kl_k3 from log-probs of the sampled tokens; kl_rb sums the exact KL of each next-token distribution
     (Rao-Blackwell, Amini et al. 2504.10637), which is unbiased too and varies less.
+
+    Args:
+        micro: responses of a forward pass.
+        quiet: show no progress bar.
     """
     sequences = [(tokenizer.prompt_ids(s["prompt"]), list(s["token_ids"])) for s in samples]
     # Below the adapters both are the same model: those layers are run once.
@@ -36,7 +42,7 @@ def measure_kl(
     frozen_layers = frozen_layers_of(reference, depth, policy, reference) if depth else None
     order = sorted(range(len(samples)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     found: list[dict[str, float]] = [{}] * len(samples)
-    for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False):
+    for start in tqdm(range(0, len(order), micro), desc="eval: KL", unit="batch", leave=False, disable=quiet):
         batch = order[start : start + micro]
         ids, mask = pad_right(
             [p + r for p, r in (sequences[i] for i in batch)], tokenizer.pad_id, next(policy.parameters()).device

@@ -13,6 +13,7 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
+from bon.scores import put_together, score_gold
 from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels
@@ -20,11 +21,12 @@ from core.data.rows import CalibrationRow, PairRow, ResponseRow, SampleRow, Scor
 from core.data.splits import pair_id, read_split
 from core.data.streams import stream_seed
 from core.errors import ArtefactError
-from core.files import write_table
+from core.files import join, read_table, write_table
 from core.generation.local import Generator
 from core.generation.pool import sample_pool
+from core.shares import Share
 from pipelines.import_pairs import Imported, import_pairs
-from rm.gold import load_gold, score_samples, with_reading
+from rm.gold import with_reading
 from rm.reading import TextReading
 
 PAIR_SPLITS = ("rm_train", "rm_val")
@@ -68,25 +70,35 @@ class PreferencesMetrics(TypedDict):
     """What gold does not see of the samples; None where it reads their tokens."""
 
 
-def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PreferencesMetrics:
-    """Writes `samples.parquet`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`."""
-    tokenizer, preferences, seed = ChatTokenizer(cfg.policy), cfg.preferences, cfg.run.seed
-    imported = None
-    if preferences.sources:
+def run(cfg: Config, inputs: dict[str, Path], out: Path) -> PreferencesMetrics | None:
+    """Writes `samples.parquet`, `pairs.parquet`, `calibration.parquet` and `scores/gold.parquet`.
+
+    Returns:
+        The metrics of the stage on the first process, nothing on the others.
+    """
+    share, tokenizer, preferences = Share.of_this_process(), ChatTokenizer(cfg.policy), cfg.preferences
+    seed, imported = cfg.run.seed, None
+    if preferences.sources and share.is_first:
         imported = import_pairs(preferences, cfg.data, prompts=inputs["prompts"], seed=seed, out=out)
     limits = {"rm_train": preferences.max_train_pairs, "rm_val": preferences.max_val_pairs}
-    sampled = (limits if imported is None else {}) | {"calibration": preferences.max_calibration_prompts}
+    sampled = ({} if preferences.sources else limits) | {"calibration": preferences.max_calibration_prompts}
     prompts = [row for split, limit in sampled.items() for row in read_split(inputs["prompts"], split, limit)]
-    samples = sample_pool(
+    pool = sample_pool(
         lambda: Generator(cfg.policy, cfg.generation, tokenizer), tokenizer, prompts, SAMPLES,
-        out=out, shard_prompts=preferences.shard_prompts, seed=seed, name="preferences",
+        out=out, shard_prompts=preferences.shard_prompts, seed=seed, name="preferences", share=share,
     )  # fmt: skip
-    gold, rows = load_gold(cfg.gold), cast(list[ResponseRow], samples)
-    scores = score_samples(gold, rows)
+    table = out / "scores" / "gold.parquet"
+    gold = score_gold(cfg.gold, table, pool)
+    if gold is None or not share.is_first:
+        return None
+    put_together([table], pool, title="preferences")
+    samples = pool.whole()
+    scores = np.array([row["score"] for row in join(samples, read_table(table, ScoreRow))])
     clean, dropped = _imported_pairs(imported, limits) if imported else _sampled_pairs(samples, scores)
     pairs, noise = noisy_pairs(clean, dropped, preferences.label_noise, seed)
-    _write(out, samples, scores, pairs)
+    _write(out, samples, pairs)
     metrics = _metrics(samples, scores, pairs, dropped, noise, imported)
+    rows = cast(list[ResponseRow], samples)
     return cast(PreferencesMetrics, with_reading(cast(dict, metrics), gold, tokenizer, rows))
 
 
@@ -172,7 +184,7 @@ def noisy_pairs(
     return pairs, noise
 
 
-def _write(out: Path, samples: Sequence[SampleRow], scores: np.ndarray, pairs: list[PairRow]) -> None:
+def _write(out: Path, samples: Sequence[SampleRow], pairs: list[PairRow]) -> None:
     calibration: list[CalibrationRow] = [
         {
             "prompt_id": s["prompt_id"],
@@ -185,15 +197,9 @@ def _write(out: Path, samples: Sequence[SampleRow], scores: np.ndarray, pairs: l
         for s in samples
         if s["split"] == "calibration"
     ]
-    gold: list[ScoreRow] = [
-        {"prompt_id": s["prompt_id"], "sample_id": s["sample_id"], "score": score}
-        for s, score in zip(samples, scores.tolist(), strict=True)
-    ]
-    (out / "scores").mkdir(exist_ok=True)
     write_table(out / "pairs.parquet", pairs, PairRow)
     # Without gold: PPO reads this table to standardise its proxy, and may not see what it is measured by.
     write_table(out / "calibration.parquet", calibration, CalibrationRow)
-    write_table(out / "scores" / "gold.parquet", gold, ScoreRow)
 
 
 def _metrics(

@@ -37,6 +37,7 @@ from core.damage import remember_outputs
 from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
+from core.ranks import told_by_first
 
 
 class Correction(NamedTuple):
@@ -61,7 +62,9 @@ class Stage:
     files: tuple[str, ...] = ()
     """Config fields that hold paths of external files, checked by content."""
     distributed: bool = False
-    """Run on every rank of `engine.processes`."""
+    """Run on every rank of `engine.processes`, which train together."""
+    divided: bool = False
+    """Run on `generation.processes` processes, which divide its shards (`core.shares`)."""
     engine: EngineStage = "ppo"
     """Whose `engine` it reads: `rm.engine` or `ppo.engine` over the common one."""
     makes: str = ""
@@ -87,7 +90,7 @@ STAGES = {
         Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"),
               ("data.prompts", "data.eval_prompts", *_POLICY_FILES), makes="prompts, split by hash"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
-              (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"),
+              (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"), divided=True,
               corrections=(Correction("read imported pairs without their system turns and histories",
                                       of="preferences.sources"),
                            Correction("kept the texts of samples, not the tokens that reward models are trained on")),
@@ -100,7 +103,8 @@ STAGES = {
                   Correction("took ODIN's correlations with length within micro-batches that were sorted by length",
                              of=lambda cfg: any(v.head == "odin" for v in cfg.rm.variants.values())))),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
-              (*_POLICY_FILES, "gold.path"), makes="pools of samples, scored by gold and by every proxy",
+              (*_POLICY_FILES, "gold.path"), divided=True,
+              makes="pools of samples, scored by gold and by every proxy",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), _POLICY_FILES, distributed=True,
               makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend"),
@@ -108,7 +112,7 @@ STAGES = {
                            Correction("scored the texts of responses, and not the tokens that were sampled"))),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble", "engine.float32_head"),
-              (*_POLICY_FILES, "gold.path"), makes="proxy, gold and KL of every checkpoint",
+              (*_POLICY_FILES, "gold.path"), divided=True, makes="proxy, gold and KL of every checkpoint",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
               ("run", "eval.bootstrap"), opens_weights=False,
@@ -184,6 +188,9 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     if rank == 0:
         prepare(name, cfg, wanted, force=force)
         open_partial(folder, wanted)
+    told_by_first(f"{name}: its folder is prepared")
+    if not partial_of(folder).is_dir():
+        raise ArtefactError(f"{partial_of(folder)} was made by the first rank and is not there: run.dir must be shared")
     called = time.time()
     metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
     if rank != 0:

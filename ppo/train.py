@@ -103,6 +103,8 @@ class Trainer:
         self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.spacing = Spacing(cfg.ppo.checkpoint_every, cfg.ppo.checkpoint_kl)
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
+        offloads = cfg.ppo.offload_while_sampling and torch.cuda.is_available()
+        self.offloaded = [engine for engine in (self.actor, self.critic) if engine] if offloads else []
         self.log: RunLog | None = None
 
     def step(self, step: int) -> None:
@@ -125,8 +127,12 @@ class Trainer:
 
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
         guard.check_advantages(step, rollout.micros)
+        for engine in self.offloaded:
+            engine.reload_states()
         stats |= self.learner.update(rollout.minibatches, step, self.kl.coef)
         guard.check_weights(step, self.actor, self.critic)
+        for engine in self.offloaded:
+            engine.offload_states()
         clock.lap("train")
 
         if self.average:
@@ -230,6 +236,8 @@ class Trainer:
             self.kl.load_state_dict(state["kl"])
             self.scale.load_state_dict(state["scale"])
             self.spacing.load_state_dict(state.get("spacing", self.spacing.state_dict()))  # earlier versions: none
+        for engine in self.offloaded:
+            engine.offload_states()
         if state["step"] or self.cfg.ppo.vllm_servers:  # servers may have the weights of another run
             self.generator.wake()
             self._sync(state["step"])

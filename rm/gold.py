@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,11 +88,16 @@ def load_gold(cfg: Gold) -> GoldModel:
     raise DataError("gold.kind linear can only be built in code (rm.gold.LinearGold): use judge, hub or checkpoint")
 
 
-def score_samples(gold: GoldModel, samples: Sequence[ResponseRow]) -> np.ndarray:
-    """Gold of the samples, float64 [n], with a progress bar."""
+def score_samples(gold: GoldModel, samples: Sequence[ResponseRow], progress: tqdm | None = None) -> np.ndarray:
+    """Gold of the samples, float64 [n].
+
+    Args:
+        progress: a bar of the caller's; by default there is one on these samples.
+    """
     starting.working()
     parts = []
-    with tqdm(total=len(samples), desc="gold", unit="sample") as bar:
+    own = tqdm(total=len(samples), desc="gold", unit="sample") if progress is None else nullcontext(progress)
+    with own as bar:
         for start in range(0, len(samples), CHUNK):
             chunk = samples[start : start + CHUNK]
             parts.append(gold.score_rows(chunk))

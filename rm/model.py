@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from core.batching import Batch, Targets
 from core.config import NATIVE_DTYPE, Attention, Model
@@ -127,7 +128,7 @@ class RewardModel(nn.Module):
         *,
         batch_tokens: int = 8192,
         frozen: Callable[[Batch], FrozenStates] | None = None,
-        progress: str = "",
+        progress: str | tqdm = "",
     ) -> Tensor:
         """Float32 rewards [n] of conversations, on the CPU and in their order.
 
@@ -135,7 +136,7 @@ class RewardModel(nn.Module):
             conversations: messages each, the assistant's response last.
             batch_tokens: tokens per batch, at most; padding counts where it is computed.
             frozen: gives the frozen states of a batch, as in `rm.score.score_tokens`.
-            progress: title of a progress bar; none by default.
+            progress: title of a progress bar, or a bar of the caller's; none by default.
 
         Raises:
             DataError: a conversation does not end with the assistant or is longer than `positions`; a reward is not
@@ -151,7 +152,7 @@ class RewardModel(nn.Module):
         *,
         batch_tokens: int = 8192,
         frozen: Callable[[Batch], FrozenStates] | None = None,
-        progress: str = "",
+        progress: str | tqdm = "",
     ) -> Tensor:
         """As `score`, of sampled responses: by the tokens that the policy made, where they are this model's."""
         reader = self.reader
@@ -164,7 +165,7 @@ class RewardModel(nn.Module):
         *,
         batch_tokens: int = 8192,
         frozen: Callable[[Batch], FrozenStates] | None = None,
-        progress: str = "",
+        progress: str | tqdm = "",
     ) -> Tensor:
         """As `score`, of token ids."""
         return score_tokens(

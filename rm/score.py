@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def score_tokens(
     together: bool = False,
     frozen: Callable[[Batch], FrozenStates] | None = None,
     device: torch.device | str = "cpu",
-    progress: str = "",
+    progress: str | tqdm = "",
 ) -> Tensor:
     """Float32 rewards [n] on the CPU, in the order given.
 
@@ -55,6 +56,7 @@ def score_tokens(
         together: all ranks pass the same rows and divide the work evenly, with the same number of calls each, as
             ZeRO-3 requires. Every rank gets all rewards.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
+        progress: title of a progress bar, or a bar of the caller's; none by default.
 
     Raises:
         DataError: a conversation of more tokens than the model has positions, by its number; rewards that are not
@@ -68,8 +70,13 @@ def score_tokens(
     groups = divided([row_length(row) for row in rows], batch_tokens, ranks)
     mine = [[rows[i] for i in group] for group in groups[first::ranks]]
     reward_of: dict[tuple, float] = {}
-    quiet = not progress or (together and rank() != 0)
-    with tqdm(total=sum(len(rs) for b in mine for _, rs in b), desc=progress, disable=quiet, unit="resp") as bar:
+    count, quiet = sum(len(rs) for b in mine for _, rs in b), not progress or (together and rank() != 0)
+    own = (
+        tqdm(total=count, desc=progress, disable=quiet, unit="resp")
+        if isinstance(progress, str)
+        else nullcontext(progress)
+    )
+    with own as bar:
         for batch in mine:
             inputs = pack(batch, tokenizer.pad_id, device)
             rewards = forward(

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bon.scores import IDS, score_models, write_scores
+from bon.scores import IDS, put_together, score_models, write_scores
 from core.artefacts import manifest_digest, read_manifest
 from core.column_files import Kind, first_row, read_columns
 from core.config import Config
@@ -24,7 +24,8 @@ from core.data.chat import ChatTokenizer
 from core.data.rows import PromptRow, ResponseRow, SampleRow
 from core.errors import ArtefactError, ConfigError
 from core.files import digest, file_digest, path_digest, read_json, read_table, write_json, write_table
-from core.generation.pool import sample_pool
+from core.generation.pool import SampledPool, sample_pool
+from core.shares import remove_shards
 from pipelines.prompts import in_order, read_prompts
 from rm.checkpoints.folder import files as weights
 from rm.checkpoints.folder import locate
@@ -55,18 +56,20 @@ def sampled(cfg: Config, prompts: Sequence[PromptRow], out: Path) -> list[Sample
     policy = Path(cfg.policy.path)
     settle(out, {
         "policy": path_digest(policy) if policy.is_dir() else cfg.policy.path, "revision": cfg.policy.revision,
-        "generation": cfg.generation.model_dump(mode="json"), "temperature": cfg.bon.temperature,
-        "top_p": cfg.bon.top_p, "samples": cfg.bon.samples, "shard_prompts": cfg.bon.shard_prompts,
-        "seed": cfg.run.seed, "prompts": digest([row["prompt_id"] for row in prompts]),
+        "generation": cfg.generation.model_dump(mode="json", exclude={"processes"}),
+        "temperature": cfg.bon.temperature, "top_p": cfg.bon.top_p, "samples": cfg.bon.samples,
+        "shard_prompts": cfg.bon.shard_prompts, "seed": cfg.run.seed,
+        "prompts": digest([row["prompt_id"] for row in prompts]),
     })  # fmt: skip
     tokenizer = ChatTokenizer(cfg.policy)
-    samples = sample_pool(
+    pool = sample_pool(
         lambda: _generator(cfg, tokenizer), tokenizer, prompts, cfg.bon.samples,
         out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="audit",
         temperature=cfg.bon.temperature, top_p=cfg.bon.top_p,
     )  # fmt: skip
     gc.collect()  # the engine's memory, before reward models are loaded
-    return samples
+    remove_shards([pool.table])
+    return pool.mine
 
 
 def _generator(cfg: Config, tokenizer: ChatTokenizer):
@@ -151,7 +154,9 @@ def score(
         for key, entry in entries.items() if entry["kind"] == "model"
     }  # fmt: skip
     load = lambda path: RewardModel.from_pretrained(path, dtype=dtype, reads=reads)  # type: ignore[arg-type]  # noqa: E731
-    score_models(models, samples, title="audit", load=load)
+    pool = SampledPool(out / "samples.parquet", 1, {0: samples})
+    score_models(models, pool, title="audit", load=load)
+    put_together([file for _, file in models.values()], pool, title="audit")
 
 
 def gold_scores(cfg: Config, samples: list[SampleRow], out: Path) -> Path:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from core.artefacts import read_manifest
-from core.config import ENGINE_STAGES, Config, EngineStage, Study
+from core.config import Config, Study
 from core.config.load import load
 from core.errors import ConfigError
 from pipelines import launch, runs
@@ -40,6 +40,7 @@ from pipelines.plan.plan import (
 from pipelines.plan.rates import GPUS, ON_GPU, FromPeaks, rough
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
+from pipelines.stages import STAGES
 from study.matrix import OWN, SHARED, expanded, policy_overrides
 from study.matrix import plan as matrix
 
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
     if options.gpus and options.measure:
         raise ConfigError("--measure measures this machine, and --gpus plans for another one: give one of them")
-    ranks = {stage: launch.num_processes(stage, cfg) for stage in ENGINE_STAGES}
+    several = [name for name, stage in STAGES.items() if stage.distributed or stage.divided]
+    ranks = {name: launch.num_processes(name, cfg) for name in several}
     file = measured.cache_file(cfg, options.cache)
     if options.measure:
         print("measuring this machine: some minutes", file=sys.stderr)
@@ -104,13 +106,16 @@ def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
         f"{device.bandwidth / 1e12:.2f} TB/s; assumed shares of them: forward {ON_GPU.forward:g}, backward "
         f"{ON_GPU.backward:g}, decoding {ON_GPU.bandwidth:g} of the bandwidth"
     )
-    processes = {stage: cfg.engine_of(stage).processes for stage in ENGINE_STAGES}
+    processes = {
+        name: cfg.engine_of(stage.engine).processes if stage.distributed else cfg.generation.processes
+        for name, stage in STAGES.items() if stage.distributed or stage.divided
+    }  # fmt: skip
     ranks = {stage: gpus if count == "auto" else count for stage, count in processes.items()}
     host = None if host_gib is None else host_gib * 2**30
     return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, host)
 
 
-def on_this_machine(cfg: Config, file: Path, ranks: Mapping[EngineStage, int]) -> tuple[Where, list[int] | None]:
+def on_this_machine(cfg: Config, file: Path, ranks: Mapping[str, int]) -> tuple[Where, list[int] | None]:
     """This machine, by what was measured on it or else roughly; and lengths of responses that were sampled then."""
     wanted = groups(cfg, ranks)
     found, absent, remarks = measured.read(file, list(wanted))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,6 +84,11 @@ class Generation(Section):
     distribution that is sampled from."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest response in tokens. Longer ones are cut off and count as not finished."""
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", json_schema_extra={"decides_result": False}
+    )
+    """Processes on this machine that divide the shards of preferences, bon and eval, each with a vLLM and scorers of
+    its own. auto: one per GPU, and one on CPU. The result does not depend on it ([scale.md](scale.md))."""
     vllm: Vllm = Vllm()
     """The engine that samples."""
 
@@ -141,7 +146,8 @@ class Preferences(Section):
     """Share of all pairs whose label is flipped, for training and validation alike. Flips are recorded, so the held-out
     accuracy is reported against the flipped and against the clean labels."""
     shard_prompts: int = Field(default=256, ge=1)
-    """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
+    """Prompts of a shard, which one process samples between two writes to disk: an interrupted stage loses at most
+    these. With several generation.processes, have at least one shard for each."""
     max_train_pairs: int | None = Field(default=None, ge=2)
     """Sample pairs on the first n prompts of rm_train only, or keep the first n imported pairs (null: all)."""
     max_val_pairs: int | None = Field(default=None, ge=2)

@@ -162,6 +162,9 @@ class Ppo(Section):
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
     server_timeout: float = Field(default=600.0, gt=0, json_schema_extra={"decides_result": False})
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
+    offload_while_sampling: bool = Field(default=False, json_schema_extra={"decides_result": False})
+    """On a GPU, keep the optimiser states of actor and critic (12 bytes a trained parameter, divided by the ranks) in
+    host memory but for the updates: room for a larger vLLM, for two copies a step. Not at engine.zero_stage 0."""
     engine: EngineOfStage = EngineOfStage()
     """Processes, memory and number type of this stage, where they differ from `engine`."""
     trackers: tuple[str, ...] = Field(default=(), json_schema_extra={"decides_result": False})

@@ -48,7 +48,8 @@ class BestOfN(Section):
     """Sample from the most probable tokens of this total probability alone (1: from all). The GRM paper has 0.95. Below
     1 the same holds as for temperature."""
     shard_prompts: int = Field(default=64, ge=1)
-    """Prompts sampled between two writes to disk: an interrupted stage loses at most these."""
+    """Prompts of a shard, which one process samples between two writes to disk: an interrupted stage loses at most
+    these. With several generation.processes, have at least one shard for each."""
 
     @model_validator(mode="after")
     def _n_fits(self) -> BestOfN:
@@ -63,6 +64,9 @@ class Evaluation(Section):
     samples: int = Field(default=1, ge=1)
     """Responses per prompt and checkpoint, at the training temperature. Those of a prompt are averaged, and intervals
     are over prompts: more of them help where samples differ more than prompts do."""
+    shard_prompts: int | None = Field(default=None, ge=1)
+    """Prompts of a checkpoint that one process samples at a time (null: all). Fewer of them give work to more processes
+    than there are checkpoints; each of these processes loads the checkpoint."""
     micro_batch: int = Field(default=8, ge=1)
     """Sequences per forward pass when KL is measured. Lower it when memory runs out."""
     bootstrap: int = Field(default=1000, ge=100)
@@ -178,6 +182,14 @@ class Config(Section):
                 f"ppo.sync adapter rounds nothing where both sides have one type: engine.dtype is {dtype}, "
                 f"generation.vllm.dtype {self.generation.vllm.dtype}"
             )
+        settings = self.engine_of("ppo")
+        if self.ppo.offload_while_sampling and settings.offload:
+            faults.append(
+                "ppo.offload_while_sampling and engine.offload exclude each other: the latter keeps optimiser states "
+                "in host memory all the time"
+            )
+        elif self.ppo.offload_while_sampling and settings.zero_stage == 0:
+            faults.append("ppo.offload_while_sampling: DeepSpeed moves nothing at engine.zero_stage 0; take 1, 2 or 3")
         if (self.policy.path, self.policy.revision) == (self.rm.base.path, self.rm.base.revision):
             faults += [
                 f"policy.{name} and rm.base.{name} differ: policy and reward models would read other tokens; set both"

@@ -104,7 +104,7 @@ class ScoreRow(TypedDict):
     prompt_id: str
     sample_id: int
     text_sha: NotRequired[str]
-    """16 hex digits of the response, so that scores of other samples do not join; in the scores of stage `bon`."""
+    """16 hex digits of the response, so that scores of other samples do not join."""
     score: float
     """In the units of the reward model."""
 

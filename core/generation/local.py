@@ -2,7 +2,8 @@
 
 vLLM runs in the process of the stage (one vLLM per rank), on CPU and GPU alike, so new weights are handed over as
 tensors. A run is reproducible because torch's global generator, from which vLLM samples, is seeded before each call:
-seeds in `SamplingParams` crash vLLM on CPU.
+seeds in `SamplingParams` crash vLLM on CPU. The prefix cache is dropped before each call too, since keys and values
+that an earlier call has computed in another batch may be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class Generator:
             logprobs=0,
             detokenize=False,
         )
+        self._drop_prefixes()
         torch.manual_seed(seed)
         return self._run(prompts, sampling)
 
@@ -165,8 +167,7 @@ class Generator:
         weights = ((name, t) for name, t in named_tensors if not (tied and name == "lm_head.weight"))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.apply_model(repack_tied_lm_head)
-        if not self._llm.reset_prefix_cache():
-            raise DataError("vLLM did not drop its prefix cache after a weight sync: it would use old keys")
+        self._drop_prefixes()
         self.seconds["sync"] += time.perf_counter() - started
 
     def load_adapter(self, folder: Path) -> None:
@@ -200,6 +201,10 @@ class Generator:
         if self._sleeps:
             torch.cuda.empty_cache()  # what torch keeps for itself of the trainer's memory, vLLM cannot have
             self._llm.wake_up(list(parts) or None)
+
+    def _drop_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise DataError("vLLM did not drop its prefix cache: it would use keys of other weights or another batch")
 
     def _run(self, prompts, sampling) -> list[list[Completion]]:
         started = time.perf_counter()

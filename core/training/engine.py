@@ -21,6 +21,7 @@ from core.config.base import merge
 from core.damage import archive_fault
 from core.errors import ArtefactError
 from core.models import CausalLM
+from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
@@ -64,7 +65,7 @@ class Engine:
         import deepspeed
 
         init_distributed()
-        self.module, self.accumulation, self.continues = module, accumulation, 0
+        self.module, self.accumulation, self.continues, self._offloaded = module, accumulation, 0, False
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
         if optim is None:
             module.requires_grad_(False).eval()
@@ -126,6 +127,21 @@ class Engine:
         """The learning rate of the next update."""
         return self._deepspeed.get_lr()[0]
 
+    def offload_states(self) -> None:
+        """Keep the optimiser's states and float32 weights in host memory until `reload_states`, at stage 1, 2 or 3.
+
+        In between, passes and `save` work as usual, `step` does not. Does nothing the second time.
+        """
+        if not self._offloaded:
+            host_states.offload(self._deepspeed)
+            self._offloaded = True
+
+    def reload_states(self) -> None:
+        """Undo `offload_states`, if it was called."""
+        if self._offloaded:
+            host_states.reload(self._deepspeed, device())
+            self._offloaded = False
+
     def settle(self) -> None:
         """End ZeRO-3's prefetches, some of which a pass over a part of the model leaves pending.
 
@@ -142,7 +158,11 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write weights, optimiser and schedule of every rank, to resume from."""
         self.settle()
+        offloaded = self._offloaded
+        self.reload_states()
         self._deepspeed.save_checkpoint(str(folder), tag="state")
+        if offloaded:
+            self.offload_states()
 
     def load(self, folder: Path) -> None:
         """Resume from what `save` wrote, on the same number of ranks.

@@ -32,7 +32,7 @@ def disk_of(sizes: Sizes, stage: str) -> Disk:
     if stage == "preferences":
         pairs = sum(lengths.pairs.values())
         samples = 2 * (lengths.calibration + (0 if cfg.preferences.sources else pairs))
-        # samples.parquet, the shards until they are merged, and the pairs
+        # samples.parquet, the shards until the stage ends, and the pairs
         pools = pool_bytes(sizes, samples)
         return Disk(pools + pool_bytes(sizes, 2 * pairs), 2 * pools + pool_bytes(sizes, 2 * pairs))
     if stage == "rm":
@@ -40,7 +40,7 @@ def disk_of(sizes: Sizes, stage: str) -> Disk:
     if stage == "bon":
         samples = bon_prompts(sizes) * cfg.bon.samples
         scores = 80 * samples * (len(cfg.rm.variants) + 1)
-        return Disk(pool_bytes(sizes, samples) + scores, 2 * pool_bytes(sizes, samples) + scores)
+        return Disk(pool_bytes(sizes, samples) + scores, 2 * (pool_bytes(sizes, samples) + scores))
     if stage == "ppo":
         return _ppo(sizes)
     if stage == "eval":

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from core.config import Config, EngineStage
+from core.config import ENGINE_STAGES, Config
 from core.environment import variables
 from core.errors import ArtefactError
 from core.files import read_json, write_json
@@ -24,18 +24,24 @@ from pipelines.plan.probes import STARTED
 GroupName = str
 
 
-def groups(cfg: Config, ranks: Mapping[EngineStage, int]) -> dict[GroupName, tuple[int, bool]]:
+def groups(cfg: Config, ranks: Mapping[str, int]) -> dict[GroupName, tuple[int, bool]]:
     """Programs whose findings a plan of this configuration rests on: name -> (ranks, whether they have engines).
 
-    One process does what preferences, bon and eval do. Ranks with engines of the stages in use do what rm and ppo do.
+    Ranks with engines of the stages in use do what rm and ppo do. Processes without do what preferences, bon and eval
+    do; one process always, for what is measured there alone.
+
+    Args:
+        ranks: of each stage that has several.
     """
     wanted: dict[int, set[int]] = {}
-    for stage, count in ranks.items():
-        wanted.setdefault(count, set()).add(cfg.engine_of(stage).zero_stage)
+    for stage in ENGINE_STAGES:
+        if stage in ranks:
+            wanted.setdefault(ranks[stage], set()).add(cfg.engine_of(stage).zero_stage)
     found = {
         f"{count} ranks, zero {', '.join(map(str, sorted(zeros)))}": (count, True) for count, zeros in wanted.items()
     }
-    return found if 1 in wanted else {"1": (1, False), **found}
+    divided = {1, *(count for stage, count in ranks.items() if stage not in ENGINE_STAGES)} - wanted.keys()
+    return {("1" if count == 1 else f"{count} processes"): (count, False) for count in sorted(divided)} | found
 
 
 def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]) -> None:
@@ -78,7 +84,9 @@ def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config, out = Path(folder, "config.yaml"), Path(folder, "found.json")
         config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if engines else []
+        torchrun = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if engines or ranks > 1 else []
+        )
         command: Sequence[str] = [sys.executable, *torchrun, "-m", "pipelines.plan.probes", str(config), str(out)]
         command = [*command, *(["engines"] if engines else [])]
         done = subprocess.run(

@@ -129,10 +129,10 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
         "passes": 4 * SCORE_TOKENS * (sizes.base.hidden + sizes.base.intermediate) * size,
     }
     if stage == "bon" and len(members) > 1:
-        second["states of shared layers"] = CACHED_STATES if not gpu_memory else 0.0
         rows = sizes.lengths.prompts.get("eval", 0) if sizes.cfg.bon.prompts is None else sizes.cfg.bon.prompts
         states = rows * sizes.row(sizes.cfg.bon.samples) * sizes.base.hidden * size
-        second["states of shared layers"] = min(second["states of shared layers"], states)
+        most = CACHED_STATES if not gpu_memory else 0.0
+        second["states of shared layers"] = min(most, states) / sizes.ranks
     if sizes.gold:
         second["gold"] = sizes.gold.params * size
     return Memory((first, second), 2 * sizes.policy.params * size)
@@ -203,7 +203,8 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
         return Memory((parts,), whole)
     vllm = sampler(sizes, gpu_memory)
     if gpu_memory and sizes.cfg.generation.vllm.sleep:
-        return Memory((parts, vllm | {name: n for name, n in parts.items() if name not in PASSING}), whole)
+        passing = (*PASSING, "optimiser states") if cfg.offload_while_sampling else PASSING
+        return Memory((parts, vllm | {name: n for name, n in parts.items() if name not in passing}), whole)
     return Memory((vllm | parts,), whole)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.artefacts import read_manifest
-from core.config import Config, EngineStage
+from core.config import ENGINE_STAGES, Config
 from core.machine import device_name
 from pipelines.plan import pools, training
 from pipelines.plan.disk import Disk, disk_of, disk_warnings
@@ -33,8 +33,8 @@ class Where:
     """The machine that is planned for."""
 
     rates: Rates
-    ranks: Mapping[EngineStage, int]
-    """Of each stage that trains."""
+    ranks: Mapping[str, int]
+    """Of each stage that has several."""
     memory: float
     """Bytes of one GPU, or of the whole machine on CPU."""
     gpus: int = 0
@@ -105,7 +105,7 @@ def sizes_of(cfg: Config, lengths: Lengths, where: Where) -> Sizes:
 
 
 def plan_stage(name: str, sizes: Sizes, where: Where, times: int = 1) -> StagePlan:
-    sizes = replace(sizes, ranks=where.ranks.get(name, 1))  # type: ignore[call-overload]
+    sizes = replace(sizes, ranks=where.ranks.get(name, 1))
     phases = pools.report(where.report_seconds) if name == "report" else COUNTS[name](sizes)
     seconds = {phase: sum(where.rates.seconds(item) for item in items) for phase, items in phases.items()}
     before = where.rates.seconds(Start("command")) + where.rates.seconds(Start("process", ranks=sizes.ranks))
@@ -133,12 +133,14 @@ def assemble(
     """A plan of these stages, with its warnings."""
     warnings = [
         f"{stage}: the configuration does not fit {ranks} ranks: {fault}"
-        for stage, ranks in where.ranks.items()
+        for stage in ENGINE_STAGES
+        for ranks in ([where.ranks[stage]] if stage in where.ranks else [])
         for fault in cfg.batch_faults(stage, ranks)
     ]
     for stage, sizes in stages:
         sizes = replace(sizes, ranks=stage.ranks)
         found = memory_warnings(sizes, stage.name, stage.memory, where.memory, gpu=bool(where.gpus), host=where.host)
+        found += pools.idle(sizes, stage.name)
         warnings += [line for line in found if line not in warnings]
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}
     peak, lines = disk_warnings(disks, cfg.run.dir)

@@ -1,6 +1,7 @@
 """Timed calls of the project's own functions, on the policy of a configuration; run by `pipelines.plan.measure`.
 
     python -m pipelines.plan.probes CONFIG OUT                        what one process does: bon, eval, preferences
+    torchrun ... -m pipelines.plan.probes CONFIG OUT                  what their processes do, all at once
     torchrun ... -m pipelines.plan.probes CONFIG OUT engines          what the ranks of rm and ppo do, all at once
 
 Every rank does the same at the same time, and the slowest one counts, as in a stage. The first rank writes OUT.
@@ -131,7 +132,7 @@ class Probes:
                 self.found |= {"responses": lengths, "responses_cut_at": most}
         self.found["read"] = timed(lambda: generator.logprobs_of(rows)) / sum(map(len, rows))
         self.generator = generator
-        if self.ranks == 1 and cfg.gold.kind == "judge":
+        if cfg.gold.kind == "judge":
             about: list[ResponseRow] = [
                 {"prompt": prompt, "response": s.text, "token_ids": None, "tokenizer": None}
                 for prompt, s in zip(asked, samples, strict=True)
@@ -155,11 +156,11 @@ class Probes:
                 self._pass("forward", None, rows, length, layers, seconds)
         for tokens in (32, 384):
             self._head(lm, tokens)
+        names = list(lm.named_parameters())
+        self.found["sync"] = {"none": timed(lambda: self.generator.sync(names)) / self._params(lm)}
+        self._kl(lm)
         if self.ranks == 1:
-            names = list(lm.named_parameters())
-            self.found["sync"] = {"none": timed(lambda: self.generator.sync(names)) / self._params(lm)}
             self._write(lm)
-            self._kl(lm)
         return lm
 
     def _kl(self, lm: CausalLM) -> None:

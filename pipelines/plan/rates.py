@@ -136,9 +136,10 @@ class FromPeaks:
                 local = moved * 3 / (shares.bandwidth * device.bandwidth) * self._side_by_side(item.ranks)
                 return local + (self._communication(moved, item.ranks) if item.zero == 3 else 0.0)
             case work.Kl():
-                return 2 * 2 * item.shape.head_params * item.tokens / (shares.logits * device.flops)
+                flops = 2 * 2 * item.shape.head_params * item.tokens * self._side_by_side(item.ranks)
+                return flops / (shares.logits * device.flops)
             case work.Judge():
-                return item.samples / shares.judge
+                return item.samples / shares.judge * self._side_by_side(item.ranks)
             case work.Load():
                 return item.calls * item.params * size / shares.load * self._side_by_side(item.ranks)
             case work.Start():

@@ -142,6 +142,7 @@ class Kl:
 
     shape: Shape
     tokens: float
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class Judge:
     """Responses scored by the built-in gold model."""
 
     samples: float
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

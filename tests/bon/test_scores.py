@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from bon.scores import SharedLayers, score_proxies
+from bon.scores import SharedLayers, put_together, score_proxies
 from core.config import Model
 from core.data.chat import ChatTokenizer, conversation
 from core.files import read_table
+from core.generation.pool import SampledPool
 from core.models.loading import load_causal_lm
 from core.training.weights import named_weights
 from rm.checkpoints.layout import save_reward_model
@@ -43,7 +44,9 @@ def test_shared_layers_change_no_reward(where, tmp_path):
         models[name] = RewardModel.from_pretrained(tmp_path / "rm" / name)
     shared = SharedLayers.of(models["a"], models["b"], samples)
     assert shared.cache.layers.depth == 3 and shared.fits(models["b"]) and not shared.fits(models["other"])
-    names = score_proxies(tmp_path / "rm", samples, tmp_path)
+    pool = SampledPool(tmp_path / "samples.parquet", 1, {0: samples})
+    names = score_proxies(tmp_path / "rm", pool, tmp_path)
+    put_together([tmp_path / "scores" / f"{name}.parquet" for name in names], pool, title="bon")
     for name, model in models.items():
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
         assert torch.equal(torch.tensor(found), model.score(conversations))
@@ -65,7 +68,9 @@ def test_pools_are_scored_alike_with_reward_models_of_several_sizes(where, tmp_p
         loaded = RewardModel.from_pretrained(tmp_path / "rm" / name)
         assert len(loaded.lm.model.layers) == layers
         expected[name] = loaded.score([conversation(s["prompt"], s["response"]) for s in samples])
-    score_proxies(tmp_path / "rm", samples, tmp_path)
+    pool = SampledPool(tmp_path / "samples.parquet", 1, {0: samples})
+    names = score_proxies(tmp_path / "rm", pool, tmp_path)
+    put_together([tmp_path / "scores" / f"{name}.parquet" for name in names], pool, title="bon")
     for name, rewards in expected.items():
         found = [r["score"] for r in read_table(tmp_path / "scores" / f"{name}.parquet")]
         assert torch.equal(torch.tensor(found), rewards), name

@@ -56,6 +56,45 @@ def test_where_one_rank_fails_the_others_are_ended(tmp_path):
     assert (tmp_path / "ended").exists() and time.monotonic() - began < 30
 
 
+TOLD = """
+import os, pathlib, sys, time
+import torch.distributed as dist
+import torch
+from core.ranks import told_by_first
+rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
+time.sleep(0.3 * rank)  # the first says it before the others listen, and must not end before they have heard it
+heard = [told_by_first("one", lambda: "said once"), told_by_first("two")]
+if len(sys.argv) == 2:  # a process group can be made beside it, at the same port
+    dist.init_process_group("gloo")
+    total = torch.tensor(rank)
+    dist.all_reduce(total)
+    heard.append(str(int(total)))
+(folder / str(rank)).write_text(" ".join(heard))
+os._exit(0)
+"""
+
+
+def test_the_first_rank_tells_the_others(tmp_path):
+    assert ranks(TOLD, 3, tmp_path) == 0
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("012", "said once  3")
+
+
+FIRST_FAILS = """
+import os, sys
+from core.ranks import told_by_first
+def tell():
+    sys.exit("what is wrong")
+told_by_first("one", tell)
+"""
+
+
+def test_where_the_first_rank_fails_only_its_error_is_seen(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in every stage (`core.environment.variables`)
+    began = time.monotonic()
+    assert ranks(FIRST_FAILS, 3, tmp_path) == 1
+    assert capfd.readouterr().err == "what is wrong\n" and time.monotonic() - began < 30
+
+
 STOPS = """
 import os, pathlib, signal, sys, time
 asked = []

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from core import environment
 from core.config.load import load
 from core.environment import variables
 from core.errors import ConfigError
@@ -47,7 +48,7 @@ def test_a_rank_of_torchrun_starts_again_in_the_environment_of_a_stage(monkeypat
 @pytest.mark.parametrize(
     ("stage", "said"),
     [("ppo", "ppo.rollouts 32 is not divisible by 3 ranks (engine.processes, or torchrun's) x ppo.micro_batch 4 x "
-             "ppo.minibatches 2 = 24"), ("bon", "runs in one process, and torchrun started 3: use `grm bon`")],
+             "ppo.minibatches 2 = 24"), ("report", "runs in one process, and torchrun started 3: use `grm report`")],
 )  # fmt: skip
 def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, stage, said, started):
     """Whoever started the ranks, and whatever engine.processes says of another launch."""
@@ -61,12 +62,28 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, sta
 
 
 def test_each_stage_has_its_own_number_of_ranks():
-    cfg = load([ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1"])
-    assert [launch.num_processes(stage, cfg) for stage in ("rm", "ppo")] == [1, 2]
+    cfg = load([ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1", "generation.processes=3"])
+    assert [launch.num_processes(stage, cfg) for stage in ("rm", "ppo", "bon", "report")] == [1, 2, 3, 1]
     fits_ppo = load([ROOT / "configs" / "smoke.yaml"], ["ppo.rollouts=48"])
     launch.check_ranks("ppo", fits_ppo, 3)  # whatever the batches of reward models are
     with pytest.raises(ConfigError, match="rm.global_batch 16 is not divisible by 3 ranks"):
         launch.check_ranks("rm", fits_ppo, 3)
+
+
+def test_processes_that_divide_a_stage_see_a_gpu_each(monkeypatch):
+    """One for each GPU by default; of several machines' processes, those of this machine count."""
+    monkeypatch.setattr(environment, "num_gpus", lambda: 4)
+    monkeypatch.setattr(launch, "num_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    cfg = load([ROOT / "configs" / "smoke.yaml"], [])
+    assert [launch.num_processes(stage, cfg) for stage in ("preferences", "bon", "eval")] == [4, 4, 4]
+    seen = [launch.own_variables("bon", 4, number)["CUDA_VISIBLE_DEVICES"] for number in range(4)]
+    assert seen == ["2", "3", "5", "7"]
+    assert launch.own_variables("ppo", 4, 1) == launch.own_variables("bon", 1, 0) == {}
+    with pytest.raises(ConfigError, match="here are 4: lower generation.processes"):
+        launch.own_variables("bon", 5, 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launch.own_variables("bon", 4, 3) == {"CUDA_VISIBLE_DEVICES": "3"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Two training steps at each ZeRO stage, and the second one again from the saved state, on the ranks of torchrun."""
+"""Two training steps at each ZeRO stage, and the second one again from the saved state, on the ranks of torchrun; at
+the stages that shard also from a state that was saved and continued while it was in host memory."""
 
 import json
 import os
@@ -46,6 +47,19 @@ def main(out: str) -> None:
                 all(other[k].equal(w) for k, w in one.items()),
                 any(not after_one[k].equal(w) for k, w in one.items()),
             ]
+            if stage:
+                elsewhere = Engine(tiny_lm(1).to(getattr(torch, dtype)), cfg, micro_batch=1, optim=OPTIM, total_steps=2)
+                elsewhere.offload_states()  # before the optimiser has any
+                elsewhere.reload_states()
+                step(elsewhere, mine[0])
+                elsewhere.offload_states()
+                elsewhere.save(Path(out) / f"{name} in host memory")
+                elsewhere.reload_states()
+                step(elsewhere, mine[1])
+                second.load(Path(out) / f"{name} in host memory")
+                step(second, mine[1])
+                one = weights(first)
+                found[name] += [all(w.equal(one[k]) for k, w in weights(e).items()) for e in (elsewhere, second)]
     if distributed.rank() == 0:
         (Path(out) / "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()

@@ -41,7 +41,12 @@ def test_a_plan_for_gpus(capsys):
     assert found["cost"] == pytest.approx(found["seconds"] / 3600 * 2.5 * 8, rel=1e-3)
     assert any("256.0 tokens a response (as asked" in line for line in found["assumptions"])
     ppo = found["stages"][4]
-    assert ppo["ranks"] == 8 and found["stages"][3]["ranks"] == 1
+    assert [stage["ranks"] for stage in found["stages"]] == [1, 8, 8, 8, 8, 8, 1]
+    alone = planned(capsys, *GEMMA, "--gpus", "8xH100", "--share", "0.5", "generation.processes=1")["stages"]
+    for number in (1, 3, 5):  # preferences, bon, eval: all GPUs share what one has to do
+        name, one, all_ = STAGES[number], alone[number], found["stages"][number]
+        work = [sum(stage["seconds_of_phases"][p] for p in ("sample", "gold")) for stage in (one, all_)]
+        assert one["ranks"] == 1 and 4 < work[0] / work[1] <= 8.01, (name, work)
     assert ppo["seconds"] == pytest.approx(sum(ppo["seconds_of_phases"].values()), abs=0.5)
     assert ppo["memory_bytes_per_rank"] == pytest.approx(sum(ppo["memory_parts"].values()), rel=1e-6)
     assert ppo["disk_peak_bytes"] >= ppo["disk_bytes"] > 0
@@ -59,6 +64,12 @@ def test_it_refuses_nothing_that_will_not_fit(capsys):
     found = planned(capsys, *GEMMA, "--gpus", "3xRTX4090", "ppo.lora=null")
     assert any("a rank needs" in line and "22.4 GiB" in line for line in found["warnings"])
     assert any("rm.global_batch 32 is not divisible by 3 ranks" in line for line in found["warnings"])
+
+
+def test_processes_without_a_shard_are_warned_of(capsys):
+    for size, warned in ((64, True), (8, False)):
+        found = planned(capsys, *GEMMA, "--gpus", "8xH100", f"bon.shard_prompts={size}")
+        assert any(line.startswith("bon: 3 shards for 8 processes") for line in found["warnings"]) == warned
 
 
 @pytest.mark.parametrize("wrong", ["8xH900", "xxH100", "0xH100"])
@@ -162,6 +173,8 @@ def test_engines_of_other_zero_stages_are_measured_by_themselves(tmp_path):
     assert groups(cfg, {"rm": 2, "ppo": 2}) == {"1": (1, False), "2 ranks, zero 2": (2, True)}
     other = load(["configs/offline.yaml"], ["ppo.engine.zero_stage=0", "rm.engine.zero_stage=3"])
     assert groups(other, {"rm": 2, "ppo": 2}) == {"1": (1, False), "2 ranks, zero 0, 3": (2, True)}
+    divided = {"1": (1, False), "4 processes": (4, False), "2 ranks, zero 2": (2, True)}
+    assert groups(cfg, {"rm": 2, "ppo": 2, "bon": 2, "eval": 4}) == divided
     assert groups(other, {"rm": 1, "ppo": 2}) == {"1 ranks, zero 3": (1, True), "2 ranks, zero 0": (2, True)}
     file = tmp_path / "kept.json"
     write_json(file, {"groups": {"1": {"ranks": 1}}, "code": {"git_sha": "abc"}, "load": 0.1})

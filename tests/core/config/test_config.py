@@ -143,6 +143,14 @@ def test_batches_must_divide_on_the_ranks_of_their_own_stage():
         load([], ["ppo.sync=adapter", "ppo.engine.dtype=float32", "generation.vllm.dtype=bfloat16"])
 
 
+def test_states_are_moved_while_sampling_only_where_they_are_on_the_gpu():
+    load([], ["ppo.offload_while_sampling=true", "ppo.engine.zero_stage=2", "rm.engine.offload=true"])
+    with pytest.raises(ConfigError, match="ppo.offload_while_sampling and engine.offload exclude each other"):
+        load([], ["ppo.offload_while_sampling=true", "ppo.engine.offload=true"])
+    with pytest.raises(ConfigError, match="DeepSpeed moves nothing at engine.zero_stage 0; take 1, 2 or 3"):
+        load([], ["ppo.offload_while_sampling=true", "engine.zero_stage=0"])
+
+
 @pytest.mark.parametrize("stage", ENGINE_STAGES)
 def test_a_wrong_key_of_a_stages_engine_is_named_with_the_nearest(stage):
     with pytest.raises(ConfigError, match=rf"{stage}.engine.zero_stag: no such key .*{stage}.engine.zero_stage"):

@@ -1,15 +1,17 @@
 """Counts of the stages against the functions that the stages themselves call."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from core.batching import by_length_on_ranks, evenly_on_ranks, row_length
 from core.config import RewardVariant
 from core.generation.local import Completion
+from core.shares import Share
 from pipelines.plan import pools, training
 from pipelines.plan.sizes import Part, batches
-from pipelines.plan.work import Logits, Pass, Sample, Update
+from pipelines.plan.work import Judge, Kl, Logits, Pass, Sample, Update
 from ppo.records import make_minibatches
 from rm.model import UNPADDED_ROW
 from rm.pairs import Pair, batch_plan
@@ -130,13 +132,39 @@ def test_batches_are_those_of_scoring(ranks):
 
 
 def test_samples_of_the_stages():
-    found = sizes(preferences={"max_train_pairs": None}, bon={"samples": 16, "prompts": 8, "shard_prompts": 4})
+    given = {"preferences": {"max_train_pairs": None}, "bon": {"samples": 16, "prompts": 8, "shard_prompts": 4}}
+    found = sizes(ranks=1, **given)
     (preferences,) = of_kind(pools.preferences(found), "sample", Sample)
     assert preferences.calls * preferences.sequences == 2 * (64 + 10 + 10)
     (bon,) = of_kind(pools.bon(found), "sample", Sample)
     assert (bon.calls, bon.sequences, bon.prompts) == (2, 64, 4)
+    (bon,) = of_kind(pools.bon(sizes(ranks=2, **given)), "sample", Sample)
+    assert (bon.calls, bon.sequences, bon.prompts, bon.ranks) == (1, 64, 4, 2)
+    found = sizes(**given)
     (ppo,) = of_kind(training.ppo(found), "generate", Sample)
     assert ppo.calls * ppo.sequences * found.ranks == found.cfg.ppo.steps * found.cfg.ppo.rollouts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("shard_prompts", [None, 2])
+def test_work_of_the_process_with_the_most_shards(ranks, shard_prompts):
+    """Ten prompts of the reference and three checkpoints; the judge scores shards of 16 prompts, so all of them."""
+    found = sizes(ppo={"steps": 3, "checkpoint_every": 1}, eval={"shard_prompts": shard_prompts})
+    found = replace(found, ranks=ranks)
+    shards = [(step, part) for step in range(4) for part in range(5 if shard_prompts else 1)]
+    mine = [[shards[number] for number in Share(rank, ranks).of(len(shards))] for rank in range(ranks)]
+    most = max(mine, key=len)
+    phases = pools.evaluate(found)
+    (sample,) = of_kind(phases, "sample", Sample)
+    prompts = shard_prompts or 10
+    assert (sample.calls, sample.sequences) == (pytest.approx(len(most)), prompts)
+    (sync,) = phases["sync"]
+    assert sync.calls >= max(len({step for step, _ in one if step}) for one in mine)
+    (judge,) = of_kind(phases, "gold", Judge)
+    assert judge.samples == 4 * 10
+    kl = [item for item in phases["kl"] if isinstance(item, Kl)][0]
+    assert kl.tokens == pytest.approx(12 * len(most) * prompts)
+    assert bool(pools.idle(found, "eval")) == (len(shards) < ranks) == (not all(mine))
 
 
 @pytest.mark.parametrize("gpu_memory", [None, 1e9])

@@ -111,6 +111,15 @@ def test_vllm_and_trainer_that_do_not_fit_together_are_warned_of():
     assert not memory_warnings(roomy, "ppo", memory_of(roomy, "ppo", 10 * GIB), 10 * GIB, gpu=True)
 
 
+def test_optimiser_states_leave_room_for_vllm_where_they_are_moved():
+    full = {"generation": {"vllm": {"gpu_memory_utilization": 0.9}}}
+    kept, moved = (
+        memory_of(sizes(ppo={"offload_while_sampling": on}, **full), "ppo", 10 * GIB).moments for on in (False, True)
+    )
+    assert kept[0] == moved[0] and "optimiser states" in kept[0]  # while it trains
+    assert sum(kept[1].values()) - sum(moved[1].values()) == kept[1]["optimiser states"] > 0
+
+
 def test_host_memory_that_whole_models_do_not_fit_into_is_warned_of():
     found = sizes(generation={"vllm": {"gpu_memory_utilization": 0.2}})
     memory = memory_of(found, "ppo", 10 * GIB)
