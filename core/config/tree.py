@@ -189,7 +189,7 @@ class Config(Section):
                 "in host memory all the time"
             )
         elif self.ppo.offload_while_sampling and settings.zero_stage == 0:
-            faults.append("ppo.offload_while_sampling: DeepSpeed moves nothing at engine.zero_stage 0; take 1, 2 or 3")
+            faults.append("ppo.offload_while_sampling: DeepSpeed moves nothing at engine.zero_stage 0: take 1, 2 or 3")
         if (self.policy.path, self.policy.revision) == (self.rm.base.path, self.rm.base.revision):
             faults += [
                 f"policy.{name} and rm.base.{name} differ: policy and reward models would read other tokens; set both"

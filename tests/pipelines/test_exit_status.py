@@ -49,6 +49,10 @@ def test_a_rank_that_crashes_names_itself_and_exits_70(tmp_path):
         "import sys, pipelines.prompts as prompts\n"
         "def fails(*_): raise ZeroDivisionError('by hand')\n"
         "prompts.run = fails\n"
+        "import pipelines.launch as launch, pipelines.stages as stages\n"
+        "launch.check_ranks = lambda *_: None\n"
+        "launch._settled = lambda *_: False\n"
+        "stages.told_by_first = lambda *_: ''\n"  # there is no other rank
         "from pipelines.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -57,8 +61,7 @@ def test_a_rank_that_crashes_names_itself_and_exits_70(tmp_path):
     (tmp_path / "p.jsonl").write_text("{}")
     (tmp_path / "model").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", program.replace("sys.exit", "import pipelines.launch as l; l.check_ranks = "
-         "lambda *_: None; l._settled = lambda *_: False; sys.exit"), "prompts", "--config", str(config),
+        [sys.executable, "-c", program, "prompts", "--config", str(config),
          f"run.dir={tmp_path}", f"data.prompts={tmp_path / 'p.jsonl'}", f"policy.path={tmp_path / 'model'}"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -43,10 +43,11 @@ def test_a_plan_for_gpus(capsys):
     ppo = found["stages"][4]
     assert [stage["ranks"] for stage in found["stages"]] == [1, 8, 8, 8, 8, 8, 1]
     alone = planned(capsys, *GEMMA, "--gpus", "8xH100", "--share", "0.5", "generation.processes=1")["stages"]
-    for number in (1, 3, 5):  # preferences, bon, eval: all GPUs share what one has to do
+    # preferences, bon, eval: all GPUs share what one has to do. Decoding fewer sequences at once takes as many steps.
+    for number in (1, 3, 5):
         name, one, all_ = STAGES[number], alone[number], found["stages"][number]
         work = [sum(stage["seconds_of_phases"][p] for p in ("sample", "gold")) for stage in (one, all_)]
-        assert one["ranks"] == 1 and 4 < work[0] / work[1] <= 8.01, (name, work)
+        assert one["ranks"] == 1 and 2 < work[0] / work[1] <= 8.01, (name, work)
     assert ppo["seconds"] == pytest.approx(sum(ppo["seconds_of_phases"].values()), abs=0.5)
     assert ppo["memory_bytes_per_rank"] == pytest.approx(sum(ppo["memory_parts"].values()), rel=1e-6)
     assert ppo["disk_peak_bytes"] >= ppo["disk_bytes"] > 0

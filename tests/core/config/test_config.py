@@ -147,7 +147,7 @@ def test_states_are_moved_while_sampling_only_where_they_are_on_the_gpu():
     load([], ["ppo.offload_while_sampling=true", "ppo.engine.zero_stage=2", "rm.engine.offload=true"])
     with pytest.raises(ConfigError, match="ppo.offload_while_sampling and engine.offload exclude each other"):
         load([], ["ppo.offload_while_sampling=true", "ppo.engine.offload=true"])
-    with pytest.raises(ConfigError, match="DeepSpeed moves nothing at engine.zero_stage 0; take 1, 2 or 3"):
+    with pytest.raises(ConfigError, match="DeepSpeed moves nothing at engine.zero_stage 0: take 1, 2 or 3"):
         load([], ["ppo.offload_while_sampling=true", "engine.zero_stage=0"])
 
 
