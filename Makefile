@@ -17,7 +17,7 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds verdict-errors test-fast test test-all test-models \
+.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill verdict-errors test-fast test test-all test-models \
 	check lint types docs-config bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
@@ -53,6 +53,9 @@ human-preferences: | ready  ## reward models on the human preferences of RLHF_DA
 
 ppo-seeds: rm | ready  ## PPO with three seeds against one reward model, and its learning curves
 	@$(PYTHON_BIN) -m experiments.ppo_seeds --config $(CONFIG) $(SET)
+
+drill: | ready       ## kill, damage and hinder real runs; writes docs/drill.md: half an hour on two cores; N=cases SEED=0 ONLY=kind
+	@$(PYTHON_BIN) -m experiments.drill --number $(or $(N),240) --seed $(or $(SEED),0) $(if $(ONLY),--only "$(ONLY)")
 
 verdict-errors: | ready  ## how often the study's verdicts are right, on planted curves: half an hour on two cores
 	@$(PYTHON_BIN) -m experiments.verdict_errors

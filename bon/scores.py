@@ -22,6 +22,7 @@ from core.generation.pool import SampledPool
 from core.models.architecture import hidden_size, text_config
 from core.models.layers import FrozenLayers, frozen_layers_of, shared_depth
 from core.models.state_cache import FrozenStateCache
+from core.parts import write_part
 from core.shares import remove_shards, shard_file
 from rm.checkpoints.folder import locate, read_config
 from rm.checkpoints.layout import read_about
@@ -103,7 +104,7 @@ def score_shards(
         for number in missing:
             shard, before = pool.shards[number], bar.n
             scores = score(cast(list[ResponseRow], shard), bar)
-            (write or write_scores)(shard_file(table, number), shard, scores)
+            write_part(shard_file(table, number), lambda file: (write or write_scores)(file, shard, scores))  # noqa: B023
             bar.update(before + len(shard) - bar.n)  # equal responses are scored once
 
 

@@ -19,6 +19,7 @@ from core.config.fields import field_of
 from core.errors import ArtefactError
 from core.files import count_rows, digest, file_digest, write_json
 from core.machine import code_version, device_name, package_versions
+from core.parts import forget
 from core.row_files import Fault, parsed
 
 MANIFEST = "manifest.json"
@@ -117,7 +118,8 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     manifest = parsed(path.read_bytes())
     seal = manifest.pop(SEAL, None) if isinstance(manifest, dict) else ""
-    if seal is not None and seal != digest(manifest):  # those of earlier versions have none
+    of_earlier_version = seal is None and "outputs" in manifest
+    if not of_earlier_version and seal != digest(manifest):
         fault = manifest if isinstance(manifest, Fault) else "its contents are not what was written"
         raise ArtefactError(f"{path} is damaged: {fault}; `grm {folder.name} --force` runs the stage again")
     return manifest
@@ -272,6 +274,7 @@ def publish(
         parts: some of these seconds by what they went to; `start` becomes `seconds_start`.
         resumable: a folder in `partial` that is no output: what the stage could be continued from.
     """
+    forget(partial)
     outputs = [
         {
             "path": str(p.relative_to(partial)),

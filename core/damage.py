@@ -64,17 +64,20 @@ def look(
     """
     passed = (*LOOSE, *without)
     ours = [o for o in manifest["outputs"] if o["path"].startswith(below)]
-    listed = {o["path"]: o for o in ours if not _matches(o["path"], passed)}
+    listed = {o["path"]: o for o in ours if not matches(o["path"], passed)}
     faults, sizes = _by_size(folder, listed)
     known = {} if again else remembered(folder)
     keys = {path: _key(folder / path) for path in sizes}
-    fresh = {path: known[key] for path, key in keys.items() if key in known}
+    fresh = {path: known[key] for path, key in keys.items() if known.get(key) == listed[path]["sha256"]}
+    # What is remembered may be damaged itself, so that no file is called damaged which has not been read.
+    doubtful = {path for path, key in keys.items() if key in known and path not in fresh}
     unread = {path for path in sizes if path not in fresh}
-    left = sum(sizes[path] for path in unread)
-    if left <= most_bytes:
-        fresh |= _read(folder, sorted(unread), left)
-        remember(folder, {keys[path]: sha for path, sha in fresh.items() if sha})
-        left = 0
+    left = sum(sizes[path] for path in unread - doubtful)
+    if left > most_bytes:
+        unread = doubtful
+    fresh |= _read(folder, sorted(unread), sum(sizes[path] for path in unread))
+    remember(folder, {keys[path]: sha for path, sha in fresh.items() if sha})
+    left = left if left > most_bytes else 0
     faults += [
         Fault(folder / path, "cannot be read" if not sha else "is not what was written: its SHA-256 is another")
         for path, sha in fresh.items()
@@ -125,12 +128,13 @@ def _extra(folder: Path, outputs: set[str], passed: tuple[str, ...]) -> list[str
     found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     return [
         path for path in found
-        if path not in outputs and path not in (MANIFEST, FINGERPRINT) and not _matches(path, passed)
+        if path not in outputs and path not in (MANIFEST, FINGERPRINT) and not matches(path, passed)
         and Path(path).parts[0] != RESUME
     ]  # fmt: skip
 
 
-def _matches(path: str, patterns: Iterable[str]) -> bool:
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a path in a stage's folder, or its last part, has one of these patterns, or is hidden."""
     hidden = any(part.startswith(".") for part in Path(path).parts)
     return hidden or any(fnmatch(path, p) or fnmatch(Path(path).name, p) for p in patterns)
 

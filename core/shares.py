@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.files import concatenate_tables
+from core.parts import write_part
 from core.ranks import place
 
 LOOK_SECONDS = 0.2
@@ -62,7 +63,7 @@ class Share:
             return
         files = [shard_file(table, number) for number in range(count)]
         self.wait_for(files, title=title)
-        concatenate_tables(files, table)
+        write_part(table, lambda file: concatenate_tables(files, file))
 
     def wait_for(self, files: Iterable[Path], *, title: str) -> None:
         """Return when all of these are there. Whoever started the processes ends this one where another has failed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from core import interrupt
+
+# isort: split
 import argparse
 import importlib
 import os
@@ -26,6 +29,7 @@ from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import command_line, launch, runs, stages, verify
 from pipelines.command_line import TOOLS
 
+interrupt.answer()
 GOLD = ("prompts", "preferences", "rm")
 """The stages of `grm gold`."""
 

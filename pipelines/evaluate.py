@@ -11,6 +11,7 @@ import gc
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -35,6 +36,7 @@ from core.generation.local import Generator
 from core.generation.pool import SampledPool, prompt_shards
 from core.models import CausalLM
 from core.models.loading import load_causal_lm
+from core.parts import write_part
 from core.shares import Share, remove_shards, shard_file
 from core.training.distributed import device
 from core.training.weights import named_weights
@@ -104,7 +106,6 @@ def score_proxies(cfg: Config, reward_models: Path, pool: SampledPool, out: Path
 
 
 def _write_scores(path: Path, rows: Sequence[Mapping[str, Any]], scores: list[float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     ids = [{column: row[column] for column in IDS} for row in rows]
     write_table(path, [{**row, "score": score} for row, score in zip(ids, scores, strict=True)])
 
@@ -155,8 +156,8 @@ def sample_checkpoints(
                         quiet=not share.is_first,
                     )  # fmt: skip
                     file = shard_file(tables[step], part)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_table(file, [{**s, **kl} for s, kl in zip(samples, kls, strict=True)])
+                    measured = [{**s, **kl} for s, kl in zip(samples, kls, strict=True)]
+                    write_part(file, partial(write_table, rows=measured))
                     bar.update()
     for step, table in tables.items():
         share.make_whole(table, len(parts), title=f"eval: step {step}")

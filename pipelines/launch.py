@@ -19,6 +19,7 @@ from core.config import Config
 from core.environment import STARTED, num_gpus, own_gpu, variables
 from core.errors import ArtefactError, ConfigError
 from core.locks import writing
+from core.parts import drop_damaged
 from core.ranks import LAUNCHER, end_with_launcher, run_ranks, told_by_first
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
@@ -125,6 +126,7 @@ def _settled_here(name: str, cfg: Config) -> bool:
         return True
     if not is_ours():
         check_inputs(name, cfg)
+        drop_damaged(cfg.run_dir / f"{name}.partial")
     return False
 
 
@@ -148,6 +150,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
     mark = cfg.run_dir / f"{name}.partial" / MARK
     with writing(cfg.run_dir, name):
+        drop_damaged(mark.parent)
         mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
         status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__)
     if status and mark.is_file():

@@ -37,6 +37,7 @@ from core.damage import remember_outputs
 from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
+from core.parts import drop_damaged
 from core.ranks import told_by_first
 
 
@@ -54,7 +55,8 @@ class Correction(NamedTuple):
 class Stage:
     name: str
     module: str
-    """Its `run(cfg, inputs, out) -> metrics` is the stage; imported only when it runs."""
+    """Its `run(cfg, inputs, out) -> metrics` is the stage; imported only when it runs. `tidy(cfg, folder)`, if it has
+    that, deletes what was needed until the result was published."""
     inputs: tuple[str, ...]
     """Stages whose folders it reads."""
     reads: tuple[str, ...]
@@ -206,6 +208,8 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
         resumable=resumable,
     )  # fmt: skip
     remember_outputs(folder)
+    if tidy := getattr(module, "tidy", None):
+        tidy(cfg, folder)
     headline = metrics.get("headline", "done")
     return f"{name}: {headline} ({seconds:.0f} s, {parts['start']:.0f} of them to start) -> {folder}"
 
@@ -224,6 +228,7 @@ def prepare(name: str, cfg: Config, wanted: Fingerprint, *, force: bool = False)
     elif has_work(partial):
         say(f"{name}: resumes the unfinished work in {partial}")
     if not force and not partial.is_dir() and (kept := kept_partial(folder, wanted)):
+        drop_damaged(kept)
         kept.rename(partial)
         say(f"{name}: resumes the unfinished work that was kept in {kept}")
     if not folder.exists():

@@ -27,8 +27,20 @@ class PolicyKeeper:
         """Where the policy after `step` is saved."""
         return self._folder / f"step-{step:04d}"
 
-    def forget_after(self, step: int) -> None:
-        """Delete the policies of later steps, which a run that is resumed after `step` may not come to again."""
+    def scores(self) -> dict[str, float]:
+        """The scores so far, by step."""
+        return read_json(self._file) if self._file.is_file() else {}
+
+    def forget_after(self, step: int, scores: dict[str, float] | None = None) -> None:
+        """Delete the policies of later steps, which a run that is resumed after `step` may not come to again.
+
+        Args:
+            scores: those that were known after `step`; None where they were not saved.
+        """
+        if scores:
+            write_json(self._file, scores)
+        elif step == 0 or scores is not None:
+            self._file.unlink(missing_ok=True)
         for folder in self._folder.glob("step-*"):
             if int(folder.name.split("-")[1]) > step:
                 shutil.rmtree(folder)
@@ -37,7 +49,7 @@ class PolicyKeeper:
         """Record the score of the policy after `step`, if that policy was saved, and delete what need not be kept."""
         if not self.folder(step).is_dir():
             return
-        scores = {int(k): v for k, v in read_json(self._file).items()} if self._file.is_file() else {}
+        scores = {int(k): v for k, v in self.scores().items()}
         # A resumed run repeats steps whose scores are recorded already.
         scores = {k: v for k, v in scores.items() if k < step} | {step: score}
         write_json(self._file, {str(k): v for k, v in scores.items()})

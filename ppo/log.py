@@ -9,9 +9,8 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.errors import DataError
+from ppo.saved import LOGS
 from ppo.watch import warnings_of
-
-FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLog:
@@ -32,7 +31,9 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._out = out
-        for name in FILES:
+        for name in LOGS:
+            if first_step == 1:
+                (out / name).unlink(missing_ok=True)
             keep_until(out / name, first_step - 1)
         self._rows = read_rows(out / "metrics.jsonl")
         self._writer = SummaryWriter(out / "tensorboard", purge_step=first_step)

@@ -39,6 +39,7 @@ from ppo.probe import SyncProbe
 from ppo.records import Clock, Rollout
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector, statistics
+from ppo.saved import SavedFiles, check_saved
 from ppo.update import Learner
 
 
@@ -73,6 +74,12 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
 
+def tidy(cfg: Config, folder: Path) -> None:
+    """Delete the state from which the stage could have been continued until its result was published."""
+    if not cfg.ppo.keep_state:
+        shutil.rmtree(folder / RESUME, ignore_errors=True)
+
+
 class Trainer:
     """The parts of one PPO run, what a step does with them, and what the run writes.
 
@@ -81,7 +88,10 @@ class Trainer:
 
     def __init__(self, cfg: Config, inputs: dict[str, Path], out: Path):
         distributed.init_distributed()
-        saved_state(out, distributed.world_size())  # one that cannot be continued is refused before models are loaded
+        # A state that cannot be continued is refused before models are loaded.
+        state = saved_state(out, distributed.world_size())
+        if distributed.rank() == 0 and "written" in state:
+            check_saved(out, state["written"], keeps_all=cfg.ppo.keep_policies is None)
         self.cfg, self.out = cfg, out
         seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
@@ -101,6 +111,7 @@ class Trainer:
             cfg.ppo, engines, self.learner, self.generator, self.probe, prompts=prompts, seed=seed
         )
         self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
+        self.saved = SavedFiles(out)
         self.spacing = Spacing(cfg.ppo.checkpoint_every, cfg.ppo.checkpoint_kl)
         self.average = WeightAverage(self.actor.module.lm, cfg.ppo.ema) if cfg.ppo.ema else None
         offloads = cfg.ppo.offload_while_sampling and torch.cuda.is_available()
@@ -200,6 +211,7 @@ class Trainer:
             state: dict = {"kl": self.kl.state_dict(), "scale": self.scale.state_dict()}
             state |= {"ranks": distributed.world_size(), "spacing": self.spacing.state_dict()}
             state |= {"average": self.average.digest(folder)} if self.average else {}
+            state |= {"scores": self.policies.scores(), "written": self.saved.record(folder)}
             mark_state(self.out, {"step": step, **state})
             for old in (self.out / RESUME).glob("[0-9]*"):
                 if old != folder:
@@ -212,6 +224,8 @@ class Trainer:
             save_adapter(folder, lm)
         else:
             self._save_merged(folder)
+        if distributed.rank() == 0:
+            self.saved.add_policy(folder)
 
     def _save_merged(self, folder: Path, **options) -> None:
         lm, first = self.actor.module.lm, distributed.rank() == 0
@@ -223,7 +237,7 @@ class Trainer:
         """The first step to run: 1, or the one after the last saved state.
 
         Raises:
-            ArtefactError: the state was written by another number of ranks.
+            ArtefactError: the state was written by another number of ranks, or is damaged.
         """
         state = saved_state(self.out, distributed.world_size())
         if state["step"]:
@@ -244,7 +258,9 @@ class Trainer:
             self.generator.sleep()
         if distributed.rank() == 0:
             (self.out / MARK).unlink(missing_ok=True)
-            self.policies.forget_after(state["step"])
+            self.policies.forget_after(state["step"], state.get("scores"))
+            if "written" in state:
+                self.saved.go_on(state["written"])
             self.log = RunLog(self.cfg, self.out, state["step"] + 1)
         return state["step"] + 1
 
@@ -255,8 +271,7 @@ class Trainer:
             self._save_merged(self.out / "policy-ema", values=self.average.values)
         if distributed.rank() == 0:
             write_card(self.out / "policy" / "README.md", self.cfg, summary(self.out / "metrics.jsonl"))
-            for folder in ("sync",) if self.cfg.ppo.keep_state else ("sync", RESUME):
-                shutil.rmtree(self.out / folder, ignore_errors=True)
+            shutil.rmtree(self.out / "sync", ignore_errors=True)
             if self.log:
                 self.log.close()
 

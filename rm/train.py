@@ -25,6 +25,7 @@ from core.data.streams import stream_seed
 from core.errors import DataError
 from core.files import read_json, read_table, write_json, write_table
 from core.models.state_cache import FrozenStateCache
+from core.parts import seal
 from core.training import distributed
 from core.training.engine import Engine
 from core.training.weights import gathered
@@ -114,6 +115,7 @@ def train_variant(
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
         write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
+        seal(out)
 
 
 def fit(

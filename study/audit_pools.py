@@ -25,6 +25,7 @@ from core.data.rows import PromptRow, ResponseRow, SampleRow
 from core.errors import ArtefactError, ConfigError
 from core.files import digest, file_digest, path_digest, read_json, read_table, write_json, write_table
 from core.generation.pool import SampledPool, sample_pool
+from core.parts import drop_damaged
 from core.shares import remove_shards
 from pipelines.prompts import in_order, read_prompts
 from rm.checkpoints.folder import files as weights
@@ -61,6 +62,7 @@ def sampled(cfg: Config, prompts: Sequence[PromptRow], out: Path) -> list[Sample
         "shard_prompts": cfg.bon.shard_prompts, "seed": cfg.run.seed,
         "prompts": digest([row["prompt_id"] for row in prompts]),
     })  # fmt: skip
+    drop_damaged(out)
     tokenizer = ChatTokenizer(cfg.policy)
     pool = sample_pool(
         lambda: _generator(cfg, tokenizer), tokenizer, prompts, cfg.bon.samples,

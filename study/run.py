@@ -15,8 +15,10 @@ by the stages, which resume and skip what is up to date.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -73,7 +75,9 @@ def write_config(cfg: Config, name: str) -> Path:
     machines read, `matrix.yaml` the one that was given, from which `grm study` makes the same plan."""
     file = cfg.run_dir / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    temporary = file.with_name(f"{name}.{os.getpid()}.tmp")  # another `grm study` may write and read it meanwhile
+    temporary.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    temporary.replace(file)
     return file
 
 
@@ -84,7 +88,8 @@ def link(cfg: Config, policies: list[Policy]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stage in SHARED:
             if not (folder / stage).is_symlink():
-                (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
+                with suppress(FileExistsError):  # by another `grm study`
+                    (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
 
 
 def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> list[str]:

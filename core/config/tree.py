@@ -27,8 +27,8 @@ CHAT_OPTIONS = ("chat_template", "template_kwargs", "chat_date", "generation_pro
 class Run(Section):
     name: FolderPath = "offline"
     """Name of the run's folder within `dir`, where it stays: it has no `..` in it."""
-    dir: Path = Path("runs")
-    """Folder that holds the runs."""
+    dir: Path = Field(default=Path("runs"), json_schema_extra={"decides_result": False})
+    """Folder that holds the runs. Finished stages stay up to date where a run is moved."""
     seed: int = Field(default=1, ge=0)
     """Every random draw of every stage derives from this number."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from core import starting
@@ -15,6 +16,7 @@ from core.data.rows import PromptRow, SampleRow
 from core.data.streams import stream_seed
 from core.files import read_table, write_table
 from core.generation.local import Completion, Generator
+from core.parts import write_part
 from core.shares import ALONE, Share, shard_file
 
 Shards = Mapping[int, list[SampleRow]]
@@ -90,7 +92,7 @@ def sample_pool(
                     for prompt, group in zip(parts[number], groups, strict=True)
                     for k in range(n)
                 ]
-                write_table(shard_file(table, number), drawn, SampleRow)
+                write_part(shard_file(table, number), partial(write_table, rows=drawn, schema=SampleRow))
                 bar.update(len(prompts))
     share.make_whole(table, len(parts), title=name)
     mine = _read_shards(table, len(parts), shard_prompts * n, share)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.files import read_json, write_json
 from core.models import CausalLM
 from core.models.lora import is_conv1d, lora_modules, lora_product, merged_lora
 from core.training import distributed
@@ -28,6 +29,10 @@ def save_adapter(folder: Path, lm: CausalLM) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         lm.peft_config["default"].save_pretrained(folder)
+        # PEFT writes a set in the order of this process: equal adapters would have other digests.
+        about = read_json(file := folder / "adapter_config.json")
+        write_json(file, {key: sorted(x) if key == "target_modules" and isinstance(x, list) else x
+                          for key, x in about.items()})  # fmt: skip
 
 
 MergeWatch = Callable[[str, Tensor, Tensor, Tensor, float, Tensor], None]

@@ -42,6 +42,13 @@ def test_a_run_of_an_earlier_version_stays_up_to_date(name):
     assert changed == ["run.seed: 1 -> 7"]
 
 
+def test_a_run_that_is_moved_stays_up_to_date(tmp_path):
+    report = STAGES["report"]
+    then = {"config": sections(report, "run.dir=runs").sections}
+    assert sections(report, f"run.dir={tmp_path}").differences(then) == []
+    assert sections(report, "run.name=other").differences(then) == ["run.name: 'smoke' -> 'other'"]
+
+
 def test_gold_that_is_not_trained_yet_is_named(tmp_path):
     stage = Stage("label", "module", (), (), ("gold.path",))
     cfg = Config(gold=Gold(kind="checkpoint", path=str(tmp_path / "runs" / "gold" / "rm" / "gold")))

@@ -79,6 +79,17 @@ def test_a_stage_that_is_stopped_while_it_starts_says_one_line(tmp_path, number,
     assert len(said.splitlines()) == 1 and "the same command goes on" in said
 
 
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
+    """Most of a short command's time goes to imports, in which nothing catches a KeyboardInterrupt."""
+    command = [*GRM, "status", *SMOKE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as grm:
+        while grm.poll() is None and "pydantic_core" not in Path(f"/proc/{grm.pid}/maps").read_text():
+            pass
+        grm.send_signal(signal.SIGINT)
+        said = grm.communicate(timeout=60)[0]
+    assert (grm.returncode, said) == (-signal.SIGINT, "")
+
+
 def test_a_second_command_is_refused_with_status_4_and_readers_are_not(stage, tmp_path, capsys, monkeypatch):
     cfg = load([ROOT / "configs" / "smoke.yaml"], [f"run.dir={tmp_path}"])
     other = subprocess.Popen(

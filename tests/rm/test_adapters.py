@@ -19,7 +19,7 @@ from core.errors import ArtefactError, ConfigError
 from core.models.layers import hidden_states
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
-from core.training.weights import named_weights
+from core.training.weights import named_weights, save_adapter
 from rm.checkpoints.adapters import save_adapter_model
 from rm.checkpoints.layout import save_reward_model
 from rm.ensemble import AdapterEnsemble, one_base
@@ -76,6 +76,17 @@ def members(base, tmp_path_factory) -> list[tuple[Path, Path]]:
 def copy(members, tmp_path) -> Path:
     """An adapter folder to spoil."""
     return Path(shutil.copytree(members[0][0], tmp_path / "copy"))
+
+
+def test_equal_adapters_have_equal_files(base, tmp_path):
+    """PEFT keeps the names of layers in a set, whose order is another in every process."""
+    model = trained(base, 1)
+    config, names = model.lm.peft_config["default"], {"q_proj", "v_proj", "k_proj"}
+    for number, order in enumerate((sorted(names), sorted(names, reverse=True))):
+        config.target_modules = order
+        save_adapter(tmp_path / str(number), model.lm)
+    first, second = ((tmp_path / n / "adapter_config.json").read_bytes() for n in "01")
+    assert first == second and set(json.loads(first)["target_modules"]) == names
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -55,6 +55,21 @@ def test_the_stages_read_back_the_configuration_that_was_planned(tmp_path):
     assert len({load([file], matrix.policy_overrides(cfg, p)).run_dir for p in policies}) == len(policies)
 
 
+def test_a_second_study_that_starts_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
+    """It writes the same file, which a stage of the first one may be reading, and makes the same links."""
+    cfg, _, policies = planned(tmp_path)
+    file = study.write_config(cfg, "study.yaml")
+    with file.open() as stage_reads:
+        begin = stage_reads.read(10)
+        assert study.write_config(cfg, "study.yaml") == file
+        assert begin + stage_reads.read() == file.read_text()
+        assert file.stat().st_ino != Path(f"/proc/self/fd/{stage_reads.fileno()}").stat().st_ino
+    assert [p.name for p in file.parent.iterdir()] == ["study.yaml"]
+    study.link(cfg, policies)
+    monkeypatch.setattr(Path, "is_symlink", lambda _: False)  # as it was when the other one had not made it yet
+    study.link(cfg, policies)
+
+
 def test_a_sweep_of_the_kl_coefficient_is_of_one_reward_model(tmp_path):
     _, _, without = planned(tmp_path, "study.ppo_seeds=2")
     coefs = [without[0].kl_coef + 0.5, without[0].kl_coef + 1]

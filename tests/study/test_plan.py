@@ -199,10 +199,13 @@ def test_curves_need_a_measurement(capsys, tmp_path):
 
 def test_predicted_beside_actual(capsys, tmp_path):
     run = tmp_path / "runs" / "gemma-2b"
-    write_json(run / "rm" / "manifest.json", {"seconds": 50.0, "metrics": {"variants": {"grm": {"seconds": 20.0}}}})
+    write_json(
+        run / "rm" / "manifest.json",
+        {"outputs": [], "seconds": 50.0, "metrics": {"variants": {"grm": {"seconds": 20.0}}}},
+    )
     (run / "ppo").mkdir()
     (run / "ppo" / "metrics.jsonl").write_text('{"step": 1, "seconds_train": 3.0, "seconds_generate": 2.0}\n')
-    write_json(run / "ppo" / "manifest.json", {"seconds": 9.0, "metrics": {}})
+    write_json(run / "ppo" / "manifest.json", {"outputs": [], "seconds": 9.0, "metrics": {}})
     assert main(["plan", *GEMMA, "--gpus", "8xH100", "--check", str(run)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     actual = {" ".join(line[:-3]): line[-2] for line in lines[1:]}

@@ -1,5 +1,6 @@
 """Files of finished stages that are missing, cut short, changed or added are found, by name and at no cost twice."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_a_second_look_reads_nothing_and_a_copy_is_read_once(stage, monkeypatch)
     assert faults(moved, again=True) == [] and sorted(read) == sorted(FILES)
 
 
+def test_no_file_is_called_damaged_that_was_not_read(stage):
+    """What is remembered may itself be damaged, and a wrong digest in it says nothing of the file."""
+    assert faults(stage) == []
+    memory = stage.parent / ".grm" / "digests.json"
+    whole = json.loads(memory.read_text())
+    memory.write_text(json.dumps(dict.fromkeys(whole, "0" * 64)))
+    assert look(stage, read_manifest(stage), most_bytes=0) == ([], 0), "those in doubt are read, however large"
+    assert json.loads(memory.read_text()) == whole
+    flip(stage / FILES[0])
+    assert faults(stage) == faults(stage) == [f"{FILES[0]} is not what was written: its SHA-256 is another"]
+
+
 def test_a_stage_that_was_just_published_is_remembered(stage, monkeypatch):
     remember_outputs(stage)
     read = count_reads(monkeypatch)
@@ -151,7 +164,10 @@ def test_a_manifest_that_was_changed_is_refused(stage):
     assert read_manifest(stage)["seconds"] == 0.1 + 0.2
     file = stage / "manifest.json"
     sealed = file.read_bytes()
-    for content in (sealed.replace(b"0.30", b"0.31"), sealed[:100], b"", b"\xff" + sealed, b"[1]", b"null"):
+    fingerprint = (stage / "fingerprint.json").read_bytes()  # which has no digest of itself either
+    for content in (
+        sealed.replace(b"0.30", b"0.31"), sealed[:100], b"", b"\xff" + sealed, b"[1]", b"null", b"{}", fingerprint
+    ):  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(ArtefactError, match="rm/manifest.json is damaged: .*`grm rm --force` runs the stage again"):
             read_manifest(stage)
