@@ -127,9 +127,9 @@ class _Again:
         return getattr(self, f"_{self.about['phase']}")()
 
     def _micro(self, i: int) -> Micro:
-        given = {name: self.bundle.inputs.get(f"{i}.{name}") for name in FIELDS}
-        given = {name: tensor.to(distributed.device()) for name, tensor in given.items() if tensor is not None}
-        made = Micro(*(given.pop(name) for name in FIELDS[:ARGUMENTS]))
+        tensors, where = self.bundle.inputs, distributed.device()
+        given = {name: tensors[f"{i}.{name}"].to(where) for name in FIELDS if f"{i}.{name}" in tensors}
+        made = Micro(**{name: given.pop(name) for name in FIELDS[:ARGUMENTS]})  # type: ignore[arg-type]
         for name, tensor in given.items():
             setattr(made, name, tensor)
         return made

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import starting
+from core import starting, whereabouts
 from core.artefacts import RESUME
 from core.config import Config
 from core.data.chat import ChatTokenizer
@@ -64,12 +64,12 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
         trainer.step(step)
-        if stop.requested() and step < cfg.ppo.steps:
+        if (who := stop.requested()) and step < cfg.ppo.steps:
             trainer.save_state(step)
             if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
             torch.distributed.barrier()
-            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command resumes there")
+            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps} ({who}); the same command resumes there")
     trainer.finish()
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
@@ -116,6 +116,7 @@ class Trainer:
                 NaN or infinite (`NotFinite`, with a bundle for `grm replay`). Nothing of the step is saved then.
         """
         clock = Clock()
+        whereabouts.enter("collect", step)
         rollout = self.collector.collect(step)
         try:
             self._train(step, rollout, clock)
@@ -137,6 +138,7 @@ class Trainer:
         self.probe.before()
         clock.lap("collect")
 
+        whereabouts.enter("train", step)
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
         guard.check_advantages(step, rollout.micros)
         for engine in self.offloaded:
@@ -147,6 +149,7 @@ class Trainer:
             engine.offload_states()
         clock.lap("train")
 
+        whereabouts.enter("sync", step)
         if self.average:
             self.actor.settle()
             self.average.update()
@@ -160,6 +163,7 @@ class Trainer:
         clock.lap("probe")
         guard.check_metrics(step, stats)
 
+        whereabouts.enter("save", step)
         self._record(step, rollout, stats | {"kl_coef": self.kl.coef} | self._lost(), clock)
         self.kl.update(stats["kl_nats_per_response"], self.cfg.ppo.rollouts)
 
@@ -275,6 +279,7 @@ class Trainer:
 
     def finish(self) -> None:
         """The result: a merged policy that transformers and vLLM load as it is."""
+        whereabouts.enter("finish")
         self._save_merged(self.out / "policy")
         if self.average:
             self._save_merged(self.out / "policy-ema", values=self.average.values)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import config, starting
+from core import config, starting, whereabouts
 from core.config import Config, RewardTraining, RewardVariant
 from core.data.rows import CalibrationRow, PairRow
 from core.data.streams import stream_seed
@@ -106,7 +106,9 @@ def train_variant(
     engine, model, metrics = fit(
         cfg.rm, cfg.engine_of("rm"), variant, train, out, name=name, seed=cfg.run.seed, cache=cache
     )
+    whereabouts.enter(f"measure {name}")
     metrics |= measure(engine, model, val, calibration, out, cache)
+    whereabouts.enter(f"save {name}")
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
         write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
@@ -152,12 +154,23 @@ def fit(
     ):
         # For InfoRM's latents and dropout in adapters; named by step, like every draw.
         torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
+        whereabouts.enter(f"train {name}", step)
         mine = [pairs[i] for i in batch]
         try:
             row = {"step": step, **train_step(engine, model, variant, mine, cache, where=f"rm {name}, step {step}")}
         except distributed.NotFinite as fault:
-            about = {"rm": rm, "settings": settings, "variant": variant, "name": name, "seed": seed}
-            raise faults.bundled(fault, out, engine, **about, step=step, batch=mine) from None
+            raise faults.bundled(
+                fault,
+                out,
+                engine,
+                rm=rm,
+                settings=settings,
+                variant=variant,
+                name=name,
+                seed=seed,
+                step=step,
+                batch=mine,
+            ) from None
         row["lr"] = engine.lr
         if rm.optim.skip_above:
             row["updates_skipped"] = engine.skipped

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from core import whereabouts
 from core.errors import DataError
 from core.ranks import free_port
 
@@ -35,7 +38,9 @@ def init_distributed() -> None:
     else:
         # Else DeepSpeed compiles an operation for minutes: all-reduces of its tensor-parallel inference, not used here.
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    limit = whereabouts.timeout()
+    options: dict[str, Any] = {"timeout": timedelta(seconds=limit)} if limit else {}
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, **options)
 
 
 def rank() -> int:
@@ -79,6 +84,8 @@ class NotFinite(DataError):
         parts: which of its tensors, by number.
         prompts: ids of the prompts that they belong to, of all ranks.
     """
+
+    together = True
 
     def __init__(self, message: str, *, where: str, name: str, rank: int, parts: list[int], prompts: list[str]):
         super().__init__(message)

@@ -19,7 +19,7 @@ SEEN = {
     "critic": (r"values by the critic are NaN", "rollout", r"first in lm\.model\.layers\.\d+\.mlp\.down_proj "),
     "proxy": (r"rewards of the proxy are NaN", "rollout", r"all: \d+ of \d+ rewards are NaN"),
     "advantages": (r"returns are NaN or infinite, on rank 1, of prompt", "advantages", r"\d+ of \d+ returns are NaN"),
-    "loss": (r"values of policy_loss are NaN or infinite, on rank 1, of prompts", "loss",
+    "loss": (r"values of policy_loss are NaN or infinite, on rank 1, of prompt", "loss",
              r"1 of 1 values of policy_loss are NaN"),
     "gradient": (r"values of actor_grad_norm are NaN or infinite", "gradient", r"the norm of all is inf"),
     "weights": (r"weights of the critic are NaN", "weights", r"lm\.model\.layers\.\d+\.mlp\.down_proj\.weight: 1 of"),
