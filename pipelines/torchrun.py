@@ -10,7 +10,6 @@ import logging
 import signal
 import sys
 
-from core.errors import ConfigError
 from pipelines.launch import ended_by
 from pipelines.stages import STAGES
 
@@ -24,9 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("stage", choices=[stage.name for stage in STAGES.values() if stage.distributed])
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    if cut == len(arguments) and not {"-h", "--help"} & set(arguments):
-        raise ConfigError("put -- between the options of torchrun and the stage: grm torchrun --nnodes 2 ... -- ppo")
-    parser.parse_args(arguments[cut + 1 : cut + 2] or ["--help"])
+    wants_help = {"-h", "--help"} & set(arguments[:cut])
+    parser.parse_args(["--help"] if wants_help else arguments[cut + 1 : cut + 2])
     return _run([*arguments[:cut], "-m", "pipelines", *arguments[cut + 1 :]])
 
 
