@@ -57,7 +57,7 @@ def test_a_server_that_hangs_is_named_and_one_that_dies_is_replaced(start, serve
             ask_json(second + path, None if "models" in path else {}, 5)
         assert refused.value.code == 401
     config = copy_of(start, tmp_path)
-    job = [*GRM, "ppo", "-c", str(config), f"ppo.vllm_servers=[{first},{second}]", "ppo.steps=6"]
+    job = [*GRM, "ppo", "-c", str(config), f"ppo.vllm_servers=[{first},{second}]", "ppo.steps=12"]
     env = {**os.environ, TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
     place = lambda: whereabouts.read(whereabouts.folder_of(tmp_path / "tiny", "ppo")).get(1)  # noqa: E731
 
@@ -80,7 +80,7 @@ def test_a_server_that_hangs_is_named_and_one_that_dies_is_replaced(start, serve
     said = (tmp_path / "dies.log").read_text()
     assert f"vLLM server {second}" in said and "(ppo.server_retries)" in said and "Traceback" not in said
     rows = read_rows(tmp_path / "tiny" / "ppo" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["servers_lost"] == 1
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["servers_lost"] == 1
     again = subprocess.run(
         [*job, "ppo.server_retries=1"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
