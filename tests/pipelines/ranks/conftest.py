@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.inputs.tiny_run import tiny_run
 from tests.builders.processes import GRM, ROOT
-from tests.builders.tiny_run import tiny_run
 
 
 @pytest.fixture(scope="package")

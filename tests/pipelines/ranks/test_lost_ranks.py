@@ -8,8 +8,8 @@ import pytest
 
 from core.errors import EXIT_LOST, EXIT_REFUSED
 from tests.builders.command_line import grm
+from tests.builders.inputs.tiny_run import copy_of, same
 from tests.builders.processes import GRM, ROOT
-from tests.builders.tiny_run import copy_of, same
 
 FAULTY = ROOT / "tests" / "programs" / "faulty"
 SAID = {

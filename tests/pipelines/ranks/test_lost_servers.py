@@ -12,8 +12,8 @@ from core import whereabouts
 from core.files import read_rows
 from core.http import TOKEN_VARIABLE, ask_json, with_token
 from core.ranks import free_port
+from tests.builders.inputs.tiny_run import copy_of, tiny_run
 from tests.builders.processes import GRM, ROOT, background, wait_for
-from tests.builders.tiny_run import copy_of, tiny_run
 
 pytestmark = pytest.mark.long
 TOKEN = "a token of this test"

@@ -13,8 +13,8 @@ import pytest
 
 from core import whereabouts
 from core.ranks import free_port
+from tests.builders.inputs.tiny_run import copy_of, same
 from tests.builders.processes import GRM, ROOT, background, wait_for
-from tests.builders.tiny_run import copy_of, same
 
 pytestmark = pytest.mark.long
 
