@@ -158,9 +158,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     with writing(cfg.run_dir, name):
         mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
         whereabouts.clear(places)
-        status = run_ranks(
-            command, of_all, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__, failed=failed.append
-        )
+        status = run_ranks(command, of_all, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__, failed=failed.append)
         place = whereabouts.read(places).get(failed[0]) if failed else None
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
