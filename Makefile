@@ -18,7 +18,7 @@ PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
 .PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill verdict-errors test-fast test test-all test-models \
-	check lint types docs-config bench help
+	check lint types docs-config licences bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -93,6 +93,9 @@ types: | ready       ## check types
 
 docs-config: | ready ## write docs/configuration.md from the docstrings of the fields
 	@$(PYTHON_BIN) -m core.config.explain > docs/configuration.md
+
+licences: | ready    ## write docs/licences.md from the metadata of the installed packages
+	@$(PYTHON_BIN) scripts/licences.py > docs/licences.md
 
 bench: | ready       ## time this project against TRL, transformers and pandas: half an hour; PEERS=1 ONLY=ppo PAIRS=5 OUT=FILE
 	@$(PYTHON_BIN) -m benchmarks $(if $(PEERS),--peers) $(if $(ONLY),--only $(ONLY)) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(OUT),--out $(OUT))

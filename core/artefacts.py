@@ -28,6 +28,8 @@ SEAL = "manifest_digest"
 """Key of a manifest: the digest of all else in it."""
 REPLACED = ".replaced"
 """Folder of a run for results and unfinished work that another configuration took the place of."""
+FAULTS = "faults"
+"""Folder of a run for what `grm replay` reads (`core.training.bundles`). Nothing in it is a result."""
 RESUME = "state"
 """Folder in stage `ppo` from which it can be continued; it is not among the outputs that later stages depend on."""
 

@@ -112,8 +112,19 @@ def _holder(descriptor: int) -> Holder | None:
 
 def start_of(pid: int) -> int:
     """When a process of this host began, in clock ticks since the machine started; 0 where there is none."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] != "Z" else 0
+
+
+def state_of(pid: int) -> str:
+    """As in proc(5): R or S, T for one that is stopped, Z for one that has ended; empty where there is none."""
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name of the program."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] == "Z" else int(fields[19])
+        return []

@@ -18,14 +18,16 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
-from core.errors import DataError
-from core.locks import descriptors
+from core.errors import EXIT_LOST, DataError
+from core.locks import descriptors, state_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 LAUNCHER = "GRM_LAUNCHER"
-"""Environment variable of a rank: the process that started it."""
+"""Environment variable of a rank that `grm` started: the process that did."""
+AGENT = "GRM_AGENT"
+"""Environment variable of a rank that torchrun started: the agent that did."""
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 GRACE_SECONDS = 30
@@ -116,6 +118,7 @@ def _store() -> Store:
 def run_ranks(
     command: Sequence[str], environment: Mapping[str, str], ranks: int, *, stop_seconds: float,
     own: Callable[[int], Mapping[str, str]] = lambda rank: {},
+    failed: Callable[[int], None] = lambda rank: None,
 ) -> int:  # fmt: skip
     """Run `command` once for each rank, with its place in the variables that torch.distributed reads.
 
@@ -126,6 +129,7 @@ def run_ranks(
         environment: of all ranks.
         stop_seconds: how long ranks may take to end after SIGTERM before they are killed.
         own: further variables of a rank by its number.
+        failed: called with the number of the rank whose status is returned, if it is not 0.
 
     Returns:
         The exit status of a rank that failed, negative for a signal; 0 if all went well.
@@ -150,10 +154,18 @@ def run_ranks(
             time.sleep(0.05)
         if asked.first:  # the others end too, each after its own step
             wait(running, stop_seconds)
-        failed = next((status for status in ended if status), 0)
-        return -asked.first if failed == -signal.SIGTERM and asked.first else failed
+        # Those that ended because another was lost are not the fault.
+        statuses = {rank: status for rank, status in enumerate(ended) if status}
+        fault = next((rank for rank, status in statuses.items() if status != EXIT_LOST), next(iter(statuses), None))
+        if fault is None:
+            return 0
+        failed(fault)
+        return -asked.first if statuses[fault] == -signal.SIGTERM and asked.first else statuses[fault]
     finally:
         end(running)
+        for process in running:
+            if state_of(process.pid) == "T":  # by SIGSTOP or a debugger: it gets no other signal
+                process.kill()
         wait(running, GRACE_SECONDS)
         for process in running:
             if process.poll() is None:
@@ -181,7 +193,7 @@ def end_with_launcher() -> None:
 
     Without it the ranks of a command that was killed go on, and write where the next command does.
     """
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.get(LAUNCHER) or os.environ.get(AGENT)
     if launcher is None or not hasattr(ctypes.CDLL(None), "prctl"):
         return
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)

@@ -24,8 +24,13 @@ class StopSignal:
     def _note(self, *_) -> None:
         self._received = True
 
-    def requested(self) -> bool:
-        """Whether any rank has received SIGTERM; every rank must call it."""
+    def requested(self) -> str | None:
+        """Who has received SIGTERM, in words, or None; every rank must call it."""
         from core.training import distributed  # here, since the launcher reads EXIT_STOPPED and needs no torch
 
-        return distributed.global_sum(float(self._received))[0] > 0
+        world = distributed.world_size()
+        received = distributed.global_sum(*(float(self._received and i == distributed.rank()) for i in range(world)))
+        ranks = [i for i, count in enumerate(received) if count]
+        if not ranks:
+            return None
+        return "SIGTERM" if len(ranks) == world else f"SIGTERM {distributed.of_ranks(ranks)}"

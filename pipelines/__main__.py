@@ -17,12 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from core import environment, starting
+from core import environment, starting, whereabouts
 from core.config import Config
 from core.config.explain import explain
 from core.config.load import load
 from core.crash import EXIT_CRASHED, crash, refusal
-from core.errors import EXIT_BUSY, EXIT_REFUSED, ArtefactError, Busy, ConfigError, DataError
+from core.errors import EXIT_BUSY, EXIT_LOST, EXIT_REFUSED, ArtefactError, Busy, ConfigError, DataError
 from core.locks import writing
 from core.machine import describe
 from core.stopping import EXIT_STOPPED, Stopped
@@ -37,12 +37,19 @@ GOLD = ("prompts", "preferences", "rm")
 def main(argv: list[str] | None = None) -> int:
     """Run `grm ARGUMENTS`; the exit status. What goes wrong is told in one message, foreseen or not."""
     arguments = sys.argv[1:] if argv is None else argv
+    status = _status_of(arguments)
+    whereabouts.leave(well=status == 0)
+    return status
+
+
+def _status_of(arguments: list[str]) -> int:
     name, rest = command_line.split(arguments)
     prefix = (f"grm {name}" if name else "grm") + launch.rank_in_words()
     try:
         return _command(name, rest, arguments)
     except (ConfigError, ArtefactError, DataError) as error:
-        return _failed(f"{prefix}: {error}", EXIT_REFUSED)
+        told = getattr(error, "together", False) and os.environ.get("RANK", "0") != "0"
+        return _failed("" if told else f"{prefix}: {error}", EXIT_REFUSED)
     except Busy as error:
         return _failed(f"{prefix}: {error}", EXIT_BUSY)
     except Stopped as reason:
@@ -50,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(f"{prefix}: interrupted; the same command goes on from what is saved", 128 + signal.SIGINT)
     except Exception as error:
+        if environment.is_rank() and whereabouts.is_loss(error):
+            lost = whereabouts.loss(error, launched=launch.is_ours())
+            return _failed(f"{prefix}: {lost}" if lost else "", EXIT_LOST)
         if said := refusal(error):
             return _failed(f"{prefix}: {said}", EXIT_REFUSED)
         return _failed(f"{prefix}: {crash(error, ['grm', *arguments])}", EXIT_CRASHED)

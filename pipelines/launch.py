@@ -15,12 +15,13 @@ import time
 from contextlib import nullcontext
 from typing import NoReturn
 
+from core import environment, whereabouts
 from core.config import Config
 from core.environment import STARTED, num_gpus, own_gpu, variables
 from core.errors import ArtefactError, ConfigError
 from core.locks import writing
 from core.parts import drop_damaged
-from core.ranks import LAUNCHER, end_with_launcher, run_ranks, told_by_first
+from core.ranks import AGENT, LAUNCHER, end_with_launcher, run_ranks, told_by_first
 from core.starting import BEGAN, command_began
 from core.stopping import EXIT_STOPPED, MARK
 from pipelines import runs, stages
@@ -69,7 +70,8 @@ def world_size() -> int:
 
 def rank_in_words() -> str:
     """ ", rank 1" where several ranks may print; else nothing."""
-    return f", rank {os.environ['RANK']}" if is_ours() and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    several = environment.is_rank() and os.environ.get("WORLD_SIZE", "1") != "1"
+    return f", rank {os.environ['RANK']}" if several and "RANK" in os.environ else ""
 
 
 def is_ours() -> bool:
@@ -86,16 +88,21 @@ def restart(arguments: list[str], stage: str | None = None) -> NoReturn:
     """
     ranks, number = (int(os.environ.get(v, d)) for v, d in (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     own = own_variables(stage, ranks, number) if stage else {}
-    environment = {**os.environ, **variables(ranks), **own, BEGAN: str(command_began())}
+    settings = {**os.environ, **variables(ranks), **own, BEGAN: str(command_began()), AGENT: str(os.getppid())}
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-u", "-m", "pipelines", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-u", "-m", "pipelines", *arguments], settings)
 
 
 def run_here(name: str, cfg: Config, *, force: bool) -> None:
     """Run a stage in this process, one of its ranks, unless it is up to date."""
     end_with_launcher()
     check_ranks(name, cfg, world_size())
+    if stages.STAGES[name].distributed:
+        whereabouts.begin(
+            whereabouts.folder_of(cfg.run_dir, name), rank=int(os.environ.get("RANK", "0")), world=world_size(),
+            timeout=cfg.engine_of(stages.STAGES[name].engine).rank_timeout, name=f"grm {name}{rank_in_words()}",
+        )  # fmt: skip
     # Whoever started this rank holds the lock; where that is torchrun, the first rank does.
     is_first = int(os.environ.get("RANK", "0")) == 0
     with writing(cfg.run_dir, name) if is_first and not is_ours() else nullcontext():
@@ -146,23 +153,27 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     ranks = num_processes(name, cfg)
     check_ranks(name, cfg, ranks)
     own = {number: own_variables(name, ranks, number) for number in range(ranks)}
-    environment = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
+    of_all = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
     mark = cfg.run_dir / f"{name}.partial" / MARK
+    places, failed = whereabouts.folder_of(cfg.run_dir, name), list[int]()
     with writing(cfg.run_dir, name):
         drop_damaged(mark.parent)
         mark.unlink(missing_ok=True)  # an earlier command's: this one may fail before it has read the state
-        status = run_ranks(command, environment, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__)
+        whereabouts.clear(places)
+        status = run_ranks(command, of_all, ranks, stop_seconds=STOP_SECONDS, own=own.__getitem__, failed=failed.append)
+        place = whereabouts.read(places).get(failed[0]) if failed else None
     if status and mark.is_file():
         print(f"{name}: stopped {mark.read_text().strip()}; the same command continues from there", file=sys.stderr)
         return EXIT_STOPPED
     if status < 0:
-        print(f"{name}: {ended_by(-status)}", file=sys.stderr)
+        which = f"rank {failed[0]} was " if failed and ranks > 1 else ""
+        print(f"{name}: {which}{ended_by(-status, place)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 
-def ended_by(number: int) -> str:
-    """What is said of a rank that a signal has ended."""
+def ended_by(number: int, place: whereabouts.Place | None = None) -> str:
+    """What is said of a rank that a signal has ended; `place` is where it was."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     why = ", as it is where memory runs out" if number == signal.SIGKILL else ""
-    return f"ended by {name}{why}; the same command goes on from what is saved"
+    return f"ended by {name}{f' {place}' if place else ''}{why}; {whereabouts.CONTINUES}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.artefacts import (
+    FAULTS,
     FINGERPRINT,
     MANIFEST,
     REPLACED,
@@ -181,7 +182,7 @@ def list_runs(folder: Path) -> list[str]:
         minutes = sum(m["seconds"] for m in own.values()) / 60
         lines.append(f"{run.relative_to(folder)}  {size}  {minutes:.1f} min  {', '.join(stages)}")
         if held := kept(run):
-            lines[-1] += f"; {human(sum(map(size_of, held)))} of it in {REPLACED} (`grm clean`)"
+            lines[-1] += f"; {human(sum(map(size_of, held)))} of it kept aside (`grm clean`)"
         lines += [f"    {s:<12} {m['metrics'].get('headline', '')}" for s, m in own.items() if s != "report"]
         lines += [f"    {s:<12} damaged: {fault}" for s, fault in read.items() if isinstance(fault, str)]
     return lines or [f"no run in {folder}"]
@@ -265,13 +266,13 @@ def _leaves(trees: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def kept(run: Path) -> list[Path]:
-    """Replaced results and unfinished work of a run, oldest first."""
-    folder = run / REPLACED
-    return sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
+    """Replaced results, unfinished work, and bundles for `grm replay` of a run, oldest first."""
+    folders = [run / name for name in (REPLACED, FAULTS) if (run / name).is_dir()]
+    return sorted((path for folder in folders for path in folder.iterdir()), key=lambda p: p.stat().st_mtime)
 
 
 def clean(folder: Path, *, delete: bool) -> list[str]:
-    """Lines on what a run, and the runs in folders below it, keep in `.replaced`; with `delete` all of it is deleted.
+    """Lines on what a run, and the runs in folders below it, keep (`kept`); with `delete` all of it is deleted.
 
     Raises:
         ArtefactError: there is no such folder.
@@ -286,7 +287,7 @@ def clean(folder: Path, *, delete: bool) -> list[str]:
         manifest = _manifest_or_fault(path)
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         about = manifest["metrics"].get("headline", "finished") if isinstance(manifest, dict) else "unfinished"
-        about = "damaged" if isinstance(manifest, str) else about
+        about = "damaged" if isinstance(manifest, str) else "for grm replay" if path.parent.name == FAULTS else about
         lines.append(f"{path}  {human(size_of(path))}  {date}  {about}")
     total = human(sum(map(size_of, found)))
     if not delete:

@@ -62,10 +62,7 @@ def make_engines(
     rows = distributed.world_size() * micro * ppo.minibatches
     accumulation = exact_div(ppo.rollouts, rows, "ppo.rollouts by ranks x ppo.micro_batch x ppo.minibatches")
     trained = {"micro_batch": micro, "accumulation": accumulation}
-    torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
-    lm = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
-    if ppo.lora:
-        lm = add_lora(lm, ppo.lora)
+    lm = make_policy(ppo, policy, settings, seed)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
     value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
     members, base_of_members = loader.members(ppo)
@@ -94,6 +91,20 @@ def make_engines(
         of_members = base_of_members.through(frozen(base_of_members)) if base_of_members else map(frozen, members)
         proxy = LocalProxy(list(of_members), ppo.combine, depths.members)
     return Engines(actor, critic, reference, proxy, frozen(layers) if layers else None)
+
+
+def make_policy(ppo: Ppo, policy: Model, settings: config.Engine, seed: int) -> CausalLM:
+    """The policy as its training begins; `seed` is that of `make_engines`."""
+    torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
+    lm = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
+    return add_lora(lm, ppo.lora) if ppo.lora else lm
+
+
+def make_critic(
+    ppo: Ppo, policy: Model, settings: config.Engine, reward_models: Path, tokenizer: ChatTokenizer
+) -> RewardModel:
+    """The critic as its training begins; the arguments are those of `make_engines`."""
+    return _critic(ppo, policy, settings, _RewardModels(reward_models, policy, settings, tokenizer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,9 @@ class SyncProbe:
     Args:
         actor: of a `ppo.policy.PolicyModule`.
         dtype: of the sampler's weights.
+
+    Attributes:
+        merged: sums of the merged weights of the last sync, one number each: not finite where a weight is not.
     """
 
     def __init__(self, actor: Engine, generator: Generator | ServerGenerator, *, dtype: torch.dtype):
@@ -58,6 +61,7 @@ class SyncProbe:
         self._same_type = self._of_actor == dtype
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._exact = self._kept = 0.0
+        self.merged: list[Tensor] = []
 
     def watch(self, name: str, base: Tensor, a: Tensor, b: Tensor, scaling: float, merged: Tensor) -> None:
         """A `core.training.weights.MergeWatch`: adds up how much of each adapted weight's change is in `merged`."""
@@ -69,6 +73,7 @@ class SyncProbe:
         survived = merged.to(self._dtype).float() - old.to(self._dtype).float()
         self._exact += float(change.square().sum(dtype=torch.float64))
         self._kept += float((change * survived).sum(dtype=torch.float64))
+        self.merged.append(merged.sum(dtype=torch.float32))
         self._factors[name] = (a.detach().clone(), b.detach().clone())
 
     def sampled(self, micros: Sequence[Micro], *, current: bool) -> None:
@@ -84,6 +89,7 @@ class SyncProbe:
     def before(self) -> None:
         """Keep the actor's log-probs; call it before the actor is updated, with the rollout's log-probs filled in."""
         self._exact = self._kept = 0.0
+        self.merged = []
         self._old = self._micro.logprobs if self._at_one else self._actor_logprobs()
 
     @torch.no_grad()

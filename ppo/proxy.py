@@ -47,12 +47,11 @@ class LocalProxy:
     def score(self, rows: Sequence[ResponseRow], batches: Sequence[Wide] = ()) -> Tensor:
         """Raw rewards [n] of this rank's responses, float32 on the CPU; every rank must give equally many.
 
+        They may be NaN or infinite: `ppo.guard` looks at them.
+
         Args:
             rows: with the tokens that were sampled, which the reward models read as they are (`rm.reading`).
             batches: the same responses with the states of the shared frozen layers, equally many on every rank.
-
-        Raises:
-            DataError: a reward that is not finite.
         """
         shared = bool(batches) and batches[0].frozen is not None
         everyones = [] if shared and all(self._continuing) else distributed.gather_rows(list(rows))
@@ -65,10 +64,12 @@ class LocalProxy:
             reader = model.reader
             found = score_tokens(
                 member, model.tokenizer, [reader.row(row) for row in everyones], limits=model.limits,
-                together=True, device=distributed.device(),
+                together=True, finite=False, device=distributed.device(),
             )  # fmt: skip
             rewards.append(found[distributed.rank() * len(rows) :][: len(rows)])
-        return proxy_reward(torch.stack(rewards), self._units, self._rule)
+        members = torch.stack(rewards)
+        bad = ~members.isfinite().all(0)
+        return proxy_reward(members.masked_fill(bad, 0.0), self._units, self._rule).masked_fill(bad, torch.nan)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.batching import balanced, pad_right
 from core.config import exact_div
-from core.data.rows import PromptRow
+from core.data.rows import PromptRow, ResponseRow
 from core.errors import DataError
 from core.generation.local import Completion
 from core.models.layers import FrozenStates
@@ -45,6 +45,7 @@ class Micro:
     returns: Tensor = field(init=False)
     is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
     frozen: FrozenStates | None = None  # of the frozen layers that several models share
+    prompt_ids: tuple[str, ...] = ()  # [B], for messages
 
     @property
     def reads(self) -> Tensor:
@@ -145,6 +146,8 @@ class Rollout:
     """The step whose weights sampled it; 0 is the reference."""
     behind: int
     """How many steps older those weights are than the actor's: 0, or 1 with ppo.overlap."""
+    responses: list[ResponseRow] = field(default_factory=list)
+    """What the proxy has read, one row for each response."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

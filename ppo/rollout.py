@@ -55,7 +55,7 @@ class Collector:
         """Sample, score and evaluate this rank's responses of `step`, with the weights as they are.
 
         Raises:
-            DataError: vLLM returned a response of no token, or the proxy a reward that is not finite.
+            DataError: vLLM returned a response of no token.
         """
         clock = Clock()
         self._generator.wake()
@@ -66,6 +66,8 @@ class Collector:
             seed=stream_seed(self._seed, "ppo", "rows", step, distributed.rank()),
         )  # fmt: skip
         micros = [micro for minibatch in minibatches for micro in minibatch]
+        for micro in micros:
+            micro.prompt_ids = tuple(sampled.rows[i]["prompt_id"] for i in micro.rows.tolist())
         self._probe.sampled(micros, current=sampled.policy == self.policy)
         self._sample_ahead(step + 1)
         self._generator.sleep()
@@ -74,14 +76,17 @@ class Collector:
         if self._engines.frozen_layers:
             forward.fill_frozen(self._engines.frozen_layers)
         clock.lap("logprobs")
-        rewards = self._engines.proxy.score(responses(sampled, self._fingerprint), forward.batches)
+        read = responses(sampled, self._fingerprint)
+        rewards = self._engines.proxy.score(read, forward.batches)
         for micro in micros:
             micro.proxy = rewards.to(micro.rows.device)[micro.rows]
         clock.lap("score")
         self._evaluate(forward)
         clock.lap("logprobs")
         samples = _log_rows(step, sampled, rewards.tolist())
-        return Rollout(minibatches, samples, sampled.policy, step - 1 - sampled.policy, clock.seconds)
+        return Rollout(
+            minibatches, samples, sampled.policy, step - 1 - sampled.policy, responses=read, seconds=clock.seconds
+        )
 
     def wait(self) -> None:
         """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.

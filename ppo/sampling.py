@@ -1,12 +1,18 @@
-"""Which prompts a step samples responses to."""
+"""Which prompts a step samples responses to, and what samples them."""
 
 from __future__ import annotations
 
 import random
 from functools import lru_cache
+from pathlib import Path
 
+from core.config import Generation, Model, Ppo
+from core.data.chat import ChatTokenizer
 from core.data.rows import PromptRow
 from core.data.streams import stream_seed
+from core.generation.local import Generator
+from core.generation.remote import ServerGenerator
+from core.models.lora import named_targets
 from core.training import distributed
 
 
@@ -28,3 +34,18 @@ def prompts_of_step(rows: list[PromptRow], step: int, count: int, seed: int) -> 
 @lru_cache(maxsize=2)  # a step that ends an epoch begins the next one
 def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(stream_seed(seed, "ppo", "prompts", epoch)).sample(range(n), n)
+
+
+def make_generator(
+    ppo: Ppo, policy: Model, generation: Generation, *, sync_folder: Path
+) -> Generator | ServerGenerator:
+    """vLLM in this process, or the servers; `sync_folder` is where servers read new weights from a file."""
+    tokenizer = ChatTokenizer(policy)  # its own: with `ppo.overlap` another thread uses it
+    if not ppo.vllm_servers:
+        adapter = named_targets(policy, ppo.lora) if ppo.sync == "adapter" and ppo.lora else None
+        return Generator(policy, generation, tokenizer, adapter=adapter)
+    return ServerGenerator(
+        ppo.vllm_servers, policy, generation, tokenizer,
+        folder=sync_folder if ppo.weight_transfer == "file" else None, timeout=ppo.server_timeout,
+        retries=ppo.server_retries,
+    )  # fmt: skip

@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import starting
+from core import starting, whereabouts
 from core.artefacts import RESUME
-from core.config import Config, Generation, Model, Ppo
+from core.config import Config
 from core.data.chat import ChatTokenizer
 from core.data.splits import read_split
 from core.data.streams import stream_seed
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
 from core.models.loading import save_lm
-from core.models.lora import named_targets
 from core.stopping import MARK, Stopped, StopSignal
 from core.training import distributed
 from core.training.weights import save_adapter
@@ -31,6 +30,7 @@ from ppo import guard
 from ppo.card import write_card
 from ppo.ema import WeightAverage
 from ppo.extend import mark_state, saved_state
+from ppo.faults import bundled
 from ppo.keep import PolicyKeeper, Spacing
 from ppo.log import RunLog, read_rows
 from ppo.math import AdaptiveKL
@@ -39,6 +39,7 @@ from ppo.probe import SyncProbe
 from ppo.records import Clock, Rollout
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector, statistics
+from ppo.sampling import make_generator
 from ppo.saved import SavedFiles, check_saved
 from ppo.update import Learner
 
@@ -64,12 +65,12 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
     ):
         trainer.step(step)
-        if stop.requested() and step < cfg.ppo.steps:
+        if (who := stop.requested()) and step < cfg.ppo.steps:
             trainer.save_state(step)
             if distributed.rank() == 0:
                 (out / MARK).write_text(f"after step {step}\n")
             torch.distributed.barrier()
-            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps}; the same command resumes there")
+            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps} ({who}); the same command resumes there")
     trainer.finish()
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
@@ -92,11 +93,11 @@ class Trainer:
         state = saved_state(out, distributed.world_size())
         if distributed.rank() == 0 and "written" in state:
             check_saved(out, state["written"], keeps_all=cfg.ppo.keep_policies is None)
-        self.cfg, self.out = cfg, out
+        self.cfg, self.out, self.reward_models = cfg, out, inputs["rm"]
         seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
         prompts = read_split(inputs["prompts"], "rl_train")
-        self.generator = _make_generator(cfg.ppo, cfg.policy, cfg.generation, sync_folder=out / "sync")
+        self.generator = make_generator(cfg.ppo, cfg.policy, cfg.generation, sync_folder=out / "sync")
         self.generator.sleep()
         engines = make_engines(
             cfg.ppo, cfg.policy, cfg.engine_of("ppo"), temperature=cfg.generation.temperature,
@@ -123,10 +124,22 @@ class Trainer:
 
         Raises:
             DataError: vLLM does not run the actor's weights, before the updates or after the sync; or a number is
-                NaN or infinite. Nothing of the step is saved then.
+                NaN or infinite (`NotFinite`, with a bundle for `grm replay`). Nothing of the step is saved then.
         """
         clock = Clock()
+        whereabouts.enter("collect", step)
         rollout = self.collector.collect(step)
+        try:
+            self._train(step, rollout, clock)
+            self._checkpoint(step)
+        except distributed.NotFinite as fault:
+            raise bundled(
+                fault, self.cfg, self.out, step=step, rollout=rollout, learner=self.learner, kl_coef=self.kl.coef,
+                reward_models=self.reward_models,
+            ) from None  # fmt: skip
+
+    def _train(self, step: int, rollout: Rollout, clock: Clock) -> None:
+        """What a step does with its rollout."""
         guard.check_rollout(step, rollout)
         stats = statistics(rollout)
         if not rollout.behind:  # with ppo.overlap, vLLM and the actor differ by an update too
@@ -136,6 +149,7 @@ class Trainer:
         self.probe.before()
         clock.lap("collect")
 
+        whereabouts.enter("train", step)
         stats |= self.learner.advantages(rollout.micros, self.kl.coef)
         guard.check_advantages(step, rollout.micros)
         for engine in self.offloaded:
@@ -146,11 +160,13 @@ class Trainer:
             engine.offload_states()
         clock.lap("train")
 
+        whereabouts.enter("sync", step)
         if self.average:
             self.actor.settle()
             self.average.update()
         self.generator.wake("weights")
         self._sync(step)
+        guard.check_merged(step, self.probe.merged)
         self.generator.wake("kv_cache")  # not before, so that it is not there while whole weights are gathered
         clock.lap("sync")
         stats |= self.probe.after(step)
@@ -158,9 +174,20 @@ class Trainer:
         clock.lap("probe")
         guard.check_metrics(step, stats)
 
-        self._record(step, rollout, stats | {"kl_coef": self.kl.coef}, clock)
+        whereabouts.enter("save", step)
+        self._record(step, rollout, stats | {"kl_coef": self.kl.coef} | self._lost(), clock)
         self.kl.update(stats["kl_nats_per_response"], self.cfg.ppo.rollouts)
-        self._checkpoint(step)
+
+    def _lost(self) -> dict[str, float]:
+        """By options that are set: updates that `skip_above` has left out so far, and servers that are left out."""
+        found: dict[str, float] = {}
+        if isinstance(self.generator, ServerGenerator) and self.cfg.ppo.server_retries:
+            found["servers_lost"] = len(self.generator.lost)
+        if self.cfg.ppo.actor.skip_above:
+            found["actor_updates_skipped"] = self.actor.skipped
+        if self.cfg.ppo.critic.skip_above and self.critic:
+            found["critic_updates_skipped"] = self.critic.skipped
+        return found
 
     def _record(self, step: int, rollout: Rollout, stats: dict[str, float], clock: Clock) -> None:
         """Write the step's metrics and samples, and the score of the policy that sampled them."""
@@ -191,11 +218,13 @@ class Trainer:
 
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps
-        if self.spacing.after(step) or last:
+        policy = self.spacing.after(step) or last
+        state = ppo.keep_state if last else step % ppo.save_every == 0
+        if policy or state:
+            guard.check_weights(step, self.actor, self.critic)
+        if policy:
             self._save_policy(self.policies.folder(step))
-        if step % ppo.save_every == 0 and not last:
-            self.save_state(step)
-        if last and ppo.keep_state:
+        if state:
             self.save_state(step)
 
     def save_state(self, step: int) -> None:
@@ -266,6 +295,7 @@ class Trainer:
 
     def finish(self) -> None:
         """The result: a merged policy that transformers and vLLM load as it is."""
+        whereabouts.enter("finish")
         self._save_merged(self.out / "policy")
         if self.average:
             self._save_merged(self.out / "policy-ema", values=self.average.values)
@@ -274,20 +304,6 @@ class Trainer:
             shutil.rmtree(self.out / "sync", ignore_errors=True)
             if self.log:
                 self.log.close()
-
-
-def _make_generator(
-    ppo: Ppo, policy: Model, generation: Generation, *, sync_folder: Path
-) -> Generator | ServerGenerator:
-    """vLLM in this process, or the servers; `sync_folder` is where servers read new weights from a file."""
-    tokenizer = ChatTokenizer(policy)  # its own: with `ppo.overlap` another thread uses it
-    if not ppo.vllm_servers:
-        adapter = named_targets(policy, ppo.lora) if ppo.sync == "adapter" and ppo.lora else None
-        return Generator(policy, generation, tokenizer, adapter=adapter)
-    return ServerGenerator(
-        ppo.vllm_servers, policy, generation, tokenizer,
-        folder=sync_folder if ppo.weight_transfer == "file" else None, timeout=ppo.server_timeout,
-    )  # fmt: skip
 
 
 def summary(metrics: Path) -> dict:

@@ -48,10 +48,15 @@ class Learner:
         critic: None for the estimators that have none.
         scale: normalises the proxy's rewards.
         seed: of the order of the minibatches.
+
+    Attributes:
+        scale_before: state of the scale before the last `advantages`.
+        minibatch: the last one of `update`.
     """
 
     def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
+        self.scale_before, self.minibatch = scale.state_dict(), list[Micro]()
 
     def critic_outputs(self, micro: Micro | Wide) -> torch.Tensor:
         """The critic's outputs [B, L-1] in units of its head: at column t the one before token t+1.
@@ -81,6 +86,7 @@ class Learner:
             `reward_mean`, over the responses of all ranks, and with a critic `explained_variance`, over all tokens.
         """
         ppo, stats = self.ppo, {}
+        self.scale_before = self.scale.state_dict()
         self.scale.update([m.proxy for m in micros])
         coef = kl_coef if ppo.kl.where == "reward" else 0.0
         finals, rewards = [], []
@@ -151,30 +157,30 @@ class Learner:
         Returns:
             Losses, KL and shares of clipped tokens, as means over these tokens; `ratio_max_dev`; gradient norms.
         """
+        self.minibatch, where = minibatch, f"ppo step {step}, on a minibatch"
+        trained = {"actor": self.actor if train_policy else None, "critic": self.critic}
+        engines = {name: engine for name, engine in trained.items() if engine}
         passes: list[dict[str, float]] = []
         for m in minibatch:
-            stats = self._policy_pass(m, tokens, kl_coef) if train_policy else {}
-            stats |= self._critic_pass(m, tokens) if self.critic else {}
+            stats = self.policy_pass(m, tokens, kl_coef) if train_policy else {}
+            stats |= self.critic_pass(m, tokens) if self.critic else {}
             passes.append({name: float(value.detach()) for name, value in stats.items()})
-        engines = {"actor": self.actor if train_policy else None, "critic": self.critic}
-        norms = {f"{name}_grad_norm": engine.grad_norm for name, engine in engines.items() if engine}
-        # DeepSpeed does not report all norms.
-        reported = {name: norm for name, norm in norms.items() if norm is not None}
-        columns = {name: [stats[name] for stats in passes] for name in passes[0]}
-        check_finite(
-            f"ppo step {step}, on a minibatch",
-            {f"values of {name}": column for name, column in columns.items()}
-            | {f"values of {name}": [norm] for name, norm in reported.items()},
-            ADVICE,
-        )
+            columns = {name: [stats[name] for stats in passes] for name in passes[0]}
+            if m is minibatch[-1]:  # the next call updates the weights, which a bundle must have as they are now
+                losses = {f"values of {name}": column for name, column in columns.items()}
+                check_finite(where, losses, ADVICE, [m.prompt_ids for m in minibatch])
+            for engine in engines.values():
+                engine.step()
+        reported = {f"{name}_grad_norm": engine.grad_norm for name, engine in engines.items()}
+        check_finite(where, {f"values of {name}": [norm] for name, norm in reported.items()}, ADVICE)
         largest = columns.pop("ratio_max_dev", None)
         # Each number of a micro-batch is its part of a mean over all tokens: parts add up over passes and ranks.
         totals = distributed.global_sum(*map(sum, columns.values()))
         found = dict(zip(columns, totals, strict=True)) | reported
         return found | ({"ratio_max_dev": distributed.global_max(max(largest))} if largest else {})
 
-    def _policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
-        """One pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
+    def policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
+        """Forward and backward pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
         ppo = self.ppo
         logps, entropy = self.actor(
             m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0,
@@ -190,18 +196,16 @@ class Learner:
         if ppo.kl.where == "loss" and kl_coef:
             total = total + kl_coef * kl_loss(logps, m.ref_logprobs, m.is_response, tokens)
         self.actor.backward(total * self._scale(self.actor))
-        self.actor.step()
         return {"policy_loss": loss, **stats}
 
-    def _critic_pass(self, m: Micro, tokens: float) -> dict[str, torch.Tensor]:
-        """One pass of the critic."""
+    def critic_pass(self, m: Micro, tokens: float) -> dict[str, torch.Tensor]:
+        """Forward and backward pass of the critic."""
         assert self.critic is not None
         loss, clipfrac = value_loss(
             self._values(m, self.critic_outputs(m)), m.values, m.returns, m.is_response,
             self.ppo.clip.value or math.inf, denominator=tokens,
         )  # fmt: skip
         self.critic.backward(loss * self._scale(self.critic))
-        self.critic.step()
         return {"value_loss": loss, "value_clipfrac": clipfrac}
 
     @staticmethod

@@ -30,6 +30,8 @@ class Pair:
     """By how much the chosen reward should exceed the other."""
     reference: tuple[float, float] = (0.0, 0.0)
     """Log-probs of chosen and rejected by the untrained base, in nats; for `dpo` only."""
+    prompt_id: str = ""
+    """For messages."""
 
     @property
     def length(self) -> int:
@@ -75,6 +77,7 @@ def _pair(row: PairRow, prompt: list[Message], tokenizer: ChatTokenizer, variant
         _response_ids(row, "rejected", tokenizer),
         tuple(spans),
         variant.margin * _gap(row) if variant.margin else 0.0,
+        prompt_id=row.get("prompt_id", ""),
     )
 
 

@@ -41,6 +41,7 @@ def score_tokens(
     batch_tokens: int = 8192,
     limits: Limits = Limits(),  # noqa: B008
     together: bool = False,
+    finite: bool = True,
     frozen: Callable[[Batch], FrozenStates] | None = None,
     device: torch.device | str = "cpu",
     progress: str | tqdm = "",
@@ -55,6 +56,7 @@ def score_tokens(
         limits: of the model. A prompt is computed once for the responses that share a row with it.
         together: all ranks pass the same rows and divide the work evenly, with the same number of calls each, as
             ZeRO-3 requires. Every rank gets all rewards.
+        finite: refuse rewards that are not.
         frozen: gives the frozen states of a batch, so that the model's frozen layers are not run here.
         progress: title of a progress bar, or a bar of the caller's; none by default.
 
@@ -89,7 +91,7 @@ def score_tokens(
     if together:
         reward_of = _all_ranks(reward_of, sorted(set(tokens)))
     result = torch.tensor([reward_of[t] for t in tokens], dtype=torch.float32)
-    if bad := (~result.isfinite()).nonzero().flatten().tolist():
+    if finite and (bad := (~result.isfinite()).nonzero().flatten().tolist()):
         raise DataError(
             f"{len(bad)} of {len(result)} rewards are not finite; the first is of the response "
             f"{tokenizer.decode(tokens[bad[0]][1])!r}"

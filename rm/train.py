@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import config, starting
+from core import config, starting, whereabouts
 from core.config import Config, RewardTraining, RewardVariant
-from core.data.rows import CalibrationRow, HeldOutRow, PairRow, ResponseRow
+from core.data.rows import CalibrationRow, PairRow
 from core.data.streams import stream_seed
-from core.errors import DataError
-from core.files import read_json, read_table, write_json, write_table
+from core.files import read_json, read_table, write_json
 from core.models.state_cache import FrozenStateCache
 from core.parts import seal
 from core.training import distributed
 from core.training.engine import Engine
 from core.training.weights import gathered
+from rm import faults
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
-from rm.evaluation.intervals import accuracy_with_interval
-from rm.evaluation.metrics import pair_accuracy
+from rm.measure import measure
 from rm.model import RewardModel
 from rm.objective import batch_correlations, divided, pair_logprobs, pair_losses
-from rm.pairs import SIDES, Pair, as_response, batch_plan, seed_name, tokenise
-from rm.reading import Reader, Tokens
-from rm.score import check_lengths, score_tokens
+from rm.pairs import Pair, batch_plan, seed_name, tokenise
+from rm.score import check_lengths
 from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
 
 NOT_FINITE = (
@@ -111,7 +107,9 @@ def train_variant(
     engine, model, metrics = fit(
         cfg.rm, cfg.engine_of("rm"), variant, train, out, name=name, seed=cfg.run.seed, cache=cache
     )
+    whereabouts.enter(f"measure {name}")
     metrics |= measure(engine, model, val, calibration, out, cache)
+    whereabouts.enter(f"save {name}")
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
         write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
@@ -158,14 +156,32 @@ def fit(
     ):
         # For InfoRM's latents and dropout in adapters; named by step, like every draw.
         torch.manual_seed(stream_seed(seed, "rm", "noise", step, distributed.rank(), *seed_name(variant)))
-        row = {"step": step, **train_step(engine, model, variant, [pairs[i] for i in batch], cache), "lr": engine.lr}
-        numbers = {f"values of {key}": [value] for key, value in row.items() if value is not None}
-        distributed.check_finite(f"rm {name}, step {step}", numbers, NOT_FINITE)
+        whereabouts.enter(f"train {name}", step)
+        mine = [pairs[i] for i in batch]
+        try:
+            row = {"step": step, **train_step(engine, model, variant, mine, cache, where=f"rm {name}, step {step}")}
+        except distributed.NotFinite as fault:
+            raise faults.bundled(
+                fault,
+                out,
+                engine,
+                rm=rm,
+                settings=settings,
+                variant=variant,
+                name=name,
+                seed=seed,
+                step=step,
+                batch=mine,
+            ) from None
+        row["lr"] = engine.lr
+        if rm.optim.skip_above:
+            row["updates_skipped"] = engine.skipped
         if log:
             log.write(json.dumps(row) + "\n")
             log.flush()
     model.eval()
-    return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches)}
+    skipped = {"updates_skipped": engine.skipped} if rm.optim.skip_above else {}
+    return engine, model, {"pairs": len(pairs), **counts, "steps": len(batches), **skipped}
 
 
 def with_reference(
@@ -193,95 +209,40 @@ def train_step(
     variant: RewardVariant,
     batch: list[Pair],
     cache: FrozenStateCache | None,
+    *,
+    where: str = "rm",
 ) -> dict:
     """One optimiser step on a global batch; every rank gives the whole batch and trains on its part.
 
+    Args:
+        where: stage and step, for the message.
+
     Returns:
         What `pair_losses` returns, means over the pairs of all ranks, and `grad_norm`.
+
+    Raises:
+        NotFinite: a loss or a gradient, with the weights as they were before the step; or a weight after it.
     """
     parts = divided(model, batch, distributed.world_size() * engine.accumulation)
     mine = [[batch[i] for i in part] for part in parts[distributed.rank() :: distributed.world_size()]]
-    sums: Counter[str] = Counter()
+    found: list[dict[str, float]] = []
+    check = lambda values, ids=(): distributed.check_finite(where, values, NOT_FINITE, ids)  # noqa: E731
     for pairs, correlations in zip(mine, batch_correlations(engine, model, mine, cache), strict=True):
         losses = pair_losses(engine, model, variant, pairs, cache, correlations)
         # DeepSpeed averages over passes and ranks, which hold different numbers of pairs.
         engine.backward(losses["loss"] * (len(pairs) * len(parts) / len(batch)))
+        found.append({key: float(value.detach()) for key, value in losses.items()})
+        if len(found) == len(mine):  # the next call updates the weights, which a bundle must have as they are now
+            ids = [[pair.prompt_id for pair in part if pair.prompt_id] for part in mine]
+            check({f"values of {key}": [row[key] for row in found] for key in losses}, ids)
         engine.step()
-        sums.update({key: float(value.detach()) * len(pairs) for key, value in losses.items()})
-    totals = distributed.global_sum(*sums.values())
-    return {key: total / len(batch) for key, total in zip(sums, totals, strict=True)} | {"grad_norm": engine.grad_norm}
-
-
-def measure(
-    engine: Engine,
-    model: RewardModel,
-    val: list[PairRow],
-    calibration: list[CalibrationRow],
-    out: Path,
-    cache: FrozenStateCache | None = None,
-) -> dict:
-    """Measure held-out accuracy, and the model's mean and SD on samples of the reference policy, which it sets.
-
-    Rewards of the validation pairs are written to `out/val.parquet`.
-
-    Args:
-        val: rows of pairs.parquet.
-        calibration: rows of calibration.parquet.
-
-    Returns:
-        Accuracies against gold and against the labels, with intervals; mean and SD of the reward; its correlation with
-        the number of words; and how many pairs were left out because the model has fewer positions than they tokens.
-
-    Raises:
-        DataError: all validation pairs are too long, or a calibration sample is.
-    """
-    reader = model.reader
-    val, tokens, too_long = held_out(reader, val, model.positions)
-    tokens += [reader.row(cast(ResponseRow, r)) for r in calibration]
-    rewards = score_tokens(
-        engine, model.tokenizer, tokens, limits=model.limits, together=True, frozen=cache,
-        device=distributed.device(), progress="rm: validation",
-    ).tolist()  # fmt: skip
-    n = len(val)
-    chosen, rejected, sampled = np.array(rewards[:n]), np.array(rewards[n : 2 * n]), np.array(rewards[2 * n :])
-    model.mean, model.std = float(sampled.mean()), float(sampled.std(ddof=1))
-    sign = np.where([r["flipped"] for r in val], -1.0, 1.0)
-    if distributed.rank() == 0:
-        rows = [
-            {
-                "prompt_id": r["prompt_id"],
-                "pair_id": r["pair_id"],
-                "reward_chosen": c,
-                "reward_rejected": j,
-                "flipped": r["flipped"],
-            }
-            for r, c, j in zip(val, chosen.tolist(), rejected.tolist(), strict=True)
-        ]
-        write_table(out / "val.parquet", rows, HeldOutRow)
-    words = [len(r["response"].split()) for r in calibration]
-    return {
-        "accuracy_gold": accuracy_with_interval(pair_accuracy(sign * chosen, sign * rejected)),
-        "accuracy_label": accuracy_with_interval(pair_accuracy(chosen, rejected)),
-        "reward_mean": model.mean,
-        "reward_std": model.std,
-        "length_correlation": float(np.corrcoef(sampled, words)[0, 1]),
-        "val_too_long": too_long,
+    check({"values of grad_norm": [engine.grad_norm]})
+    check({faults.WEIGHTS: engine.trained_values()})
+    sums = [sum(row[key] * len(part) for row, part in zip(found, mine, strict=True)) for key in found[0]]
+    totals = distributed.global_sum(*sums)
+    return {key: total / len(batch) for key, total in zip(found[0], totals, strict=True)} | {
+        "grad_norm": engine.grad_norm
     }
-
-
-def held_out(reader: Reader, val: list[PairRow], positions: int) -> tuple[list[PairRow], list[Tokens], int]:
-    """The validation pairs that a model of so many positions can read; the tokens of all their chosen responses, then
-    of all their rejected ones; and how many pairs were left out.
-
-    Raises:
-        DataError: all of them are too long.
-    """
-    pairs = [(row, [reader.row(as_response(row, side)) for side in SIDES]) for row in val]
-    fitting = [(row, sides) for row, sides in pairs if max(len(p) + len(r) for p, r in sides) <= positions]
-    if not fitting:
-        raise DataError(f"all {len(val)} validation pairs have more tokens than the {positions} positions of the model")
-    tokens = [sides[i] for i in range(len(SIDES)) for _, sides in fitting]
-    return [row for row, _ in fitting], tokens, len(pairs) - len(fitting)
 
 
 def save(

@@ -114,3 +114,13 @@ def test_ends_of_lines_and_files_are_mended(tmp_path):
     assert check_files("--fix", tmp_path / "a.py").returncode == 1  # so that a commit stops
     assert (tmp_path / "a.py").read_text() == "x = 1\n\ny = 2\n"
     assert check_files(tmp_path / "a.py").returncode == 0
+
+
+def test_every_locked_package_has_a_row_in_the_table_of_licences():
+    """And the table is of the versions in the lock."""
+    page = (ROOT / "docs" / "licences.md").read_text()
+    absent = page.partition("Not installed where this was written: ")[2].partition(".\n")[0].split(", ")
+    for line in (ROOT / "requirements" / "cpu.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split(";")[0].strip().split("==")
+            assert f"| {name} | {version}" in page or name in absent, name

@@ -118,3 +118,7 @@ class Optim(Section):
     """Share of the optimiser steps over which lr rises from 0, at every schedule."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm, taken over all trained weights, when theirs is larger."""
+    skip_above: float | None = Field(default=None, gt=0)
+    """Leave out an update whose gradient norm is more than this many standard deviations above the mean of the last 128
+    norms (null: make every update). OLMo 2 trains with 6 (arXiv 2501.00656). Nothing is left out before 16 norms are
+    known. What was left out is counted in the metrics."""

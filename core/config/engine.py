@@ -37,6 +37,9 @@ class Engine(Section):
     """Recompute activations in the backward pass in place of storing them: less memory, slower steps."""
     overrides: dict[str, Any] = {}
     """Your own DeepSpeed settings, laid over those that follow from this configuration."""
+    rank_timeout: float = Field(default=1800.0, ge=5, json_schema_extra={"decides_result": False})
+    """Seconds after which the ranks give up on one that shows no sign of life, and on a collective that does not end.
+    All of them end then, the lost rank and its phase are named, and the same command goes on from what is saved."""
 
     def changed(self, changes: EngineOfStage) -> Engine:
         """This section with those of `changes` that are not null; DeepSpeed's own settings are laid over each other."""
@@ -63,3 +66,7 @@ class EngineOfStage(Section):
     """As engine.gradient_checkpointing."""
     overrides: dict[str, Any] = {}
     """As engine.overrides, over which these are laid."""
+    rank_timeout: Annotated[float, Field(ge=5)] | None = Field(
+        default=None, json_schema_extra={"decides_result": False}
+    )
+    """As engine.rank_timeout."""

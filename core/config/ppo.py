@@ -162,6 +162,9 @@ class Ppo(Section):
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
     server_timeout: float = Field(default=600.0, gt=0, json_schema_extra={"decides_result": False})
     """Seconds that a server has to sample a rank's responses, or to take new weights."""
+    server_retries: int = Field(default=0, ge=0, json_schema_extra={"decides_result": False})
+    """How often a request that a server did not answer, because it died or hangs, is sent to another of vllm_servers.
+    The server is then left out for the rest of the run. 0: the run stops and names it. Needs weight_transfer file."""
     offload_while_sampling: bool = Field(default=False, json_schema_extra={"decides_result": False})
     """On a GPU, keep the optimiser states of actor and critic (12 bytes a trained parameter, divided by the ranks) in
     host memory but for the updates: room for a larger vLLM, for two copies a step. Not at engine.zero_stage 0."""
@@ -215,6 +218,8 @@ class Ppo(Section):
             )
         if self.weight_transfer == "nccl" and not self.vllm_servers:
             raise ValueError("weight_transfer nccl is for vllm_servers; an engine in each rank needs no transfer")
+        if self.server_retries and (self.weight_transfer == "nccl" or len(self.vllm_servers) < 2):
+            raise ValueError("server_retries needs two vllm_servers or more, and weight_transfer file")
         if self.overlap and not (self.vllm_servers and self.clip.importance_weight):
             raise ValueError(
                 "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "

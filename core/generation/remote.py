@@ -1,18 +1,19 @@
 """Sampling by vLLM servers on other GPUs or nodes, started with `grm vllm-serve`, with the interface of `Generator`.
 
 New weights go over NCCL between GPUs, or through a file that the servers read. The run directory must then be on a file
-system that they share. The servers' endpoints for weights have no password: keep them on loopback or a private network.
+system that they share. A server that other machines reach asks for a token, which is in the environment (`core.http`).
 """
 
 from __future__ import annotations
 
 import http.client
+import logging
 import time
 import urllib.error
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from core.config import Generation, Model
@@ -20,9 +21,15 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.generation.local import Completion
 from core.generation.weight_transfer import NcclTransfer
-from core.http import ask_json
+from core.http import TOKEN_VARIABLE, ask_json, token_of, with_token
 from core.training import distributed
 from core.training.weights import NamedWeights
+
+_log = logging.getLogger(__name__)
+
+
+class NoAnswer(DataError):
+    """A server that is not there, does not answer in time, or fails."""
 
 
 class ServerGenerator:
@@ -32,6 +39,11 @@ class ServerGenerator:
         urls: http://host:port of each server.
         folder: where new weights are written for the servers to read; None sends them over NCCL.
         timeout: seconds within which a server must answer.
+        retries: how often a request that a server did not answer is sent to another one, which has the same weights.
+            With any, a server that does not answer is left out from then on; it may have missed a sync.
+
+    Attributes:
+        lost: the servers that are left out, and why.
 
     Raises:
         DataError: no server answers (in time), or one has a shorter context. Names the server. All methods raise it.
@@ -39,19 +51,20 @@ class ServerGenerator:
 
     def __init__(
         self, urls: Sequence[str], model: Model, cfg: Generation, tokenizer: ChatTokenizer, *,
-        folder: Path | None, timeout: float,
+        folder: Path | None, timeout: float, retries: int = 0,
     ):  # fmt: skip
         from transformers import AutoConfig
 
         self.urls, self.cfg, self.tokenizer = [u.rstrip("/") for u in urls], cfg, tokenizer
         self._folder, self._timeout = folder and folder.absolute(), timeout
         self._nccl: NcclTransfer | None = None
-        self._mine = self.urls[distributed.rank() % len(self.urls)]
+        self._retries, self._headers = retries, with_token(token_of(None))
+        self.lost: dict[str, str] = {}
         about = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         self._tied = about.tie_word_embeddings
-        served = self._ask(self._mine, "/v1/models")["data"][0]
+        served = self._of_mine(lambda url: self._ask(url, "/v1/models"))["data"][0]
         self._name = served["id"]
         if served["max_model_len"] < cfg.vllm.max_model_len:
             raise DataError(
@@ -88,6 +101,7 @@ class ServerGenerator:
 
     def sync(self, named_tensors: NamedWeights) -> None:
         """As `Generator.sync`, for all servers. Every rank must call it, since weights are gathered from all ranks."""
+        self._agree()
         if self._folder:
             self._through_file(self._folder, named_tensors)
         else:
@@ -95,10 +109,8 @@ class ServerGenerator:
             self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
             self._nccl.send(named_tensors)
         if distributed.rank() == 0:
-            for url in self.urls:
-                self._drop_prefixes(url)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            self._each(self._drop_prefixes)
+        self._agree()
 
     def _drop_prefixes(self, url: str) -> None:
         """Drop the server's prefix cache. vLLM refuses while it answers a request, which may be another program's."""
@@ -121,8 +133,7 @@ class ServerGenerator:
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, file)
-            for url in self.urls:
-                self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]})
+            self._each(lambda url: self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]}))
 
     def sleep(self) -> None:
         """Does nothing: the server has its memory to itself."""
@@ -130,22 +141,74 @@ class ServerGenerator:
     def wake(self, *parts: str) -> None:
         """Does nothing."""
 
+    @property
+    def left(self) -> list[str]:
+        """The servers that are in use."""
+        return [url for url in self.urls if url not in self.lost]
+
+    @property
+    def _mine(self) -> str:
+        """The server that this rank samples from."""
+        return self.left[distributed.rank() % len(self.left)]
+
     def _complete(self, body: dict, expected: int) -> list[dict]:
-        choices = self._ask(self._mine, "/v1/completions", {"model": self._name, **body})["choices"]
+        return self._of_mine(lambda url: self._completed(url, body, expected))
+
+    def _completed(self, url: str, body: dict, expected: int) -> list[dict]:
+        choices = self._ask(url, "/v1/completions", {"model": self._name, **body})["choices"]
         choices.sort(key=lambda c: c["index"])
         if [c["index"] for c in choices] != list(range(expected)):
-            raise DataError(f"vLLM server {self._mine} gave {len(choices)} completions for {expected}")
+            raise DataError(f"vLLM server {url} gave {len(choices)} completions for {expected}")
         return choices
+
+    def _of_mine(self, request: Callable[[str], Any]):
+        """What this rank's server answers, or another one where it does not."""
+        for attempt in range(self._retries + 1):
+            url = self._mine
+            try:
+                return request(url)
+            except NoAnswer as error:
+                if attempt == self._retries:
+                    raise
+                self._leave_out(url, error)
+                _log.warning("%s; the requests of this rank go to %s (ppo.server_retries)", error, self._mine)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _each(self, request: Callable[[str], Any]) -> None:
+        """Ask every server that is in use; with retries, leave those out that do not answer."""
+        for url in self.left:
+            try:
+                request(url)
+            except NoAnswer as error:
+                if not self._retries:
+                    raise
+                self._leave_out(url, error)
+                _log.warning("%s; goes on with %s (ppo.server_retries)", error, ", ".join(self.left))
+
+    def _leave_out(self, url: str, error: NoAnswer) -> None:
+        self.lost[url] = str(error)
+        if not self.left:
+            raise DataError(f"no vLLM server is left: {'; '.join(self.lost.values())}") from None
+
+    def _agree(self) -> None:
+        """Leave out on all ranks what is lost on any; every rank must call it."""
+        self.lost |= dict(distributed.gather_rows(list(self.lost.items())))
+        if not self.left:
+            raise DataError(f"no vLLM server is left: {'; '.join(self.lost.values())}")
 
     def _ask(self, url: str, path: str, body: dict | None = None):
         try:
-            return ask_json(url + path, body, self._timeout)
+            return ask_json(url + path, body, self._timeout, self._headers)
         except urllib.error.HTTPError as error:
             fault = f"HTTP {error.code}: {error.read().decode(errors='replace')[:300]}"
             if error.code == 404:
                 fault += " (start it with `grm vllm-serve`, which opens the endpoints that a sync needs)"
+            if error.code == 401:
+                fault += f" (set {TOKEN_VARIABLE} to what the server was started with)"
+            if error.code < 500:
+                raise DataError(f"vLLM server {url}{path}: {fault}") from None
         except TimeoutError:
             fault = f"no answer within {self._timeout:g} s (ppo.server_timeout)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             fault = str(getattr(error, "reason", error))
-        raise DataError(f"vLLM server {url}{path}: {fault}")
+        raise NoAnswer(f"vLLM server {url}{path}: {fault}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from core import environment
 from core.config import Model, Vllm
 from core.config.load import load
+from core.http import TOKEN_VARIABLE, check_host, token_of
 
 
 def main(argv: list[str]) -> int:
@@ -20,14 +21,23 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--config", "-c", action="append", help="YAML file; repeat to lay files over each other")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); it has no password")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (%(default)s); another one needs a token"
+    )
+    parser.add_argument("--token", help=f"what clients must send; better set {TOKEN_VARIABLE}, since other users of "
+                        "the machine see the arguments of a program (default: no authentication)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000)
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_intermixed_args(argv[:cut])
+    token = token_of(options.token)
+    check_host(options.host, token)
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
     nccl = cfg.ppo.weight_transfer == "nccl"
-    command = server_command(cfg.policy, cfg.generation.vllm, host=options.host, port=options.port, nccl=nccl)
+    command = server_command(
+        cfg.policy, cfg.generation.vllm, host=options.host, port=options.port, nccl=nccl, token=bool(token)
+    )
     settings = {**os.environ, **environment.variables(1), "VLLM_SERVER_DEV_MODE": "1"}
+    settings |= {TOKEN_VARIABLE: token} if token else {}
     settings["VLLM_CPU_KVCACHE_SPACE"] = str(cfg.generation.vllm.cpu_kvcache_gib)
     root = str(Path(__file__).parents[2])  # vLLM's worker imports `core.generation.worker`
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, [root, settings.get("PYTHONPATH")]))
@@ -35,8 +45,14 @@ def main(argv: list[str]) -> int:
     os.execve(command[0], [*command, *argv[cut + 1 :]], settings)
 
 
-def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool) -> list[str]:
-    """The command that serves `model`; with `nccl` new weights come over NCCL, otherwise from a file."""
+def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool, token: bool = False) -> list[str]:
+    """The command that serves `model`.
+
+    Args:
+        nccl: new weights come over NCCL, otherwise from a file.
+        token: ask a token of clients, that of the environment, at every address. vLLM's own `--api-key` leaves those
+            open that change weights.
+    """
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
         "--port", str(port), "--dtype", vllm.dtype, "--max-model-len", str(vllm.max_model_len),
@@ -45,5 +61,6 @@ def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool
     ]  # fmt: skip
     command += ["--enforce-eager"] if vllm.enforce_eager else []
     command += ["--weight-transfer-config", '{"backend": "nccl"}'] if nccl else []
+    command += ["--middleware", "core.http.TokenRequired"] if token else []
     command += ["--revision", model.revision] if model.revision else []
     return command + (["--trust-remote-code"] if model.trust_remote_code else [])

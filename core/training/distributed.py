@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from core import whereabouts
 from core.errors import DataError
 from core.ranks import free_port
 
@@ -35,7 +38,9 @@ def init_distributed() -> None:
     else:
         # Else DeepSpeed compiles an operation for minutes: all-reduces of its tensor-parallel inference, not used here.
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    limit = whereabouts.timeout()
+    options: dict[str, Any] = {"timeout": timedelta(seconds=limit)} if limit else {}
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, **options)
 
 
 def rank() -> int:
@@ -69,7 +74,30 @@ def global_max(value: float) -> float:
     return float(largest)
 
 
-def check_finite(where: str, values: Mapping[str, Iterable[torch.Tensor | float]], advice: str) -> None:
+class NotFinite(DataError):
+    """Numbers that are NaN or infinite; raised on all ranks together.
+
+    Attributes:
+        where: stage and step.
+        name: of the tensor that was computed first of those that are not finite.
+        rank: the first rank that has such numbers.
+        parts: which of its tensors, by number.
+        prompts: ids of the prompts that they belong to, of all ranks.
+    """
+
+    together = True
+
+    def __init__(self, message: str, *, where: str, name: str, rank: int, parts: list[int], prompts: list[str]):
+        super().__init__(message)
+        self.where, self.name, self.rank, self.parts, self.prompts = where, name, rank, parts, prompts
+
+
+def check_finite(
+    where: str,
+    values: Mapping[str, Iterable[torch.Tensor | float]],
+    advice: str,
+    prompts: Sequence[Sequence[str]] = (),
+) -> None:
     """Stop all ranks if any number of any rank is NaN or infinite. Every rank must call it, with the same names.
 
     Comparisons with NaN are false and a maximum may pass over it, so no other check can be trusted to notice it.
@@ -78,19 +106,54 @@ def check_finite(where: str, values: Mapping[str, Iterable[torch.Tensor | float]
         where: stage and step, the beginning of the message.
         values: name in the plural -> tensors of any shapes, or numbers; in the order in which they were computed.
         advice: what the user can do, the end of the message.
+        prompts: for each tensor of a name, the ids of the prompts of its rows; of a number, those that it is made from.
 
     Raises:
-        DataError: on every rank; names the first of `values` that is not finite.
+        NotFinite: on every rank; tells the first of `values` that is not finite, the rank, and the prompts.
     """
-    bad, sizes = [], []
-    for tensors in values.values():
-        parts = [torch.as_tensor(tensor) for tensor in tensors]
-        bad.append(float(sum((~part.isfinite()).sum() for part in parts)))
+    bad, sizes, parts_of = [], [], {}
+    for name, tensors in values.items():
+        parts = parts_of[name] = [torch.as_tensor(tensor) for tensor in tensors]
+        bad.append(float(sum(map(_not_finite, parts))))
         sizes.append(sum(part.numel() for part in parts))
     totals = global_sum(*bad, *sizes)
-    for name, count, size in zip(values, totals, totals[len(bad) :], strict=False):
+    for i, (name, count, size) in enumerate(zip(values, totals, totals[len(bad) :], strict=False)):
         if count:
-            raise DataError(f"{where}: {count:.0f} of {size:.0f} {name} are NaN or infinite. {advice}")
+            mine = [k for k, part in enumerate(parts_of[name]) if _not_finite(part)]
+            ids = [p for k in mine if k < len(prompts) for p in _prompts(parts_of[name][k], prompts[k])]
+            ranks = gather_rows([(rank(), mine, ids)] if bad[i] else [])
+            named = list(dict.fromkeys(p for _, _, found in ranks for p in found))
+            on = f", {of_ranks([r for r, _, _ in ranks])}" if world_size() > 1 else ""
+            told = f", of {_listed('prompt', named)}" if named else ""
+            raise NotFinite(
+                f"{where}: {count:.0f} of {size:.0f} {name} are NaN or infinite{on}{told}. {advice}",
+                where=where, name=name, rank=ranks[0][0], parts=ranks[0][1], prompts=named,
+            )  # fmt: skip
+
+
+def _not_finite(part: torch.Tensor) -> int:
+    """How many numbers are not. One pass over them where all are: their sum then is, unless it overflows."""
+    if not part.is_floating_point() or part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).isfinite():
+        return 0
+    return int((~part.isfinite()).sum())
+
+
+def _prompts(part: torch.Tensor, ids: Sequence[str]) -> list[str]:
+    """The prompts of the rows that are not finite; all of them where the tensor has no rows of theirs."""
+    if part.dim() == 0 or len(part) != len(ids):
+        return list(ids)
+    bad = ~part.isfinite().reshape(len(part), -1).all(-1)
+    return [prompt for prompt, is_bad in zip(ids, bad.tolist(), strict=True) if is_bad]
+
+
+def of_ranks(numbers: Sequence[int]) -> str:
+    """ "on rank 1", "on ranks 0, 3" """
+    return f"on {_listed('rank', [str(number) for number in numbers])}"
+
+
+def _listed(word: str, names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{word}{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{more}"
 
 
 def gather_rows(rows: list) -> list:

@@ -23,9 +23,12 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
+from core.training.optimizer import Spikes, guard
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
 
+SPIKES = "grm_spikes"
+"""Name in a saved state of what `optim.skip_above` compares gradient norms with."""
 FROZEN_SHARE = 0.1
 """Of a GPU's memory: what frozen models may take together and still be whole on every rank."""
 
@@ -78,7 +81,7 @@ class Engine:
         module.train()  # gradient checkpointing works in this mode only; dropout is 0 except in adapters
         if cfg.gradient_checkpointing:
             cast(CausalLM, module.lm).gradient_checkpointing_enable({"use_reentrant": False})
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = self._trained()
         optimizer = torch.optim.AdamW(
             trained,
             lr=optim.lr,
@@ -87,6 +90,9 @@ class Engine:
             weight_decay=optim.weight_decay,
             fused=True,
         )
+        self._spikes, self._passes, self._own_norm = Spikes(optim.skip_above), 0, math.inf
+        self._reports_norm = cfg.zero_stage > 0 or cfg.dtype != "float32"
+        guard(optimizer, self._may_step)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(optim, step, total_steps))
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
@@ -101,26 +107,46 @@ class Engine:
         self._deepspeed.backward(loss)
 
     def step(self) -> None:
-        """Count one backward pass; at the end of the accumulation, clip, update and advance the schedule."""
+        """Count one backward pass; at the end of the accumulation, clip, update and advance the schedule.
+
+        No update is made with a gradient that is not finite, nor with one that `optim.skip_above` calls a spike.
+        """
+        self._passes += 1
+        updates = self._passes % self.accumulation == 0
+        if updates and not self._reports_norm:  # DeepSpeed clips there without telling the norm
+            self._own_norm = float(nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None]))
         self._deepspeed.step()
+        if updates:
+            self._spikes.add(self.grad_norm)
+
+    def _may_step(self) -> bool:
+        if not hasattr(self, "_deepspeed"):  # DeepSpeed steps once while it is made, with gradients of 0
+            return True
+        return math.isfinite(self.grad_norm) and not self._spikes.is_spike(self.grad_norm)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     @property
-    def grad_norm(self) -> float | None:
+    def grad_norm(self) -> float:
         """Norm of the last update's gradient over all ranks, before clipping.
 
-        None at stage 0 in float32, where DeepSpeed clips but does not report the norm. Infinite where a gradient was
-        not finite: DeepSpeed then skips the update, or says -1.
+        Infinite where a gradient was not finite. The weights are then those before that update.
         """
-        norm = self._deepspeed.get_global_grad_norm()
-        if norm is None:
-            return None
-        return float(norm) if norm >= 0 else math.inf
+        optimizer = self._deepspeed.optimizer  # it knows the norm before the engine does
+        norm = getattr(optimizer, "_global_grad_norm", None) if self._reports_norm else self._own_norm
+        # DeepSpeed says -1, infinity or NaN, as the stage and the number type have it.
+        return float(norm) if norm is not None and 0 <= float(norm) < math.inf else math.inf
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out so far, because `optim.skip_above` called their gradient a spike."""
+        return self._spikes.skipped
 
     def trained_values(self) -> Iterator[Tensor]:
         """What this rank holds of the trained weights: whole tensors, or with ZeRO-3 its shards."""
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                yield getattr(parameter, "ds_tensor", parameter).detach()
+        for parameter in self._trained():
+            yield getattr(parameter, "ds_tensor", parameter).detach()
 
     @property
     def lr(self) -> float:
@@ -160,7 +186,7 @@ class Engine:
         self.settle()
         offloaded = self._offloaded
         self.reload_states()
-        self._deepspeed.save_checkpoint(str(folder), tag="state")
+        self._deepspeed.save_checkpoint(str(folder), tag="state", client_state={SPIKES: self._spikes.state_dict()})
         if offloaded:
             self.offload_states()
 
@@ -172,9 +198,12 @@ class Engine:
             RuntimeError: `folder` holds no state.
         """
         check_state(folder)
-        path, _ = self._deepspeed.load_checkpoint(str(folder), tag="state")
+        path, kept = self._deepspeed.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"no engine state in {folder}; delete it and run the stage again")
+        if spikes := (kept or {}).get(SPIKES):  # earlier versions kept none
+            self._spikes.load_state_dict(spikes)
+        self._passes = 0
 
 
 def check_state(folder: Path) -> None:

@@ -35,6 +35,20 @@ def save_adapter(folder: Path, lm: CausalLM) -> None:
                           for key, x in about.items()})  # fmt: skip
 
 
+def trained_weights(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    """The whole trained weights of a module by their names in it, as one rank has them, on its CPU; nothing on others.
+
+    Every rank must call it.
+    """
+    found = {}
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            with gathered([weight]):
+                if distributed.rank() == rank:
+                    found[name] = weight.detach().cpu().contiguous().clone()
+    return found
+
+
 MergeWatch = Callable[[str, Tensor, Tensor, Tensor, float, Tensor], None]
 """Called with each adapted weight: its name, the base weight, the adapter's A, B and scaling, the merged weight."""
 

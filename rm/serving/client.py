@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 import urllib.error
 from collections.abc import Sequence
@@ -16,10 +15,8 @@ from tqdm import tqdm
 from core.data.chat import Message, conversation
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError, DataError
-from core.http import ask_json
+from core.http import TOKEN_VARIABLE, ask_json, token_of, with_token
 
-TOKEN_VARIABLE = "GRM_SERVE_TOKEN"
-"""Environment variable with the token that a server asks of its clients."""
 CHUNK = 256
 """Conversations of one request; it bounds the time that one request takes."""
 
@@ -51,8 +48,7 @@ class RemoteRewardModel:
     def __init__(self, url: str, *, timeout: float = 180.0, retries: int = 3, tokenizer: str | None = None,
                  token: str | None = None):  # fmt: skip
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        token = token or os.environ.get(TOKEN_VARIABLE)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = with_token(token_of(token))
         self.about = self._ask("/health")
         if self.about.get("status") != "ok" or "tokenizer" not in self.about:
             raise RemoteError(f"{self.url}/health answers without a status and a tokenizer, so it is no `grm rm-serve`")

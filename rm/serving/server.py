@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -30,19 +28,18 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from core.config import NATIVE_DTYPE, Dtype
-from core.errors import ArtefactError, ConfigError
-from core.http import is_loopback
+from core.errors import ArtefactError
+from core.http import TOKEN_VARIABLE, TokenRequired, check_host, token_of
 from core.models.state_cache import FrozenStateCache
 from rm.calibration import calibrate, read_calibration
 from rm.combine import KNOWN, combiner, standardise
 from rm.ensemble import AdapterEnsemble, one_base
 from rm.model import RewardModel
 from rm.reading import Reads, Tokens
-from rm.serving.client import TOKEN_VARIABLE
 from rm.serving.rows import BadRequest, RowReader
 from rm.serving.scoring_queue import ScoringQueue
 
@@ -55,11 +52,8 @@ READ_AT_MOST = 4
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     combiner(options.combine)  # so that an unknown name is reported before anything is loaded
-    token = options.token or os.environ.get(TOKEN_VARIABLE)
-    if not token and not is_loopback(options.host):
-        raise ConfigError(
-            f"--host {options.host} lets other machines ask: set {TOKEN_VARIABLE} to a token, here and for the clients"
-        )
+    token = token_of(options.token)
+    check_host(options.host, token)
     rows = read_calibration(options.calibrate) if options.calibrate else []
     models, frozen = load(options.models, dtype=options.dtype, base=options.base, reads=options.reads)
     for model in models if rows else ():
@@ -181,6 +175,8 @@ def make_app(
         queue.close()
 
     app = FastAPI(title="Reward model", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if token:
+        app.add_middleware(TokenRequired, token=token)
 
     async def members_of(request: Request, read: Callable[[object], list[Tokens]]) -> Tensor:
         rows = await run_in_threadpool(read, _parse(await _body(request, max_body)))
@@ -202,12 +198,6 @@ def make_app(
     async def health() -> dict:
         return ensemble.about() | {"max_tokens": limit}
 
-    @app.middleware("http")
-    async def authenticate(request: Request, answer: Callable) -> Response:
-        if token and not _has_token(request, token):
-            return _error("no token, or a wrong one", 401)
-        return await answer(request)
-
     @app.exception_handler(BadRequest)
     async def refuse(_: Request, error: BadRequest) -> JSONResponse:
         return _error(str(error), 413 if isinstance(error, TooLarge) else 400)
@@ -226,11 +216,6 @@ class TooLarge(BadRequest):
 def _error(text: str, status: int) -> JSONResponse:
     # A message may quote what the client sent, and not every text of JSON is one of UTF-8.
     return JSONResponse({"error": text.encode(errors="backslashreplace").decode()}, status_code=status)
-
-
-def _has_token(request: Request, token: str) -> bool:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.query_params.get("token", "")
-    return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
 async def _body(request: Request, limit: int) -> bytes:

@@ -23,6 +23,7 @@ from study.design import Condition
 from study.records import Results, Series
 from study.report import page, training
 from study.report.build import realised_noise, remarks, run_checks
+from study.report.words import as_shown
 from study.results import plan_of, results
 
 NUM_SAMPLES = 20
@@ -186,11 +187,11 @@ def before_and_after(series: Series, pools: Pools, proxy: str, seed: int) -> lis
 
     def side(row: dict, label: str) -> dict:
         numbers = {metric: f"{value(row, metric):+.2f}" for metric in units}
-        return {"label": label, **numbers, "kl": f"{row['kl_rb']:.1f}", "response": row["response"]}
+        return {"label": label, **numbers, "kl": f"{row['kl_rb']:.1f}", "response": as_shown(row["response"])}
 
     return [
         {
-            "prompt": before[p]["prompt"][-1]["content"],
+            "prompt": as_shown(before[p]["prompt"][-1]["content"]),
             "before": side(before[p], "reference"),
             "after": side(after[p], f"step {last}"),
         }

@@ -20,7 +20,7 @@ from study.report.answers import answers
 from study.report.captions import CAPTIONS, DATA, TITLES
 from study.report.figures import all_figures
 from study.report.overoptimisation import overoptimisation
-from study.report.words import in_words
+from study.report.words import as_shown, in_words
 
 SHOWN = 12
 """Examples of each condition and n in the sample browser."""
@@ -106,14 +106,14 @@ def browser(results: Results) -> list[dict]:
             for p in (-gap).argsort(kind="stable")[:SHOWN].tolist():
                 sides = [
                     {
-                        "text": pools.responses[p][k],
+                        "text": as_shown(pools.responses[p][k]),
                         "proxy": round(float(proxy[p, k]), 2),
                         "gold": round(float(gold[p, k]), 2),
                     }
                     for k in (int(picked[p]), int(best[p]))
                 ]
                 prompt = pools.prompts[p] if pools.prompts else pools.prompt_ids[p]
-                rows.append({"rm": name, "n": n, "prompt": prompt, "picked": sides[0], "best": sides[1]})
+                rows.append({"rm": name, "n": n, "prompt": as_shown(prompt), "picked": sides[0], "best": sides[1]})
     return rows
 
 

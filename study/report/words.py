@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from study.design import Condition
 from study.records import Results
+
+MOST_SHOWN = 4000
+"""Characters of a prompt or a response on a page. A policy that over-optimises may write anything."""
+MOST_MARKS = 4
+"""Combining characters on one letter: more of them would cover the lines above and below."""
 
 
 def in_words(results: Results, name: str) -> str:
@@ -62,3 +69,17 @@ def optimised_by(results: Results) -> tuple[str, str]:
     not of PPO: other tools have gold of what the first n gave alone (`study.layouts.grm_repository`)."""
     bounds = {c.kl_kind for c in results.curves if c.method == "ppo"} == {"bound"}
     return ("Best of the first n", "by") if bounds else ("PPO", "against")
+
+
+def as_shown(text: str) -> str:
+    """A prompt or response for a page, without what would hide the rest of it; the page's template escapes it."""
+    kept: list[str] = []
+    marks = hidden = 0
+    for character in text[:MOST_SHOWN]:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > MOST_MARKS:
+            hidden += 1
+        else:
+            kept.append(character)
+    left_out = hidden + max(0, len(text) - MOST_SHOWN)
+    return "".join(kept) + (f" [{left_out:,} characters are not shown]" if left_out else "")

@@ -26,6 +26,9 @@ class PlainEngine:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def trained_values(self):
+        return (p.detach() for p in self.module.parameters() if p.requires_grad)
+
 
 class TablePolicy(nn.Module):
     """Logits for each (prompt, tokens so far): `states` maps the columns read so far to a row of the table."""

@@ -111,3 +111,13 @@ def test_another_engine_of_ppo_leaves_reward_models_up_to_date():
     assert changed("engine.zero_stage=2", "rm.engine.zero_stage=3", "ppo.engine.zero_stage=3") == same
     head = ["engine.float32_head: True -> False"]
     assert changed("ppo.engine.float32_head=false") == {"rm": [], "ppo": head, "eval": head}
+
+
+def test_manifests_say_whether_the_code_of_a_model_was_run():
+    """Every stage that loads the policy or the base of reward models; a change makes its result out of date."""
+    for name, field in {"prompts": "policy", "preferences": "policy", "rm": "rm.base", "bon": "policy", "ppo": "policy",
+                        "eval": "policy"}.items():  # fmt: skip
+        changed = sections(STAGES[name], f"{field}.trust_remote_code=true").differences(
+            {"config": sections(STAGES[name]).sections}
+        )
+        assert changed == [f"{field}.trust_remote_code: False -> True"], name

@@ -2,22 +2,29 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from core.files import read_rows
+from tests.builders.command_line import grm
 from tests.builders.processes import run_program
 
 
 @pytest.mark.slow
-def test_an_adapter_that_becomes_nan_stops_the_run_and_spoils_nothing(small_policy, tmp_path):
+def test_an_adapter_that_becomes_nan_stops_the_run_and_spoils_nothing(small_policy, tmp_path, capsys):
     """NaN compares false with every limit, so it was logged, saved and resumed from."""
     run_program("tests/programs/ppo_not_finite.py", small_policy, tmp_path, ranks=2)
     found = json.loads((tmp_path / "found.json").read_text())
     assert "ppo step 2:" in found["said"] and "log-probs by the actor are NaN or infinite" in found["said"]
-    assert "ppo.actor.lr" in found["said"]
+    assert "ppo.actor.lr" in found["said"] and "on ranks 0, 1, of prompts " in found["said"]
     assert found["stopped"] == {"state": 1, "policies": ["step-0001"], "steps": [1]}
+    (bundle,) = found["bundles"]
+    assert f"`grm replay {bundle}`" in found["said"] and Path(bundle).parent == tmp_path / "faults"
+    assert grm("replay", bundle) == 0
+    shown = capsys.readouterr().out
+    assert "first in lm.base_model.model.model.layers." in shown and ".lora_B.default (Linear), whose weights" in shown
     # What was saved before is good: the run continues from it.
     assert found["resumed"] == {"state": 2, "policies": ["step-0001", "step-0002"], "steps": [1, 2]}
     for step in (1, 2):

@@ -70,7 +70,7 @@ def main(path: str, folder: str) -> None:
     except DataError as error:  # on every rank, or the barrier is not reached
         found = {"said": str(error)}
     torch.distributed.barrier()
-    found["stopped"] = left(out)
+    found["stopped"], found["bundles"] = left(out), sorted(str(p) for p in (where / "faults").iterdir())
     trainer.step(trainer.resume())
     torch.distributed.barrier()
     if distributed.rank() == 0:

@@ -7,9 +7,10 @@ import torch
 from core.config import Model, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
+from rm.measure import held_out
 from rm.pairs import tokenise
 from rm.reading import Reader
-from rm.train import arm_rows, held_out
+from rm.train import arm_rows
 from tests.builders.reward_models import tiny_reward_model
 from tests.builders.tokenizers import of_family
 

@@ -15,6 +15,7 @@ from study.design import Condition
 from study.records import Series
 from study.report import page, training
 from study.report.of_run import analyse, before_and_after, checkpoint_table, description, reward_table
+from study.report.words import as_shown
 from study.results import plan_of, results
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,15 @@ def test_the_share_of_wrong_labels_counts_those_of_the_variants(all_pairs, of_a_
     )
     text = description(cfg, {"preferences": {"pairs": {"rm_train": 100}}})
     assert f"trained on 100 pairs with {share} of the labels wrong." in text
+
+
+def test_text_that_would_cover_the_page_is_cut():
+    """100 KB of combining characters, and a response without an end; other people's letters stay as they are."""
+    covered = as_shown("a" + "\u0301" * 50_000 + "b")
+    assert len(covered) < 100 and covered.endswith("[49,997 characters are not shown]")
+    assert as_shown("x" * 5000) == "x" * 4000 + " [1,000 characters are not shown]"
+    for text in ("", "a\u0323\u0302", "ไม่มี", "नमस्ते", EVIL):
+        assert as_shown(text) == text
 
 
 def test_the_page_has_every_section_and_escapes(folder):
