@@ -104,7 +104,7 @@ def replay(bundle: Bundle) -> tuple[bool, list[str]]:
 class _Alone:
     """A module in the place of its engine: one process, gradients as they come."""
 
-    accumulation = 1
+    accumulation, continues = 1, 0
 
     def __init__(self, module: nn.Module):
         self.module = module
