@@ -27,6 +27,7 @@ TOOLS = {
     "figure": Tool("study.papers.run", "a figure or table of a paper, from what a study has written"),
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),
     "vllm-serve": Tool("core.generation.serve", "the policy behind a vLLM server, for ppo.vllm_servers"),
+    "samples": Tool("pipelines.samples", "the responses of a PPO step, the worst or best ones first"),
     "rm-eval": Tool("rm.evaluation.command", "accuracy of reward models on published evaluation sets"),
     "audit": Tool("study.audit", "how soon a reward model is over-optimised: best-of-n by it, nothing is trained"),
     "rm-merge": Tool("rm.tools.merge", "the weights of reward models averaged (WARM)"),
