@@ -29,6 +29,7 @@ TOOLS = {
     "vllm-serve": Tool("core.generation.serve", "the policy behind a vLLM server, for ppo.vllm_servers"),
     "torchrun": Tool("pipelines.torchrun", "torchrun for several nodes, without its own traceback at the end"),
     "replay": Tool("pipelines.replay", "a computation that gave NaN or infinite numbers, again, from its bundle"),
+    "samples": Tool("pipelines.samples", "the responses of a PPO step, the worst or best ones first"),
     "rm-eval": Tool("rm.evaluation.command", "accuracy of reward models on published evaluation sets"),
     "audit": Tool("study.audit", "how soon a reward model is over-optimised: best-of-n by it, nothing is trained"),
     "rm-merge": Tool("rm.tools.merge", "the weights of reward models averaged (WARM)"),

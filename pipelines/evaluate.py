@@ -1,4 +1,4 @@
-"""Stage `eval`: the reference and every PPO checkpoint on held-out prompts: proxy, gold and KL.
+"""Stage `eval`: the reference, every PPO checkpoint and their moving average on held-out prompts: proxy, gold and KL.
 
 Samples are drawn at the training temperature, so that rewards and KL speak of the same distribution. Gold is
 read here for the first time after the labels. Several processes divide the checkpoints, or shards of the prompts of
@@ -41,6 +41,8 @@ from core.shares import Share, remove_shards, shard_file
 from core.training.distributed import device
 from core.training.weights import named_weights
 from pipelines.policy_kl import measure_kl
+from ppo.reward.mixed import PART
+from ppo.reward.own import own_rewards
 from rm.checkpoints.layout import read_about
 from rm.combine import proxy_reward
 from rm.gold import with_reading
@@ -50,12 +52,14 @@ SCORED_PROMPTS = 16
 """Prompts whose responses, of all checkpoints, are scored together: so a prompt is computed once for all of them."""
 IDS = ("step", "prompt_id", "sample_id")
 """Columns that name a response."""
+AVERAGE = -1
+"""Stands for the step of the moving average of the weights (`ppo.ema`) until its rows have a table of their own."""
 
 
 def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     """Run the stage on this process; the metrics of the stage on the first one, nothing on the others."""
     share = Share.of_this_process()
-    checkpoints = {0: None} | {int(p.name.split("-")[1]): p for p in sorted((inputs["ppo"] / "checkpoints").iterdir())}
+    checkpoints = policies_of(inputs["ppo"])
     tables = sample_checkpoints(cfg, inputs["prompts"], checkpoints, out, share)
     gc.collect()
     share.wait_for(tables, title="eval")
@@ -70,16 +74,47 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
         return {}
     put_together([*scores, gold_table], pool, title="eval")
     rewards = combined_rewards(cfg, inputs["rm"], [_scores(rows, table) for table in scores])
-    drop = ("split", "token_ids", "tokenizer")
+    tokenizer, responses = ChatTokenizer(cfg.policy), cast(list[ResponseRow], rows)
+    columns = {"proxy": rewards, "gold": _scores(rows, gold_table)}
+    columns |= {f"{PART}{k}": of.score(responses).tolist() for k, of in own_rewards(cfg.ppo.reward, tokenizer).items()}
+    drop = ("split", "token_ids", "tokenizer", "metadata")
     table = [
-        {"run": cfg.run.name, **{k: v for k, v in row.items() if k not in drop}, "proxy": p, "gold": g}
-        for row, p, g in zip(rows, rewards, _scores(rows, gold_table), strict=True)
+        {
+            "run": cfg.run.name,
+            **{k: v for k, v in row.items() if k not in drop},
+            **{name: values[i] for name, values in columns.items()},
+        }
+        for i, row in enumerate(rows)
     ]
-    write_table(pool.table, table, EvaluationRow)
+    steps = [row for row in table if row["step"] != AVERAGE]
+    averages = [row | {"step": max(checkpoints)} for row in table if row["step"] == AVERAGE]
+    write_table(pool.table, steps, EvaluationRow)
     shutil.rmtree(out / "scores")  # they are columns of the table now
     pools = read_pools(inputs["bon"], cfg.ppo.members)
-    metrics = summary(table, pools, optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine))
-    return with_reading(metrics, gold, ChatTokenizer(cfg.policy), cast(list[ResponseRow], rows))
+    optimised = optimised_rewards(inputs["rm"], pools, cfg.ppo.members, cfg.ppo.combine)
+    metrics = summary(steps, pools, optimised)
+    if averages:
+        write_table(out / "rl_eval_average.parquet", averages, EvaluationRow)
+        of_average = summary([row for row in steps if row["step"] == 0] + averages, pools, optimised)
+        metrics |= with_average(metrics, of_average)
+    return with_reading(metrics, gold, tokenizer, responses)
+
+
+def policies_of(folder: Path) -> dict[int, Path | None]:
+    """The folders of a run's policies by their step: of the reference none, and AVERAGE for their moving average."""
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    steps: dict[int, Path | None] = {0: None} | {int(path.name.split("-")[1]): path for path in checkpoints}
+    average = folder / "policy-ema"
+    return steps | ({AVERAGE: average} if average.is_dir() else {})
+
+
+def with_average(metrics: dict, average: dict) -> dict:
+    """What the moving average adds to the metrics, from its `summary` against the reference."""
+    text = average["headline"].partition(", in SD within prompts: ")[2]
+    return {
+        "headline": f"{metrics['headline']}; policy-ema: {text}",
+        "average": {**average["table"][-1], **{k: v for k, v in average.items() if k.endswith("_change")}},
+    }
 
 
 def by_prompts(rows: list[dict]) -> list[list[dict]]:
@@ -95,7 +130,7 @@ def by_prompts(rows: list[dict]) -> list[list[dict]]:
 
 
 def score_proxies(cfg: Config, reward_models: Path, pool: SampledPool, out: Path) -> list[Path]:
-    """Score this process's shards by what PPO optimised, one reward model or an ensemble; the tables of the members."""
+    """Score this process's shards by the reward models that PPO optimised, as the pools are scored; their tables."""
     tables = {name: out / f"{name}.parquet" for name in cfg.ppo.members}
     for name, table in tables.items():
         if pool.share.missing(table, pool.count):
@@ -133,7 +168,8 @@ def sample_checkpoints(
     rows = read_split(prompts, "eval", cfg.eval.prompts)
     parts = prompt_shards(rows, cfg.eval.shard_prompts or len(rows))
     share.advise("eval.shard_prompts", len(rows), len(parts), tables=len(checkpoints))
-    tables = {step: out / "steps" / f"{step:04d}.parquet" for step in checkpoints}
+    named = {step: "average" if step == AVERAGE else f"{step:04d}" for step in checkpoints}
+    tables = {step: out / "steps" / f"{name}.parquet" for step, name in named.items()}
     numbered = [(step, part) for step in checkpoints for part in range(len(parts))]
     missing = [
         (step, part) for step, part in (numbered[number] for number in share.of(len(numbered)))
@@ -160,7 +196,7 @@ def sample_checkpoints(
                     write_part(file, partial(write_table, rows=measured))
                     bar.update()
     for step, table in tables.items():
-        share.make_whole(table, len(parts), title=f"eval: step {step}")
+        share.make_whole(table, len(parts), title=f"eval: step {named[step]}")
     if share.is_first:
         remove_shards(tables.values())  # the other processes read the tables
     return list(tables.values())
@@ -178,6 +214,7 @@ def _samples(cfg: Config, generator: Generator, rows: Sequence[PromptRow], step:
             "prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids,
             "n_tokens": len(c.token_ids), "finished": c.finished, "logp_sampler": float(sum(c.logprobs)),
             "tokenizer": tokenizer.fingerprint,
+            **({"metadata": row["metadata"]} if "metadata" in row else {}),
         }
         for row, group in zip(rows, groups, strict=True)
         for k, c in enumerate(group)
@@ -205,7 +242,8 @@ def _load(cfg: Config, model: Model) -> CausalLM:
 
 
 def summary(rows: list[dict], pools: Pools, proxy: np.ndarray) -> dict:
-    """The last checkpoint against the reference, in the unit of the report, and KL, length and ends of each.
+    """The last checkpoint against the reference, in the unit of the report, and KL, length, ends and own rewards of
+    each.
 
     Args:
         rows: of `rl_eval.parquet`.
@@ -228,6 +266,7 @@ def summary(rows: list[dict], pools: Pools, proxy: np.ndarray) -> dict:
             "kl": float(of_prompts(step, "kl_rb").mean()),
             "tokens": float(of_prompts(step, "n_tokens").mean()),
             "eos_rate": float(of_prompts(step, "finished").mean()),
+            **{name: float(of_prompts(step, name).mean()) for name in rows[0] if name.startswith(PART)},
         }
         for step in steps
     ]

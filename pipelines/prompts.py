@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -169,13 +170,22 @@ def _prompt(row: dict[str, Any], data: Data, tokenizer: ChatTokenizer, seed: int
     if num_tokens > data.max_prompt_tokens:
         raise DataError(f"{TOO_LONG} ({num_tokens} > {data.max_prompt_tokens})")
     identity = prompt_id(messages)
-    return {
+    prompt: PromptRow = {
         "prompt_id": identity,
         "prompt": messages,
         "num_tokens": num_tokens,
         "split": split_of(normalised(messages), data.splits),
         "order": unit_interval(identity, salt=f"order/{seed}"),
     }
+    if data.metadata:
+        prompt["metadata"] = _metadata(row, data)
+    return prompt
+
+
+def _metadata(row: dict[str, Any], data: Data) -> str:
+    if missing := [name for name in data.metadata if row.get(name) is None]:
+        raise DataError(f"no {missing[0]} (data.metadata)")
+    return json.dumps({name: storable(row[name]) for name in data.metadata}, ensure_ascii=False, default=str)
 
 
 def _messages(row: dict[str, Any], notes: list[str]) -> list[Message]:

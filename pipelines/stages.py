@@ -37,6 +37,7 @@ from core.damage import remember_outputs
 from core.data.templates import named_template
 from core.errors import ArtefactError
 from core.files import path_digest, write_json
+from core.functions import source_file
 from core.parts import drop_damaged
 from core.ranks import told_by_first
 
@@ -63,6 +64,10 @@ class Stage:
     """Config sections or fields (dotted) that decide its result."""
     files: tuple[str, ...] = ()
     """Config fields that hold paths of external files, checked by content."""
+    functions: tuple[str, ...] = ()
+    """Config fields that name a Python function of the user's own, whose source is checked by content."""
+    with_gold: str = ""
+    """Config field with which it reads gold too, which it does not read otherwise."""
     distributed: bool = False
     """Run on every rank of `engine.processes`, which train together."""
     divided: bool = False
@@ -109,7 +114,8 @@ STAGES = {
               makes="pools of samples, scored by gold and by every proxy",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), _POLICY_FILES, distributed=True,
-              makes="policies, metrics.jsonl, TensorBoard", grows=("ppo.steps", "ppo.extend"),
+              functions=("ppo.reward.function",), with_gold="ppo.watch_gold",
+              makes="policies, metrics.jsonl, rollouts, TensorBoard", grows=("ppo.steps", "ppo.extend"),
               corrections=(Correction("sorted PPO's minibatches by length"),
                            Correction("scored the texts of responses, and not the tokens that were sampled"))),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
@@ -147,8 +153,9 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
             )
         inputs[name] = manifest_digest(manifest)
     plain = plain_values(stage, cfg)
-    sections = {field: _get(plain, field) for field in stage.reads}
-    for field in stage.files:
+    gold = ("gold",) if stage.with_gold and _get(plain, stage.with_gold) else ()
+    sections = {field: _get(plain, field) for field in (*stage.reads, *gold)}
+    for field in (*stage.files, *(f"{section}.path" for section in gold)):
         if field == "gold.path" and not cfg.gold.is_local:
             continue
         for path in _paths(_get(plain, field)):
@@ -158,6 +165,9 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
                 named_template(str(path))  # one of TRL's
             elif field in ("data.prompts", "data.eval_prompts", "preferences.decontaminate") or _looks_local(path):
                 raise ArtefactError(f"{field}: no file or folder {path}" + _hint(field, cfg))
+    for field in stage.functions:
+        if name := _get(plain, field):
+            inputs[f"{field}={name}"] = _cached_digest(source_file(field, name))
     corrections = tuple(c.fault if _concerns(c, cfg, plain) else "" for c in stage.corrections)
     return Fingerprint(sections, inputs, corrections)
 

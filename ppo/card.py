@@ -11,7 +11,7 @@ def write_card(file: Path, cfg: Config, summary: dict, gold: str | None = None) 
     """Write a Hugging Face model card.
 
     Args:
-        summary: of `ppo.train.summary`.
+        summary: of `ppo.log.summary`.
         gold: what stage `eval` measured, in words; None while it has not run yet.
     """
     ppo, first, last = cfg.ppo, summary["first"], summary["last"]
@@ -24,6 +24,7 @@ def write_card(file: Path, cfg: Config, summary: dict, gold: str | None = None) 
         "Prompts": f"{cfg.data.prompts}, split rl_train",
         "Reward model (proxy)": f"{ppo.label} ({variants}) on {cfg.rm.base.path}",
         "Its training data": data,
+        **({"What was optimised": ppo.reward.in_words} if ppo.reward.is_own else {}),
         "Algorithm": f"PPO ({ppo.estimator}), {ppo.steps} steps of {ppo.rollouts} responses, {form}",
         "KL coefficient": f"{first['kl_coef']:g} at first, {last['kl_coef']:g} at the end, in the {ppo.kl.where}",
         "Sampling temperature": f"{cfg.generation.temperature:g}",

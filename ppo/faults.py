@@ -80,12 +80,16 @@ def bundled(
         mine = learner.minibatch
     numbers = [i for m in mine for i in m.rows.tolist()] if model == "proxy" else []
     read = [rollout.responses[i] for i in numbers]
-    tokens = distributed.global_sum(float(sum(int(m.is_response.sum()) for m in learner.minibatch)))[0]
+    minibatch = learner.minibatch
+    tokens, sequences = distributed.global_sum(
+        float(sum(int(m.is_response.sum()) for m in minibatch)), float(sum(len(m.rows) for m in minibatch))
+    )
     rows = [({f: getattr(m, f).cpu() for f in FIELDS if getattr(m, f, None) is not None}, m.prompt_ids) for m in mine]
     kept = distributed.gather_rows([(distributed.rank(), *row) for row in rows])
     about: dict[str, Any] = {
         "stage": "ppo", "phase": phase, "model": model, "step": step, "config": cfg.model_dump(mode="json"),
         "seed": learner.seed, "kl_coef": kl_coef, "scale": learner.scale_before, "tokens": tokens,
+        "sequences": sequences,
         "reward_models": str(reward_models), "responses": distributed.gather_rows(read),
         "fixed_scale": [learner.scale.mean, learner.scale.std],
         "micros": [{"rank": rank, "prompts": list(prompts)} for rank, _, prompts in kept],
@@ -156,7 +160,8 @@ class _Again:
         scale = RewardScale(self._ppo.reward, *self.about["fixed_scale"])
         scale.load_state_dict(self.about["scale"])
         # Only whether there is a critic counts where the actor is run, and the other way round.
-        return Learner(self._ppo, alone, alone if self._ppo.estimator == "gae" else None, scale, self.about["seed"])
+        critic, longest = alone if self._ppo.estimator == "gae" else None, self.cfg.generation.max_new_tokens
+        return Learner(self._ppo, alone, critic, scale, self.about["seed"], longest)
 
     def _rollout(self) -> tuple[bool, list[str]]:
         if self.model == "proxy":
@@ -215,9 +220,11 @@ class _Again:
         learner, found = self._learner(module), dict[str, list[float]]()
         with _traced(module, trace) as seen:
             for m in self.micros:
-                one = learner.critic_pass if self.model == "critic" else learner.policy_pass
-                kl = () if self.model == "critic" else (self.about["kl_coef"],)
-                for name, value in one(m, self.about["tokens"], *kl).items():
+                if self.model == "critic":
+                    stats = learner.critic_pass(m, self.about["tokens"])
+                else:
+                    stats = learner.policy_pass(m, self.about["tokens"], self.about["sequences"], self.about["kl_coef"])
+                for name, value in stats.items():
                     found.setdefault(name, []).append(float(value.detach()))
         return module, seen, found
 

@@ -1,4 +1,4 @@
-"""What a PPO run logs: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, and warnings on the console."""
+"""What a PPO run logs: metrics.jsonl, rollouts, TensorBoard, other trackers, and warnings on the console."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.config import Config
-from core.errors import DataError
+from ppo.measured.held_out import FILE as HELD_OUT
+from ppo.measured.held_out import in_words
+from ppo.measured.rollouts import RolloutTables
+from ppo.measured.trackers import Trackers
 from ppo.saved import LOGS
 from ppo.watch import warnings_of
+
+METRICS = "metrics.jsonl"
+SHOWN = 8
+"""Responses of a step that TensorBoard shows."""
 
 
 class RunLog:
@@ -35,24 +42,29 @@ class RunLog:
             if first_step == 1:
                 (out / name).unlink(missing_ok=True)
             keep_until(out / name, first_step - 1)
-        self._rows = read_rows(out / "metrics.jsonl")
+        self._rows = read_rows(out / METRICS)
+        self._rollouts = RolloutTables(out, cfg.ppo.keep_rollouts_mib)
+        self._rollouts.forget_after(first_step - 1)
         self._writer = SummaryWriter(out / "tensorboard", purge_step=first_step)
-        self._trackers = [_tracker(name, cfg) for name in cfg.ppo.trackers]
+        self._trackers = Trackers(cfg, out)
 
-    def step(self, step: int, stats: dict[str, float], samples: list[dict]) -> None:
-        """Write one step everywhere, and print its headline and the warnings that are new."""
+    def step(self, step: int, stats: dict[str, float], responses: list[dict]) -> None:
+        """Write one step everywhere, and print its headline and the warnings that are new.
+
+        Args:
+            responses: of all ranks, complete where they are kept (`ppo.measured.rollouts`).
+        """
         row = {"step": step, **stats}
         self._rows.append(row)
-        with (self._out / "metrics.jsonl").open("a") as file:
+        with (self._out / METRICS).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        with (self._out / "samples.jsonl").open("a") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        if self._rollouts.are_kept:
+            self._rollouts.write(step, responses)
         for name, value in stats.items():
             self._writer.add_scalar(f"ppo/{name}", value, step)
-        self._writer.add_text("samples", _table(samples), step)
+        self._writer.add_text("samples", _table(responses[:SHOWN]), step)
         self._writer.flush()
-        for tracker in self._trackers:
-            tracker.log({f"ppo/{k}": v for k, v in stats.items()}, step=step)
+        self._trackers.log({f"ppo/{k}": v for k, v in stats.items()}, step)
         tqdm.write(
             "ppo {step:>4}: proxy {proxy_mean:+.3f} +- {proxy_se:.3f}  KL {kl_nats_per_response:.2f}  tokens "
             "{response_tokens:.0f}  EOS {eos_rate:.0%}  {seconds_total:.0f} s".format(**row)
@@ -60,11 +72,40 @@ class RunLog:
         for line in warnings_of(self._rows):
             tqdm.write(f"ppo {step:>4}: warning: {line}")
 
+    def held_out(self, step: int, stats: dict[str, float]) -> None:
+        """Write an evaluation on held-out prompts everywhere, and print it."""
+        with (self._out / HELD_OUT).open("a") as file:
+            file.write(json.dumps({"step": step, **stats}, allow_nan=False) + "\n")
+        for name, value in stats.items():
+            self._writer.add_scalar(f"held_out/{name}", value, step)
+        self._writer.flush()
+        self._trackers.log({f"held_out/{k}": v for k, v in stats.items()}, step)
+        tqdm.write(in_words(step, stats))
+
     def close(self) -> None:
         """Flush and end TensorBoard and the trackers."""
         self._writer.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._trackers.finish()
+
+
+def summary(metrics: Path) -> dict:
+    """The metrics of the stage from metrics.jsonl: a headline, the rows of the first and the last step, and by how many
+    standard errors the proxy reward changed between them (None where the standard error is 0)."""
+    rows = read_rows(metrics)
+    first, last = rows[0], rows[-1]
+    change = last["proxy_mean"] - first["proxy_mean"]
+    error = (first["proxy_se"] ** 2 + last["proxy_se"] ** 2) ** 0.5
+    held_out = read_rows(metrics.with_name(HELD_OUT))
+    return {
+        "headline": (
+            f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f})"
+            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats per response"
+        ),
+        "first": first,
+        "last": last,
+        "proxy_change_over_se": change / error if error else None,
+        **({"held_out": {"first": held_out[0], "last": held_out[-1]}} if held_out else {}),
+    }
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -89,19 +130,5 @@ def keep_until(file: Path, step: int) -> None:
 def _table(samples: list[dict]) -> str:
     """A Markdown table, which TensorBoard renders."""
     cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    rows = [f"| {s['proxy']:+.3f} | {s['tokens']} | {cell(s['response'])} |" for s in samples]
+    rows = [f"| {s['proxy']:+.3f} | {s['n_tokens']} | {cell(s['response'])} |" for s in samples]
     return "\n".join(["| proxy | tokens | response |", "| --- | --- | --- |", *rows])
-
-
-def _tracker(name: str, cfg: Config):
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(getattr(n, "value", n)) for n in get_available_trackers()]
-    if name not in available or name == "tensorboard":
-        others = ", ".join(n for n in available if n != "tensorboard") or "none"
-        raise DataError(f"ppo.trackers: {name!r} is not installed or not known to accelerate; available: {others}")
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    tracker = kind("grm-rlhf", str(cfg.run_dir)) if kind.requires_logging_directory else kind("grm-rlhf")
-    tracker.start()
-    tracker.store_init_configuration(json.loads(cfg.model_dump_json()))
-    return tracker

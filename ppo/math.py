@@ -47,7 +47,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref)).sum(-1)
 
 
-def kl_loss(logp: Tensor, ref_logp: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
+def kl_loss(logp: Tensor, ref_logp: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
     """KL(pi || pi_0) as a term of the loss: a scalar, the mean over response tokens sampled from pi.
 
     Its value is that of k3. Its gradient is that of k2, (log pi - log pi_0) d log pi, whose expectation is the gradient
@@ -76,7 +76,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Ten
     return rewards + torch.where(at_end, scores[:, None], 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (1506.02438, eq. 16).
 
     In each row the mask is one run of True. The value after the last token is 0.
@@ -84,6 +84,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Args:
         rewards: [B, T] per token.
         values: [B, T], the critic's value of the state before each token.
+        lam: lambda, for all responses or [B].
 
     Returns:
         Advantages, and returns = advantages + values where the mask is True; both [B, T].
@@ -127,18 +128,29 @@ def grpo(returns: Tensor, groups: Tensor) -> Tensor:
     return centred / (variance.sqrt() + 1e-6)
 
 
+def dr_grpo(returns: Tensor, groups: Tensor) -> Tensor:
+    """Advantages [N]: return - mean over the responses to a prompt (Dr. GRPO, 2503.20783, section 3.2).
+
+    The arguments are those of `rloo`, of which it is (n - 1) / n for n responses to a prompt.
+    """
+    sums, counts = _of_groups(returns, groups)
+    return returns - sums / counts
+
+
 def _of_groups(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and size [N] of the group that each element belongs to."""
     same = (groups[:, None] == groups[None, :]).to(x.dtype)
     return same @ x, same.sum(-1)
 
 
-def masked_mean(x: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
     """Sum of x over True positions, divided by their number or by `denominator`; a scalar.
 
     With the number of response tokens of the global batch as the denominator, the results of micro-batches add up to
-    the mean over that batch.
+    the mean over that batch. Each row may have a denominator of its own, [B, 1].
     """
+    if isinstance(denominator, Tensor):
+        return (torch.where(mask, x, 0.0) / denominator).sum()
     return torch.where(mask, x, 0.0).sum() / (mask.sum() if denominator is None else denominator)
 
 
@@ -163,6 +175,7 @@ def policy_loss(
     dual_clip: float | None = None,
     is_weight: Tensor | None = None,
     denominator: float | None = None,
+    loss_denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (1707.06347, eq. 7), the mean over response tokens.
 
@@ -174,6 +187,7 @@ def policy_loss(
         dual_clip: c, which bounds the gain from below by c * A where the advantage A is negative (1912.09729).
         is_weight: [B, T] of `importance_weight`, by which the loss of each token is multiplied.
         denominator: as in `masked_mean`.
+        loss_denominator: the same of the loss alone, where its tokens are weighed otherwise than in the metrics.
 
     Returns:
         The loss, and without gradient: `clipfrac`, the share of tokens whose gradient is clipped away; `approx_kl`,
@@ -195,7 +209,7 @@ def policy_loss(
             "approx_kl": masked_mean(ratio - 1 - log_ratio, mask, denominator),
             "ratio_max_dev": (ratio - 1).abs().max(),
         }
-    return -masked_mean(gain, mask, denominator), stats
+    return -masked_mean(gain, mask, denominator if loss_denominator is None else loss_denominator), stats
 
 
 def value_loss(

@@ -35,7 +35,8 @@ class Engines:
     """None for estimators that have none."""
     reference: Engine
     """With adapters it is the actor, run without them."""
-    proxy: LocalProxy | RemoteProxy
+    proxy: LocalProxy | RemoteProxy | None
+    """None where the reward models have no weight."""
     frozen_layers: Engine | None
     """The lowest layers of the policy, frozen and equal in several of these models, and run once for them. Each
     continues them where its own frozen layers end (`Engine.continues`). None for none."""
@@ -86,7 +87,9 @@ def make_engines(
         reference = frozen(PolicyModule(base, temperature))
         reference.continues = depths.actor
     if ppo.reward_server:
-        proxy: LocalProxy | RemoteProxy = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy))
+        proxy: LocalProxy | RemoteProxy | None = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy))
+    elif not members:
+        proxy = None
     else:
         of_members = base_of_members.through(frozen(base_of_members)) if base_of_members else map(frozen, members)
         proxy = LocalProxy(list(of_members), ppo.combine, depths.members)
@@ -128,11 +131,11 @@ class _RewardModels:
     def members(self, ppo: Ppo) -> tuple[list[RewardModel], AdapterEnsemble | None]:
         """The reward models that the ranks hold as the proxy, and what holds them where they are adapters of one
         base."""
-        if ppo.reward_server:
+        paths = [self.folder / name for name in ppo.held_members]
+        if not paths:
             return [], None
-        paths = [self.folder / name for name in ppo.members]
         if not one_base(paths):
-            return [self.load(name) for name in ppo.members], None
+            return [self.load(name) for name in ppo.held_members], None
         ensemble = AdapterEnsemble.from_pretrained(
             paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu"
         )

@@ -37,6 +37,7 @@ class Micro:
     group: Tensor  # [B], equal for responses to one prompt
     rows: Tensor  # [B], the number of each response among those of the rank, in the order in which they were sampled
     proxy: Tensor = field(init=False)  # [B], raw rewards
+    reward: Tensor = field(init=False)  # [B], what PPO optimises, without the KL penalty
     logprobs: Tensor = field(init=False)  # nats, by the actor before the updates
     ref_logprobs: Tensor = field(init=False)  # nats, by the reference
     critic_outputs: Tensor = field(init=False)  # by the critic before the updates, in units of its head
@@ -141,7 +142,7 @@ class Rollout:
     minibatches: list[list[Micro]]
     """The micro-batches of each minibatch."""
     samples: list[dict]
-    """Rows of samples.jsonl, one for each response."""
+    """One for each response, by its number: rows of the rollout's table, which `ppo.measured.rollouts` completes."""
     policy: int
     """The step whose weights sampled it; 0 is the reference."""
     behind: int
@@ -149,6 +150,8 @@ class Rollout:
     responses: list[ResponseRow] = field(default_factory=list)
     """What the proxy has read, one row for each response."""
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    """Metrics of how the responses were found, equal on all ranks."""
 
     @property
     def micros(self) -> list[Micro]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.config import Reward
 from core.training import distributed
+from ppo.methods.objective import overlong_penalty
 
 
 class RewardScale:
@@ -67,18 +68,25 @@ class RewardScale:
         self._count, self._mean, self._squares = state["count"], state["mean"], state["squares"]
 
 
-def final_rewards(cfg: Reward, normalised: Tensor, finished: Tensor, tokens: Tensor) -> Tensor:
+def final_rewards(
+    cfg: Reward, normalised: Tensor, finished: Tensor, tokens: Tensor, longest: int | None = None
+) -> Tensor:
     """The rewards [B] that PPO optimises: shaped, clipped, then less the penalties.
 
     Args:
         normalised: [B], of `RewardScale.normalise`.
         finished: [B] bool, False where max_new_tokens cut the response off.
         tokens: [B], the length of each response in tokens.
+        longest: the most tokens that a response can have, for `overlong_buffer`.
     """
     rewards = shape(cfg.shape, normalised - cfg.center) if cfg.shape != "none" else normalised
     if cfg.clip:
         rewards = rewards.clamp(-cfg.clip, cfg.clip)
-    return rewards - cfg.missing_eos_penalty * (~finished).float() - cfg.length_penalty * tokens
+    rewards = rewards - cfg.missing_eos_penalty * (~finished).float() - cfg.length_penalty * tokens
+    if cfg.overlong_buffer:
+        assert longest is not None, "the length that the buffer ends at"
+        rewards = rewards + cfg.overlong_weight * overlong_penalty(tokens, longest, cfg.overlong_buffer)
+    return rewards
 
 
 def shape(kind: str, centred: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +18,12 @@ from core.models.layers import states_at
 from core.training import distributed
 from ppo.forward import Forward, Wide
 from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
+from ppo.methods.dynamic import Scored, chosen, facts, is_enough, more_prompts
 from ppo.models import Engines
 from ppo.probe import SyncProbe
 from ppo.records import Clock, Rollout, Sampled, make_minibatches
-from ppo.sampling import prompts_of_step
+from ppo.reward.mixed import PART, MixedReward
+from ppo.sampling import all_prompts_of_step, of_rank, prompts_of_step
 from ppo.update import Learner
 
 
@@ -32,6 +36,7 @@ class Collector:
     Args:
         learner: reads the critic.
         probe: is shown the responses of each step while vLLM is awake.
+        reward: what is optimised.
         prompts: rows with `prompt_id` and `prompt` (messages); the same list on every rank.
         seed: of the order of the prompts and of the samples.
 
@@ -41,9 +46,10 @@ class Collector:
 
     def __init__(
         self, ppo: Ppo, engines: Engines, learner: Learner, generator: Generator | ServerGenerator, probe: SyncProbe,
-        *, prompts: list[PromptRow], seed: int,
+        reward: MixedReward, *, prompts: list[PromptRow], seed: int,
     ):  # fmt: skip
         self._ppo, self._engines, self._learner, self._generator, self._probe = ppo, engines, learner, generator, probe
+        self._reward = reward
         self._prompts, self._seed = prompts, seed
         # Now, since a tokenizer finds them out when they are first asked for, and a thread may be using it then.
         self._pad_id, self._fingerprint = generator.tokenizer.pad_id, generator.tokenizer.fingerprint
@@ -59,7 +65,8 @@ class Collector:
         """
         clock = Clock()
         self._generator.wake()
-        sampled = self._ahead.result() if self._ahead else self._sample(step, self.policy)
+        scored, found = self._sample_and_score(step) if self._ppo.dynamic_sampling else (None, {})
+        sampled = scored.sampled if scored else self._ahead.result() if self._ahead else self._sample(step, self.policy)
         minibatches = make_minibatches(
             sampled.prompts, sampled.completions, sampled.groups, self._pad_id,
             minibatches=self._ppo.minibatches, micro_batch=self._ppo.micro_batch,
@@ -77,16 +84,17 @@ class Collector:
             forward.fill_frozen(self._engines.frozen_layers)
         clock.lap("logprobs")
         read = responses(sampled, self._fingerprint)
-        rewards = self._engines.proxy.score(read, forward.batches)
+        if scored:
+            rewards, parts = scored.rewards, dict(scored.parts)
+        else:
+            rewards, parts = self._reward.score(read, forward.batches)
         for micro in micros:
             micro.proxy = rewards.to(micro.rows.device)[micro.rows]
         clock.lap("score")
         self._evaluate(forward)
         clock.lap("logprobs")
-        samples = _log_rows(step, sampled, rewards.tolist())
-        return Rollout(
-            minibatches, samples, sampled.policy, step - 1 - sampled.policy, responses=read, seconds=clock.seconds
-        )
+        samples, behind = rows_of(step, sampled, rewards, parts), step - 1 - sampled.policy
+        return Rollout(minibatches, samples, sampled.policy, behind, responses=read, seconds=clock.seconds, facts=found)
 
     def wait(self) -> None:
         """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.
@@ -102,12 +110,34 @@ class Collector:
         more = self._ppo.overlap and step <= self._ppo.steps
         self._ahead = self._thread.submit(self._sample, step, self.policy) if more else None
 
+    def _sample_and_score(self, step: int) -> tuple[Scored, dict[str, float]]:
+        """This rank's responses of `step`, to prompts whose samples differ in reward, and metrics of the search."""
+        ppo, rounds = self._ppo, []
+        every = all_prompts_of_step(self._prompts, step, ppo.prompts_per_step, self._seed)
+        rows, used = of_rank(every), {row["prompt_id"] for row in every}
+        for number in range(ppo.dynamic_sampling or 1):
+            if number:
+                rows = more_prompts(self._prompts, used, step, number, ppo.prompts_per_step, self._seed)
+            if not rows:
+                break
+            sampled = self._responses(rows, self.policy, step, *([number] if number else []))
+            self._generator.sleep()
+            rounds.append(Scored(sampled, *self._reward.score(responses(sampled, self._fingerprint))))
+            self._generator.wake()
+            if is_enough(rounds, ppo.samples_per_prompt):
+                break
+        return chosen(rounds, ppo.samples_per_prompt), facts(rounds, ppo.samples_per_prompt)
+
     def _sample(self, step: int, policy: int) -> Sampled:
         """This rank's responses of `step`, by the weights that vLLM has now: those of step `policy`."""
+        rows = prompts_of_step(self._prompts, step, self._ppo.prompts_per_step, self._seed)
+        return self._responses(rows, policy, step)
+
+    def _responses(self, rows: list[PromptRow], policy: int, step: int, *more: int) -> Sampled:
+        """Responses to these prompts; `more` is part of the name of their random draws."""
         ppo, generator = self._ppo, self._generator
-        rows = prompts_of_step(self._prompts, step, ppo.prompts_per_step, self._seed)
         prompts = [generator.tokenizer.prompt_ids(row["prompt"]) for row in rows]
-        seed = stream_seed(self._seed, "ppo", "rollout", step, distributed.rank())
+        seed = stream_seed(self._seed, "ppo", "rollout", step, distributed.rank(), *more)
         of_prompts = generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
         groups = [i for i, completions in enumerate(of_prompts) for _ in completions]
         completions = [c for completions in of_prompts for c in completions]
@@ -132,25 +162,39 @@ class Collector:
 
 
 def responses(sampled: Sampled, tokenizer: str) -> list[ResponseRow]:
-    """What the proxy reads: the responses as they were sampled."""
-    return [
-        {"prompt": row["prompt"], "response": c.text, "token_ids": c.token_ids, "tokenizer": tokenizer}
-        for row, c in zip(sampled.rows, sampled.completions, strict=True)
-    ]
+    """What is rewarded: the responses as they were sampled."""
+    rows: list[ResponseRow] = []
+    for of, c in zip(sampled.rows, sampled.completions, strict=True):
+        row: ResponseRow = {
+            "prompt": of["prompt"],
+            "response": c.text,
+            "token_ids": c.token_ids,
+            "tokenizer": tokenizer,
+            "prompt_id": of["prompt_id"],
+        }
+        if "metadata" in of:
+            row["metadata"] = of["metadata"]
+        rows.append(row)
+    return rows
 
 
-def _log_rows(step: int, sampled: Sampled, rewards: list[float]) -> list[dict]:
-    """The rows of samples.jsonl."""
+def rows_of(step: int, sampled: Sampled, rewards: Tensor, parts: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The rows of the rollout's table, without what `ppo.measured.rollouts.completed` adds to them."""
+    columns = {"proxy": rewards.tolist()} | {f"{PART}{name}": part.tolist() for name, part in parts.items()}
     return [
         {
             "step": step,
+            "policy": sampled.policy,
             "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
             "response": c.text,
-            "tokens": len(c.token_ids),
+            "token_ids": np.array(c.token_ids, np.int32),
+            "n_tokens": len(c.token_ids),
             "finished": c.finished,
-            "proxy": reward,
+            "sampler_logprobs": np.array(c.logprobs, np.float32),
+            **{name: column[i] for name, column in columns.items()},
         }
-        for row, c, reward in zip(sampled.rows, sampled.completions, rewards, strict=True)
+        for i, (row, c) in enumerate(zip(sampled.rows, sampled.completions, strict=True))
     ]
 
 
@@ -180,6 +224,9 @@ def statistics(rollout: Rollout) -> dict[str, float]:
     total = dict(zip(names, distributed.global_sum(*sums.values()), strict=True))
     rows, tokens = total["rows"], total["tokens"]
     of_prompts = distributed.gather_rows([(row["prompt_id"], row["proxy"]) for row in rollout.samples])
+    parts = [name for name in rollout.samples[0] if name.startswith(PART)]
+    of_parts = [sum(row[name] for row in rollout.samples) for name in parts]
+    means_of_parts = [whole / rows for whole in distributed.global_sum(*of_parts)] if parts else []
     return {
         "proxy_mean": total["proxy"] / rows,
         "proxy_se": clustered_se([reward for _, reward in of_prompts], [prompt for prompt, _ in of_prompts]),
@@ -191,4 +238,6 @@ def statistics(rollout: Rollout) -> dict[str, float]:
         # -mean log pi of its own samples: an unbiased estimate of the entropy per token
         "entropy_nats": total["minus_logp"] / tokens,
         "tokens": tokens,
+        **rollout.facts,
+        **{f"{name}_mean": mean for name, mean in zip(parts, means_of_parts, strict=True)},
     }

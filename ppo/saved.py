@@ -11,7 +11,7 @@ from core.artefacts import RESUME
 from core.errors import ArtefactError
 from core.files import file_digest, path_digest
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "held_out.jsonl")
 """Files that only grow."""
 
 

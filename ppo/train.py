@@ -1,7 +1,8 @@
 """Stage `ppo`: optimise the policy against the proxy reward with PPO (1707.06347), a critic and a KL penalty.
 
 Actor and critic are trained under a DeepSpeed engine each. Reference and proxy run without gradients. Every rank
-samples its own prompts with its own vLLM, or from a server. Gold is not among the inputs of this stage.
+samples its own prompts with its own vLLM, or from a server. Gold is not among the inputs of this stage, unless
+`ppo.watch_gold` has it measured, and then training does not see it.
 
 `Trainer.step` is the loop. `ppo.rollout` collects a rollout and `ppo.update` trains on it.
 """
@@ -32,11 +33,15 @@ from ppo.ema import WeightAverage
 from ppo.extend import mark_state, saved_state
 from ppo.faults import bundled
 from ppo.keep import PolicyKeeper, Spacing
-from ppo.log import RunLog, read_rows
+from ppo.log import RunLog, summary
 from ppo.math import AdaptiveKL
+from ppo.measured.held_out import HeldOut, watched_gold
+from ppo.measured.rollouts import completed
 from ppo.models import make_engines
 from ppo.probe import SyncProbe
 from ppo.records import Clock, Rollout
+from ppo.reward.mixed import MixedReward
+from ppo.reward.own import own_rewards
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector, statistics
 from ppo.sampling import make_generator
@@ -96,6 +101,8 @@ class Trainer:
         self.cfg, self.out, self.reward_models = cfg, out, inputs["rm"]
         seed = stream_seed(cfg.run.seed, "ppo", cfg.ppo.seed)
         self.tokenizer = ChatTokenizer(cfg.policy)
+        own = own_rewards(cfg.ppo.reward, self.tokenizer)  # a function that is not there fails now
+        gold = watched_gold(cfg)
         prompts = read_split(inputs["prompts"], "rl_train")
         self.generator = make_generator(cfg.ppo, cfg.policy, cfg.generation, sync_folder=out / "sync")
         self.generator.sleep()
@@ -104,13 +111,21 @@ class Trainer:
             reward_models=inputs["rm"], tokenizer=self.tokenizer, seed=seed,
         )  # fmt: skip
         self.actor, self.critic = engines.actor, engines.critic
-        self.scale = RewardScale(cfg.ppo.reward, engines.proxy.mean, engines.proxy.std)
-        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, seed)
+        reward = MixedReward(cfg.ppo.reward, engines.proxy, own)
+        self.scale = RewardScale(cfg.ppo.reward, reward.mean, reward.std)
+        longest = cfg.generation.max_new_tokens
+        self.learner = Learner(cfg.ppo, self.actor, self.critic, self.scale, seed, longest)
         self.kl = AdaptiveKL(cfg.ppo.kl.coef, cfg.ppo.kl.target, cfg.ppo.kl.horizon)
         self.probe = SyncProbe(self.actor, self.generator, dtype=getattr(torch, cfg.generation.vllm.dtype))
         self.collector = Collector(
-            cfg.ppo, engines, self.learner, self.generator, self.probe, prompts=prompts, seed=seed
+            cfg.ppo, engines, self.learner, self.generator, self.probe, reward, prompts=prompts, seed=seed
         )
+        self.held_out = None
+        if cfg.ppo.eval_every:
+            self.held_out = HeldOut(
+                cfg.ppo, engines, reward, self.generator,
+                prompts=read_split(inputs["prompts"], "rm_val"), gold=gold, seed=seed,
+            )  # fmt: skip
         self.policies = PolicyKeeper(out, cfg.ppo.keep_policies)
         self.saved = SavedFiles(out)
         self.spacing = Spacing(cfg.ppo.checkpoint_every, cfg.ppo.checkpoint_kl)
@@ -126,6 +141,8 @@ class Trainer:
             DataError: vLLM does not run the actor's weights, before the updates or after the sync; or a number is
                 NaN or infinite (`NotFinite`, with a bundle for `grm replay`). Nothing of the step is saved then.
         """
+        if step == 1:
+            self._evaluate(0)
         clock = Clock()
         whereabouts.enter("collect", step)
         rollout = self.collector.collect(step)
@@ -177,6 +194,7 @@ class Trainer:
         whereabouts.enter("save", step)
         self._record(step, rollout, stats | {"kl_coef": self.kl.coef} | self._lost(), clock)
         self.kl.update(stats["kl_nats_per_response"], self.cfg.ppo.rollouts)
+        self._evaluate(step)
 
     def _lost(self) -> dict[str, float]:
         """By options that are set: updates that `skip_above` has left out so far, and servers that are left out."""
@@ -189,15 +207,23 @@ class Trainer:
             found["critic_updates_skipped"] = self.critic.skipped
         return found
 
+    def _evaluate(self, step: int) -> None:
+        """Measure the policy after `step` on held-out prompts, if it is its turn."""
+        if self.held_out and self.cfg.ppo.eval_every and step % self.cfg.ppo.eval_every == 0:
+            self.generator.wake()
+            stats = self.held_out.evaluate(step)
+            if self.log:
+                self.log.held_out(step, stats)
+
     def _record(self, step: int, rollout: Rollout, stats: dict[str, float], clock: Clock) -> None:
-        """Write the step's metrics and samples, and the score of the policy that sampled them."""
+        """Write the step's metrics and responses, and the score of the policy that sampled them."""
         seconds = rollout.seconds | {k: clock.seconds[k] for k in ("train", "sync", "probe")}
         stats |= {f"seconds_{phase}": s for phase, s in seconds.items()}
         stats["seconds_total"] = sum(clock.seconds.values())
         stats["tokens_per_second"] = stats.pop("tokens") / stats["seconds_total"]
-        samples = distributed.gather_rows(rollout.samples[:4])
+        rows = distributed.gather_rows(completed(rollout) if self.cfg.ppo.keep_rollouts_mib else rollout.samples[:4])
         if self.log:
-            self.log.step(step, stats, samples)
+            self.log.step(step, stats, rows)
             penalty = stats["kl_coef"] * stats["kl_nats_per_response"]
             self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
 
@@ -304,21 +330,3 @@ class Trainer:
             shutil.rmtree(self.out / "sync", ignore_errors=True)
             if self.log:
                 self.log.close()
-
-
-def summary(metrics: Path) -> dict:
-    """The metrics of the stage from metrics.jsonl: a headline, the rows of the first and the last step, and by how many
-    standard errors the proxy reward changed between them (None where the standard error is 0)."""
-    rows = read_rows(metrics)
-    first, last = rows[0], rows[-1]
-    change = last["proxy_mean"] - first["proxy_mean"]
-    error = (first["proxy_se"] ** 2 + last["proxy_se"] ** 2) ** 0.5
-    return {
-        "headline": (
-            f"proxy {first['proxy_mean']:+.3f} -> {last['proxy_mean']:+.3f} (change {change:+.3f}, SE {error:.3f})"
-            f" over {len(rows)} steps at KL {last['kl_nats_per_response']:.2f} nats per response"
-        ),
-        "first": first,
-        "last": last,
-        "proxy_change_over_se": change / error if error else None,
-    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,11 +19,13 @@ from core.training.engine import Engine
 from ppo.forward import Wide
 from ppo.guard import ADVICE
 from ppo.math import (
+    dr_grpo,
     explained_variance,
     gae,
     grpo,
     kl_k1,
     kl_loss,
+    masked_mean,
     masked_whiten,
     policy_loss,
     reward_to_go,
@@ -29,12 +33,20 @@ from ppo.math import (
     shaped_rewards,
     value_loss,
 )
+from ppo.methods.objective import cispo_loss, gspo_loss, length_adaptive_lambda, loss_denominator
 from ppo.policy import scatter
 from ppo.records import Micro
 from ppo.rewards import RewardScale, final_rewards
 
 FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far from 1 the ratio of an unchanged policy may be: the same weights on the same rows in the same shape."""
+COMPARING = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}
+"""Estimators that compare the responses to a prompt."""
+OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {
+    "ppo": policy_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+}
 OF_TOKENS = ("approx_kl", "clipfrac", "value_clipfrac")
 """Metrics that are means over tokens."""
 
@@ -48,15 +60,19 @@ class Learner:
         critic: None for the estimators that have none.
         scale: normalises the proxy's rewards.
         seed: of the order of the minibatches.
+        longest: the most tokens that a response can have, for the methods that depend on it.
 
     Attributes:
         scale_before: state of the scale before the last `advantages`.
         minibatch: the last one of `update`.
     """
 
-    def __init__(self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int):
+    def __init__(
+        self, ppo: Ppo, actor: Engine, critic: Engine | None, scale: RewardScale, seed: int, longest: int | None = None
+    ):
         self.ppo, self.actor, self.critic, self.scale, self.seed = ppo, actor, critic, scale, seed
         self.scale_before, self.minibatch = scale.state_dict(), list[Micro]()
+        self.longest = longest
 
     def critic_outputs(self, micro: Micro | Wide) -> torch.Tensor:
         """The critic's outputs [B, L-1] in units of its head: at column t the one before token t+1.
@@ -91,12 +107,13 @@ class Learner:
         coef = kl_coef if ppo.kl.where == "reward" else 0.0
         finals, rewards = [], []
         for m in micros:
-            final = final_rewards(ppo.reward, self.scale.normalise(m.proxy), m.finished, m.is_response.sum(-1))
+            normalised, tokens = self.scale.normalise(m.proxy), m.is_response.sum(-1)
+            final = final_rewards(ppo.reward, normalised, m.finished, tokens, self.longest)
+            m.reward = final
             finals.append(final)
             rewards.append(shaped_rewards(final, kl_k1(m.logprobs, m.ref_logprobs), m.is_response, coef))
-        if ppo.estimator in ("rloo", "grpo"):
+        if compare := COMPARING.get(ppo.estimator):
             whole = torch.cat([r.sum(-1) for r in rewards])
-            compare = rloo if ppo.estimator == "rloo" else grpo
             of_rows = compare(whole, torch.cat([m.group for m in micros])).split([len(m.group) for m in micros])
             for m, row in zip(micros, of_rows, strict=True):
                 m.advantages = torch.where(m.is_response, row[:, None], 0.0)
@@ -104,7 +121,7 @@ class Learner:
             for m, reward in zip(micros, rewards, strict=True):
                 if self.critic:
                     m.values = self._values(m, m.critic_outputs)
-                    m.advantages, m.returns = gae(reward, m.values, m.is_response, ppo.gamma, ppo.lam)
+                    self._estimate(m, reward)
                 else:
                     m.advantages = reward_to_go(reward, m.is_response, ppo.gamma)
             if self.critic:
@@ -113,6 +130,14 @@ class Learner:
                 _whiten(micros)
         rows, total = distributed.global_sum(sum(map(len, finals)), sum(float(f.double().sum()) for f in finals))
         return stats | {"reward_mean": total / rows}
+
+    def _estimate(self, m: Micro, reward: torch.Tensor) -> None:
+        """Advantages and returns by GAE, each with its lambda (VC-PPO, 2503.01491: decoupled GAE)."""
+        ppo, mask = self.ppo, m.is_response
+        lam = length_adaptive_lambda(mask, ppo.lam_alpha) if ppo.lam_alpha else ppo.lam
+        m.advantages, m.returns = gae(reward, m.values, mask, ppo.gamma, lam)
+        if ppo.critic_lam is not None:
+            m.returns = gae(reward, m.values, mask, ppo.gamma, ppo.critic_lam)[1]
 
     def update(self, minibatches: list[list[Micro]], step: int, kl_coef: float) -> dict[str, float]:
         """Train actor and critic: `ppo.epochs` epochs over the minibatches of a rollout.
@@ -140,8 +165,10 @@ class Learner:
             for minibatch in rng.sample(minibatches, len(minibatches)):
                 if not train_policy and not self.critic:
                     return _of_updates(found)
-                tokens = distributed.global_sum(sum(int(m.is_response.sum()) for m in minibatch))[0]
-                stats = self._train_on(minibatch, tokens, step, kl_coef, train_policy)
+                tokens, sequences = distributed.global_sum(
+                    sum(int(m.is_response.sum()) for m in minibatch), sum(len(m.rows) for m in minibatch)
+                )
+                stats = self._train_on(minibatch, tokens, sequences, step, kl_coef, train_policy)
                 if train_policy and not found:
                     self._check_first(stats["ratio_max_dev"], step)
                 found.append((tokens, stats))
@@ -150,9 +177,10 @@ class Learner:
         return _of_updates(found)
 
     def _train_on(
-        self, minibatch: list[Micro], tokens: float, step: int, kl_coef: float, train_policy: bool
+        self, minibatch: list[Micro], tokens: float, sequences: float, step: int, kl_coef: float, train_policy: bool
     ) -> dict[str, float]:
-        """Passes over one minibatch of `tokens` response tokens on all ranks; then the engines step their optimisers.
+        """Passes over one minibatch of `tokens` response tokens in `sequences` responses on all ranks; then the engines
+        step their optimisers.
 
         Returns:
             Losses, KL and shares of clipped tokens, as means over these tokens; `ratio_max_dev`; gradient norms.
@@ -162,7 +190,7 @@ class Learner:
         engines = {name: engine for name, engine in trained.items() if engine}
         passes: list[dict[str, float]] = []
         for m in minibatch:
-            stats = self.policy_pass(m, tokens, kl_coef) if train_policy else {}
+            stats = self.policy_pass(m, tokens, sequences, kl_coef) if train_policy else {}
             stats |= self.critic_pass(m, tokens) if self.critic else {}
             passes.append({name: float(value.detach()) for name, value in stats.items()})
             columns = {name: [stats[name] for stats in passes] for name in passes[0]}
@@ -179,22 +207,27 @@ class Learner:
         found = dict(zip(columns, totals, strict=True)) | reported
         return found | ({"ratio_max_dev": distributed.global_max(max(largest))} if largest else {})
 
-    def policy_pass(self, m: Micro, tokens: float, kl_coef: float) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of the actor; `tokens` are the response tokens of the minibatch on all ranks."""
+    def policy_pass(self, m: Micro, tokens: float, sequences: float, kl_coef: float) -> dict[str, torch.Tensor]:
+        """Forward and backward pass of the actor; `tokens` (of responses) and `sequences` are those of the minibatch on
+        all ranks."""
         ppo = self.ppo
+        share = loss_denominator(
+            ppo.loss_aggregation, m.is_response, tokens=tokens, sequences=sequences, horizon=self.longest or 1
+        )
+        options: dict[str, Any] = {"is_weight": m.is_weight, "denominator": tokens, "loss_denominator": share}
+        options |= {"dual_clip": ppo.clip.dual} if ppo.objective != "cispo" else {}
         logps, entropy = self.actor(
             m.input_ids, m.attention_mask, m.is_response, with_entropy=ppo.entropy_coef > 0,
             frozen=states_at(m.frozen, self.actor.continues),
         )  # fmt: skip
-        loss, stats = policy_loss(
-            logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high,
-            dual_clip=ppo.clip.dual, is_weight=m.is_weight, denominator=tokens,
-        )  # fmt: skip
+        loss, stats = OBJECTIVES[ppo.objective](
+            logps, m.logprobs, m.advantages, m.is_response, ppo.clip.low, ppo.clip.high, **options
+        )
         total = loss
         if entropy is not None:
-            total = total - ppo.entropy_coef * entropy.sum() / tokens
+            total = total - ppo.entropy_coef * masked_mean(entropy, m.is_response, share)
         if ppo.kl.where == "loss" and kl_coef:
-            total = total + kl_coef * kl_loss(logps, m.ref_logprobs, m.is_response, tokens)
+            total = total + kl_coef * kl_loss(logps, m.ref_logprobs, m.is_response, share)
         self.actor.backward(total * self._scale(self.actor))
         return {"policy_loss": loss, **stats}
 

@@ -91,7 +91,7 @@ CHECKS: dict[str, tuple[Callable[[Rows], bool], str]] = {
     ),
     "reward variance": (
         lambda rows: _last("proxy_se", 1.0)(rows) < 0.2 * rows[0].get("proxy_se", 1.0),
-        "all responses get nearly the same reward, so the policy has collapsed: see samples.jsonl, raise ppo.kl.coef",
+        "all responses get nearly the same reward, so the policy has collapsed: see `grm samples`, raise ppo.kl.coef",
     ),
     "proxy falling": (
         lambda rows: len(rows) >= 2 * WINDOW

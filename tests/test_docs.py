@@ -194,7 +194,7 @@ def test_exercises_of_the_tour_print_what_they_say():
 @pytest.mark.slow
 def test_examples_of_contributing_work(tmp_path):
     """The edits apply to a copy of the code, the tests beside them pass there, and ruff has nothing to say."""
-    for name in (*PACKAGES, "tests", "configs", "Makefile", "pyproject.toml"):
+    for name in (*PACKAGES, "examples", "tests", "configs", "Makefile", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     files = []

@@ -3,7 +3,8 @@
 from core.config.base import NATIVE_DTYPE, Attention, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
 from core.config.data import Data, Generation, Gold, Preferences, PreferenceSource, Splits, Vllm
 from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
-from core.config.ppo import Clip, Ensemble, Kl, Ppo, Reward
+from core.config.ppo import Clip, Ensemble, Kl, Ppo
+from core.config.reward import Reward
 from core.config.rm import RewardTraining, RewardVariant
 from core.config.tree import BestOfN, Config, Evaluation, Run, Study
 

@@ -43,6 +43,9 @@ class Data(Section):
     repeats, exactly or nearly, are left out, counted."""
     system: str | None = None
     """System message put before every prompt that has none (null: none is added)."""
+    metadata: tuple[str, ...] = ()
+    """Columns of the file that are kept with each prompt for ppo.reward.function and ppo.reward.url, such as the right
+    answer. A row without one of them is malformed. No model reads them (empty: none)."""
     max_prompt_tokens: int = Field(default=256, ge=8)
     """Longer prompts are dropped, counted and listed in `rejected.jsonl`."""
     max_rejected_share: Fraction = 0.01

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config.base import Lora, Optim, Section, exact_div
 from core.config.engine import EngineOfStage
+from core.config.reward import Reward
 
 
 class Kl(Section):
@@ -44,26 +45,6 @@ class Clip(Section):
     """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no correction)."""
 
 
-class Reward(Section):
-    """Applied in the order of these fields."""
-
-    normalise: Literal["calibration", "running", "none"] = "calibration"
-    """What the mean and standard deviation of rewards are taken from: the reference's samples on the calibration
-    prompts (calibration), or all rollouts so far (running). none leaves rewards in the reward model's own units."""
-    shape: Literal["none", "par", "log_sigmoid"] = "none"
-    """par: sigmoid(r - center) (arXiv 2502.18770). log_sigmoid: log sigmoid(r - center) (arXiv 2402.00742). Both leave
-    little to gain where the proxy is far above its calibration."""
-    center: float = 0.0
-    """Centre of the shape in normalised units. 0 is the mean of the reference's samples, 1.04 their 85th percentile if
-    they are normal."""
-    clip: float | None = Field(default=10.0, gt=0)
-    """Rewards are clipped to [-clip, clip] before the penalties (null: no clipping)."""
-    missing_eos_penalty: float = Field(default=0.0, ge=0)
-    """Subtracted from the reward of a response that max_new_tokens cut off."""
-    length_penalty: float = Field(default=0.0, ge=0)
-    """Subtracted from the reward for each token of the response."""
-
-
 class Ensemble(Section):
     members: tuple[str, ...] = Field(min_length=2)
     """Names of rm.variants. One of them is ppo.proxy, which the critic starts from."""
@@ -80,14 +61,27 @@ class Ppo(Section):
     seed: int = Field(default=0, ge=0)
     """Another seed gives another order of prompts, other samples and another start of the adapter. Repetitions of a run
     differ in nothing else."""
-    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    """How advantages are estimated. gae is PPO with a critic, the others have none: rloo (arXiv 2402.14740) and grpo
-    (arXiv 2402.03300) compare the samples of a prompt, reinforce++ (arXiv 2501.03262) whitens rewards to go."""
+    estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"
+    """How advantages are estimated. gae is PPO with a critic, the others have none: rloo (arXiv 2402.14740), grpo
+    (arXiv 2402.03300) and dr_grpo (arXiv 2503.20783, without grpo's division by the standard deviation) compare the
+    samples of a prompt, reinforce++ (arXiv 2501.03262) whitens rewards to go."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each prompt of a step, which draws rollouts / samples_per_prompt prompts. rloo and grpo need 2 or
-    more."""
+    """Responses to each prompt of a step, which draws rollouts / samples_per_prompt prompts. rloo, grpo and dr_grpo
+    need 2 or more."""
+    dynamic_sampling: int | None = Field(default=None, ge=2)
+    """DAPO (arXiv 2503.14476): prompts whose samples all have one reward teach rloo, grpo and dr_grpo nothing, and
+    others are sampled in their place, in at most n rounds a step, the first one included (null: they stay)."""
     whiten_advantages: bool = True
-    """Bring advantages to mean 0 and variance 1 over all tokens of a rollout, on all ranks. rloo and grpo never do."""
+    """Bring advantages to mean 0 and variance 1 over all tokens of a rollout, on all ranks. Estimators that compare
+    the samples of a prompt never do."""
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """The policy loss. ppo: a token's ratio is clipped. gspo (arXiv 2507.18071): that of the response to the power 1 /
+    its length; set clip.low and clip.high to 3e-4 and 4e-4, and loss_aggregation to sequence-mean-token-mean. cispo
+    (arXiv 2506.13585): the ratio is a clipped weight of log pi, so no token loses its gradient."""
+    loss_aggregation: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum-norm"] = "token-mean"
+    """How the policy loss weighs tokens, its KL and entropy terms too. token-mean: all alike.
+    sequence-mean-token-mean: each response alike, as GRPO. sequence-mean-token-sum-norm: each token by 1 /
+    generation.max_new_tokens, and the mean over responses, as Dr. GRPO."""
     reward: Reward = Reward()
     """How the proxy's rewards are scaled, shaped and penalised before PPO optimises them."""
     reward_server: str | None = None
@@ -115,6 +109,12 @@ class Ppo(Section):
     lam: float = Field(default=0.95, ge=0, le=1)
     """lambda of GAE. 1 takes no bias from the critic, for more variance: right for short runs, whose critic has little
     time to learn. At 0.95 with critic_head=reward, responses of the 135M model stopped ending (docs/ppo.md)."""
+    lam_alpha: float | None = Field(default=None, gt=0)
+    """In place of lam, 1 - 1 / (lam_alpha * length) for the advantages of each response, and 0 where that is negative:
+    VAPO (arXiv 2504.05118), which has 0.05. null: lam."""
+    critic_lam: float | None = Field(default=None, ge=0, le=1)
+    """lambda of the returns that the critic learns: VC-PPO and VAPO have 1, the rewards themselves, beside a lower one
+    for the policy (arXiv 2503.01491). null: the policy's."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus in the policy loss, in nats per token. 0 is none and saves its computation."""
     critic_warmup_steps: int = Field(default=0, ge=0)
@@ -149,6 +149,17 @@ class Ppo(Section):
     keep_state: bool = Field(default=True, json_schema_extra={"decides_result": False})
     """Keep the last state of a finished run, so that a larger `ppo.steps` continues it. It holds weights and optimiser
     states: twelve to sixteen bytes for each trained parameter of actor and critic."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on held-out prompts, of the split rm_val, on which nothing is trained: proxy, KL,
+    length and ends, in `held_out.jsonl` and TensorBoard (null: none). The first one is of the reference."""
+    eval_prompts: int = Field(default=64, ge=2)
+    """With eval_every: use the first n of these prompts, one response each."""
+    watch_gold: bool = False
+    """With eval_every: measure gold too. It is not used for training, and all that shows it says so. Who chooses
+    settings by it has optimised gold all the same."""
+    keep_rollouts_mib: float = Field(default=256.0, ge=0, json_schema_extra={"decides_result": False})
+    """Keep all responses of the last steps in `rollouts/`, with tokens, log-probs, rewards and advantages, as many as
+    fit into n MiB; `grm samples` shows them (0: keep none)."""
     vllm_servers: tuple[str, ...] = ()
     """http://host:port of servers started with `grm vllm-serve` (empty: each rank has an engine of its own). Their
     samples are not seeded, so such a run does not repeat bit for bit."""
@@ -180,6 +191,11 @@ class Ppo(Section):
         return self.ensemble.members if self.ensemble else (self.proxy,)
 
     @property
+    def held_members(self) -> tuple[str, ...]:
+        """Those of them that the ranks hold for scoring."""
+        return () if self.reward_server or not self.reward.model_weight else self.members
+
+    @property
     def label(self) -> str:
         """Of what is optimised, in tables and figures."""
         return f"{self.combine} of {', '.join(self.members)}" if self.ensemble else self.proxy
@@ -190,20 +206,39 @@ class Ppo(Section):
         return self.ensemble.combine if self.ensemble else None
 
     @property
+    def compares(self) -> bool:
+        """Whether advantages compare the samples of a prompt."""
+        return self.estimator in ("rloo", "grpo", "dr_grpo")
+
+    @property
     def prompts_per_step(self) -> int:
         return self.rollouts // self.samples_per_prompt
 
     @model_validator(mode="after")
     def _divides(self) -> Ppo:
         exact_div(self.rollouts, self.samples_per_prompt, "ppo.rollouts by ppo.samples_per_prompt")
-        if self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
+        if self.compares and self.samples_per_prompt < 2:
             raise ValueError(
                 f"estimator {self.estimator} compares samples of a prompt: set samples_per_prompt to 2 or more"
             )
+        if self.dynamic_sampling and not self.compares:
+            raise ValueError(f"dynamic_sampling is for rloo, grpo and dr_grpo, not for estimator {self.estimator}")
+        if self.dynamic_sampling and self.overlap:
+            raise ValueError("dynamic_sampling and overlap exclude each other: it samples until rewards are known")
+        if self.objective == "gspo" and self.loss_aggregation != "sequence-mean-token-mean":
+            raise ValueError("objective gspo averages over responses: set loss_aggregation to sequence-mean-token-mean")
+        if self.objective == "cispo" and self.clip.dual:
+            raise ValueError("objective cispo has no dual clip: set clip.dual to null")
+        if self.estimator != "gae" and (self.critic_lam is not None or self.lam_alpha):
+            raise ValueError(f"estimator {self.estimator} has no lambda: set critic_lam and lam_alpha to null")
         if self.proxy not in self.members:
             raise ValueError(f"proxy {self.proxy!r}, which the critic starts from, is none of ensemble.members")
         if self.critic_init == "policy" and self.critic_head == "reward":
             raise ValueError("critic_init policy has no reward head: set critic_head to zero")
+        if self.reward.is_own and self.critic_head == "reward":
+            raise ValueError("critic_head reward gives values of the proxy alone, not of a sum with own rewards")
+        if not self.reward.model_weight and self.reward_server:
+            raise ValueError("reward_server has nothing to score with reward.model_weight 0: set it to null")
         if self.ensemble and self.reward_server:
             raise ValueError("ensemble and reward_server exclude each other: the server answers for one model")
         if self.estimator != "gae" and self.critic_warmup_steps:
@@ -225,6 +260,8 @@ class Ppo(Section):
                 "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "
                 "samples are those of the policy before the last update"
             )
+        if self.watch_gold and not self.eval_every:
+            raise ValueError("watch_gold measures gold at the evaluations of eval_every: set it too")
         if self.critic_warmup_steps >= self.steps:
             raise ValueError(f"critic_warmup_steps {self.critic_warmup_steps} leaves no step of {self.steps} to PPO")
         return self

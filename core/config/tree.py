@@ -176,6 +176,12 @@ class Config(Section):
                 f"generation.vllm.max_model_len {self.generation.vllm.max_model_len} is below data.max_prompt_tokens"
                 f" + generation.max_new_tokens = {longest}"
             )
+        buffer, most = self.ppo.reward.overlong_buffer, self.generation.max_new_tokens
+        if buffer and buffer > most:
+            faults.append(f"ppo.reward.overlong_buffer {buffer} exceeds generation.max_new_tokens {most}")
+        label = self.ppo.reward.url_label
+        if label and label not in self.data.metadata:
+            faults.append(f"ppo.reward.url_label {label!r} is none of data.metadata {list(self.data.metadata)}")
         dtype = self.engine_of("ppo").dtype
         if self.ppo.sync == "adapter" and dtype != self.generation.vllm.dtype:
             faults.append(

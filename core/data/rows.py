@@ -22,6 +22,8 @@ class PromptRow(TypedDict):
     """rm_train, rm_val, rl_train, calibration or eval."""
     order: float
     """In [0, 1), a hash of the id and the run's seed: the table is sorted by it."""
+    metadata: NotRequired[str]
+    """JSON of the columns of `data.metadata`, where there are any: their types may differ from row to row."""
 
 
 class PairRow(TypedDict):
@@ -75,7 +77,7 @@ class SampleRow(TypedDict):
 
 
 class ResponseRow(TypedDict):
-    """What scoring reads of a row."""
+    """What scoring reads of a row; own rewards read its last two columns."""
 
     prompt: list[Message]
     response: str
@@ -83,6 +85,9 @@ class ResponseRow(TypedDict):
     """As in `SampleRow`: reward models with this tokenizer read them, all others the text."""
     tokenizer: NotRequired[str | None]
     """As in `SampleRow`."""
+    prompt_id: NotRequired[str]
+    metadata: NotRequired[str]
+    """As in `PromptRow`."""
 
 
 class CalibrationRow(TypedDict):
@@ -120,6 +125,42 @@ class HeldOutRow(TypedDict):
     """As in `PairRow`."""
 
 
+class RolloutRow(TypedDict):
+    """`ppo/rollouts/step-*.parquet`: a response that PPO trained on in a step, with what it knew of it."""
+
+    step: int
+    policy: int
+    """The step whose weights sampled it; 0 is the reference."""
+    prompt_id: str
+    prompt: list[Message]
+    response: str
+    token_ids: list[int]
+    """As in `SampleRow`. Lists of log-probs below have a number for each of these tokens, in nats."""
+    n_tokens: int
+    finished: bool
+    """As in `SampleRow`."""
+    sampler_logprobs: list[float]
+    """By vLLM."""
+    logprobs: list[float]
+    """By the actor before the step's updates."""
+    ref_logprobs: list[float]
+    """By the reference."""
+    proxy: float
+    """Raw reward of what is optimised."""
+    reward: float
+    """The same after scale, shape, clip and penalties, without the KL penalty."""
+    advantage_mean: float
+    """Over the tokens of the response, as the policy loss used them."""
+    advantage_min: float
+    advantage_max: float
+    reward_model: NotRequired[float]
+    """With own rewards, the parts of `proxy` before their weights: the reward models', in standard deviations."""
+    reward_function: NotRequired[float]
+    """As in `EvaluationRow`."""
+    reward_url: NotRequired[float]
+    """As in `EvaluationRow`."""
+
+
 class EvaluationRow(TypedDict):
     """`eval/rl_eval.parquet`: a response of one checkpoint of PPO, with its rewards and its KL from the reference."""
 
@@ -144,6 +185,10 @@ class EvaluationRow(TypedDict):
     kl_rb: float
     """The same, summed over the exact KL of each next-token distribution."""
     proxy: float
-    """Raw reward of what PPO optimised."""
+    """Raw reward of the reward models that PPO optimised, without own rewards."""
     gold: float
     """Gold of the response."""
+    reward_function: NotRequired[float]
+    """Of `ppo.reward.function`, where it is set, without its weight."""
+    reward_url: NotRequired[float]
+    """Of `ppo.reward.url`, where it is set, without its weight."""

@@ -15,6 +15,11 @@ TOKENIZER = 4 << 20
 REPORT = 4 << 20
 PROMPT = 600
 """Of a prompt in a table."""
+ROW, TOKEN = 250, 20
+"""Of a response in a table of rollouts, and of each of its tokens: its id, three log-probs, its text."""
+LOGGED = 2500
+"""Of a step in metrics.jsonl and TensorBoard."""
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,8 @@ def _ppo(sizes: Sizes) -> Disk:
     saved = len(range(cfg.save_every, cfg.steps, cfg.save_every)) + cfg.keep_state
     most = min(saved, 2) * state
     left = policies + whole + (state if cfg.keep_state else 0)
-    samples = cfg.steps * cfg.rollouts * 40.0  # four rows a rank and step in samples.jsonl, metrics, TensorBoard
+    rollouts = cfg.steps * cfg.rollouts * (ROW + TOKEN * sizes.lengths.response_tokens)
+    samples = cfg.steps * LOGGED + min(rollouts, cfg.keep_rollouts_mib * MIB)
     return Disk(left + samples, max(left, policies + most + (whole if cfg.keep_state else 0)) + samples)
 
 

@@ -183,8 +183,8 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
         of_critic = trained_bytes(sizes.critic_trained, settings, ranks, gpu=bool(gpu_memory))
         trained = {name: value + of_critic[name] for name, value in trained.items()}
         kept = max(kept, activations(sizes, sizes.critic, sizes.critic_part, tokens, sizes.row(), settings))
-    members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.members]
-    if not cfg.reward_server:
+    members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.held_members]
+    if members:
         parts["proxies"] = sum(held(member.params, size, frozen, ranks) for member in members)
     parts |= trained
     if sizes.shared:

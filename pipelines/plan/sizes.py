@@ -62,7 +62,7 @@ class Sizes:
     def frozen_zero(self) -> int | None:
         """Of the models of stage ppo that are not trained: 3 or None for whole ones."""
         ppo = self.cfg.ppo
-        shapes = [] if ppo.reward_server else [self.variant_shape(self.cfg.rm.variants[name]) for name in ppo.members]
+        shapes = [self.variant_shape(self.cfg.rm.variants[name]) for name in ppo.held_members]
         together = sum(shape.params for shape in shapes) + self.policy.params * ((not ppo.lora) + (self.shared > 0))
         stage = frozen_zero(self.cfg.engine_of("ppo"), together * self.bytes_per_weight, self.gpu_memory)
         return 3 if stage == 3 else None

@@ -125,7 +125,7 @@ def ppo(sizes: Sizes) -> Phases:
     phases: Phases = {
         "start": _starting(sizes),
         "generate": [_sampling(sizes, steps)] if not cfg.vllm_servers else [],
-        "score": [] if cfg.reward_server else _scoring(sizes, steps),
+        "score": _scoring(sizes, steps),
         "logprobs": _reading(sizes, steps),
         "train": _updating(sizes, steps),
         "sync": [Gather(sizes.policy, steps, sizes.actor_zero, ranks, to_vllm=True)],
@@ -160,7 +160,8 @@ def state_bytes(sizes: Sizes) -> float:
 
 def _starting(sizes: Sizes) -> list[Item]:
     cfg, ranks, policy = sizes.cfg.ppo, sizes.ranks, sizes.policy
-    members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.members]
+    loaded = cfg.held_members or ((cfg.proxy,) if cfg.reward_server else ())
+    members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in loaded]
     items = _libraries(sizes)
     if not cfg.vllm_servers:
         items.append(Start("vllm", ranks=ranks))
@@ -185,7 +186,7 @@ def _scoring(sizes: Sizes, steps: float) -> list[Item]:
     from the states of the shared layers, where a proxy has these layers too."""
     cfg, n = sizes.cfg.ppo, sizes.cfg.ppo.samples_per_prompt
     items: list[Item] = []
-    for variant in (sizes.cfg.rm.variants[name] for name in cfg.members):
+    for variant in (sizes.cfg.rm.variants[name] for name in cfg.held_members):
         shape, zero = sizes.variant_shape(variant), sizes.frozen_zero
         if depth := sizes.member_shared(variant):
             calls, tokens = _wide(sizes)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import time
-import urllib.error
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +11,7 @@ from tqdm import tqdm
 from core.data.chat import Message, conversation
 from core.data.rows import ResponseRow
 from core.errors import ArtefactError, DataError
-from core.http import TOKEN_VARIABLE, ask_json, token_of, with_token
+from core.http import TOKEN_VARIABLE, NoAnswer, ask_patiently, token_of, with_token
 
 CHUNK = 256
 """Conversations of one request; it bounds the time that one request takes."""
@@ -119,46 +115,15 @@ class RemoteRewardModel:
 
     def _ask(self, path: str, body: dict | None = None) -> dict:
         """The JSON object that the server answers with."""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(2.0 ** (attempt - 1), 10.0))
-            try:
-                return self._once(path, body)
-            except urllib.error.HTTPError as error:
-                message = _message(error)
-                if error.code in (400, 413):
-                    raise DataError(f"{self.url} refuses {message}") from None
-                if error.code == 401:
-                    message += f" (set {TOKEN_VARIABLE} to what the server was started with)"
-                fault = f"HTTP {error.code}: {message}"
-                if error.code < 500:
-                    break
-            except TimeoutError:
-                fault = f"no answer within {self.timeout:g} s"
-            except (OSError, http.client.HTTPException) as error:
-                # urllib gives a reason where the request could not be sent.
-                if body and isinstance(getattr(error, "reason", None), (BrokenPipeError, ConnectionResetError)):
-                    raise DataError(
-                        f"{self.url} closed the connection before it had read the request: the body may be above the "
-                        "server's limit, so raise its --max-body-mib, or score shorter conversations"
-                    ) from None
-                timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
-                fault = f"no answer within {self.timeout:g} s" if timed_out else str(getattr(error, "reason", error))
-        raise RemoteError(f"{self.url}{path}: {fault} (attempts: {attempt + 1})")
-
-    def _once(self, path: str, body: dict | None) -> dict:
         try:
-            answer = ask_json(self.url + path, body, self.timeout, self._headers)
-        except ValueError:
-            raise RemoteError(f"{self.url}{path} does not answer with JSON") from None
-        if not isinstance(answer, dict):
-            raise RemoteError(f"{self.url}{path} does not answer with a JSON object")
-        return answer
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
-    try:
-        return json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError):
-        return text[:300] or error.reason
+            return ask_patiently(self.url + path, body, self.timeout, retries=self.retries, headers=self._headers)
+        except NoAnswer as fault:
+            if fault.status in (400, 413):
+                raise DataError(f"{self.url} refuses {fault.said}") from None
+            if fault.cut_off:
+                raise DataError(
+                    f"{self.url} closed the connection before it had read the request: the body may be above the "
+                    "server's limit, so raise its --max-body-mib, or score shorter conversations"
+                ) from None
+            hint = f" (set {TOKEN_VARIABLE} to what the server was started with)" if fault.status == 401 else ""
+            raise RemoteError(f"{self.url}{path}: {fault}{hint} (attempts: {fault.attempts})") from None

@@ -127,8 +127,26 @@ def description(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
         f"Policy {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}. Reward models {', '.join(cfg.rm.variants)}, "
         f"trained on {pairs} pairs with {' or '.join(f'{share:.0%}' for share in wrong)} of the labels wrong. "
         f"Best-of-n from pools of {cfg.bon.samples}; PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts "
-        f"against {cfg.ppo.label}, KL coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}.{remarks(cfg)}"
+        f"against {cfg.ppo.label}, KL coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}."
+        f"{more_of_ppo(cfg, metrics)}{remarks(cfg)}"
     )
+
+
+def more_of_ppo(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
+    """What PPO did besides optimising reward models, and the average of its weights, in sentences."""
+    parts = []
+    if cfg.ppo.reward.is_own:
+        parts.append(
+            f"What PPO optimised was {cfg.ppo.reward.in_words}; the proxy shown here is the reward model alone."
+        )
+    if cfg.ppo.watch_gold:
+        parts.append("Gold was watched while PPO ran, and not used for training.")
+    if average := metrics.get("eval", {}).get("average"):
+        parts.append(
+            f"The moving average of its weights (policy-ema) gained {average['proxy_change']:+.2f} SD of proxy and "
+            f"{average['gold_change']:+.2f} SD of gold over the reference at a KL of {average['kl']:.2f} nats."
+        )
+    return "".join(f" {part}" for part in parts)
 
 
 def checkpoint_table(found: Results, series: Series) -> list[list[str]]:

@@ -5,7 +5,7 @@ import pytest
 
 from bon.gains import scale
 from bon.pools import Pools
-from pipelines.evaluate import summary
+from pipelines.evaluate import AVERAGE, policies_of, summary, with_average
 
 P = 40
 
@@ -39,3 +39,28 @@ def test_several_samples_of_a_prompt_count_as_one_prompt():
     assert found[0]["headline"] == found[1]["headline"] and found[0]["gold_change"] == pytest.approx(
         found[1]["gold_change"]
     )
+
+
+def test_the_average_of_the_weights_is_one_of_the_policies(tmp_path):
+    for name in ("step-0004", "step-0010", "step-0008"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    found = policies_of(tmp_path)
+    assert list(found) == [0, 4, 8, 10] and found[0] is None and found[4] == tmp_path / "checkpoints" / "step-0004"
+    (tmp_path / "policy-ema").mkdir()
+    assert policies_of(tmp_path) == found | {AVERAGE: tmp_path / "policy-ema"}
+
+
+def test_the_average_is_compared_with_the_reference():
+    rng = np.random.default_rng(2)
+    pools = Pools(tuple(f"q{i}" for i in range(20)), rng.normal(size=(20, 16)), {"rm": rng.normal(size=(20, 16))})
+    steps = [row | {"reward_function": row["step"] / 8} for row in rows(rng, rise=0.25)]
+    average = [row | {"proxy": row["proxy"] + 3.0, "reward_function": 1.0} for row in steps if row["step"] == 4]
+    proxy = pools.proxies["rm"]
+    metrics = summary(steps, pools, proxy)
+    of_average = summary([row for row in steps if row["step"] == 0] + average, pools, proxy)
+    found = metrics | with_average(metrics, of_average)
+    assert found["average"]["proxy_change"] == pytest.approx(metrics["proxy_change"] + 3.0 / scale(proxy))
+    assert found["average"]["gold_change"] == pytest.approx(metrics["gold_change"])
+    assert [row["reward_function"] for row in found["table"]] == [0.0, 0.5]
+    assert found["average"]["reward_function"] == 1.0 and found["average"]["step"] == 4
+    assert found["headline"].startswith(metrics["headline"] + "; policy-ema: proxy +")

@@ -7,8 +7,9 @@ import pytest
 from core.artefacts import Fingerprint
 from core.config import Config, Gold
 from core.config.load import load
-from core.errors import ArtefactError, DataError
+from core.errors import ArtefactError, ConfigError, DataError
 from core.files import path_digest
+from pipelines import stages
 from pipelines.stages import STAGES, Correction, Stage, fingerprint, plain_values
 from tests.builders.processes import ROOT
 
@@ -121,3 +122,35 @@ def test_manifests_say_whether_the_code_of_a_model_was_run():
             {"config": sections(STAGES[name]).sections}
         )
         assert changed == [f"{field}.trust_remote_code: False -> True"], name
+
+
+def test_the_source_of_an_own_reward_is_an_input(tmp_path, monkeypatch):
+    """Its digest is in the manifest, so that another function under the same name makes PPO run again."""
+    monkeypatch.chdir(tmp_path)
+    stage = Stage("ppo", "module", (), ("ppo",), functions=STAGES["ppo"].functions)
+    cfg = Config.model_validate({"ppo": {"reward": {"function": "own_reward:f"}}})
+    with pytest.raises(ConfigError, match=r"ppo\.reward\.function: no module 'own_reward'"):
+        fingerprint(stage, cfg)
+    (tmp_path / "own_reward.py").write_text("def f(prompts, responses, metadata):\n    return [0.0] * len(prompts)\n")
+    before = fingerprint(stage, cfg)
+    assert before.inputs == {"ppo.reward.function=own_reward:f": path_digest(tmp_path / "own_reward.py")}
+    (tmp_path / "own_reward.py").write_text("def f(prompts, responses, metadata):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.setattr(stages, "_digests", {})  # of a process that began before the change
+    assert fingerprint(stage, cfg).differences({"config": before.sections, "inputs": before.inputs}) == [
+        "input ppo.reward.function=own_reward:f changed"
+    ]
+    assert fingerprint(stage, Config()).inputs == {}
+
+
+def test_gold_is_an_input_of_ppo_only_where_it_is_watched(tmp_path):
+    """So that finished runs do not depend on a gold that they never read."""
+    stage, text = Stage("ppo", "module", (), ("ppo",), with_gold="ppo.watch_gold"), tmp_path / "gold"
+    text.mkdir()
+    for watched in (True, False):
+        cfg = Config.model_validate({
+            "gold": {"path": str(text)}, "ppo": {"watch_gold": watched, "eval_every": 2}
+        })  # fmt: skip
+        found = fingerprint(stage, cfg)
+        assert ("gold" in found.sections) is watched and (f"gold.path={text}" in found.inputs) is watched
+    with pytest.raises(ValueError, match="watch_gold measures gold at the evaluations of eval_every"):
+        Config.model_validate({"ppo": {"watch_gold": True}})

@@ -182,3 +182,15 @@ def test_a_folder_is_no_file_of_prompts(tokenizer_path, tmp_path):
     cfg = Config.model_validate({"policy": {"path": str(tokenizer_path)}, "data": {"prompts": tmp_path}})
     with pytest.raises(ArtefactError, match="is a folder: give a .jsonl"):
         run(cfg, {}, tmp_path)
+
+
+def test_metadata_of_a_prompt_is_kept_as_it_was_written(stage):
+    """Of rows that differ in type; a row without it is malformed, and nothing is kept that was not asked for."""
+    answers = [3, "three", [1, 2], {"is": "é"}, 0, False]
+    rows = [{**row, "answer": answer, "other": 1} for row, answer in zip(questions(6), answers, strict=True)]
+    rows += [questions(8)[6], {**questions(8)[7], "answer": None}]
+    metrics, prompts, rejected = stage(*rows, metadata=("answer",), max_rejected_share=0.5)
+    assert metrics["rejected"] == {"no answer": 2} and [r["line"] for r in rejected] == [7, 8]
+    kept = {row["prompt"][-1]["content"]: json.loads(row["metadata"]) for row in prompts}
+    assert kept == {row["prompt"]: {"answer": row["answer"]} for row in rows[:6]}
+    assert "metadata" not in stage(*rows[:6])[1][0]

@@ -131,6 +131,7 @@ def variation(p: torch.Tensor, q: torch.Tensor) -> float:
         ("gae", "reward", 2.0),
         ("gae", "loss", 0.5),
         ("rloo", "reward", 0.5),
+        ("dr_grpo", "reward", 0.5),
         ("reinforce++", "reward", 0.5),
     ],
 )

@@ -18,6 +18,7 @@ from ppo.faults import bundled
 from ppo.models import make_engines
 from ppo.probe import SyncProbe
 from ppo.records import Micro
+from ppo.reward.mixed import MixedReward
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector
 from ppo.update import Learner
@@ -44,7 +45,10 @@ class Step:
         self.learner = Learner(cfg.ppo, self.engines.actor, self.engines.critic, scale, seed=1)
         sampler = Table(tokenizer)
         self.probe = SyncProbe(self.engines.actor, sampler, dtype=torch.float32)
-        self.collector = Collector(cfg.ppo, self.engines, self.learner, sampler, self.probe, prompts=prompts(), seed=1)
+        reward = MixedReward(cfg.ppo.reward, self.engines.proxy, {})
+        self.collector = Collector(
+            cfg.ppo, self.engines, self.learner, sampler, self.probe, reward, prompts=prompts(), seed=1
+        )
 
     def run(self, name: str) -> str:
         """The message of the fault that is named."""

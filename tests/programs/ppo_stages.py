@@ -20,6 +20,7 @@ from core.models.loading import load_causal_lm
 from core.training import distributed
 from ppo.models import make_engines
 from ppo.probe import SyncProbe
+from ppo.reward.mixed import MixedReward
 from ppo.rewards import RewardScale
 from ppo.rollout import Collector
 from ppo.update import Learner
@@ -105,7 +106,8 @@ def train(policy: config.Model, folder: Path, trained: int, frozen: int, shared:
     learner = Learner(ppo, engines.actor, engines.critic, RewardScale(ppo.reward, 0.0, 1.0), seed=1)
     sampler = Table(tokenizer)
     probe = SyncProbe(engines.actor, sampler, dtype=torch.float32)
-    collector = Collector(ppo, engines, learner, sampler, probe, prompts=prompts(), seed=1)
+    reward = MixedReward(ppo.reward, engines.proxy, {})
+    collector = Collector(ppo, engines, learner, sampler, probe, reward, prompts=prompts(), seed=1)
     depths = [engines.actor.continues, engines.critic.continues]
     found = {"depths": depths, "shared": engines.frozen_layers is not None, "rows": [], "metrics": []}
     for step in (1, 2):

@@ -74,7 +74,7 @@ def test_a_server_that_does_not_read_to_the_end_is_asked_once():
 
 @pytest.mark.slow
 def test_the_client_tries_again_after_a_failure(monkeypatch):
-    monkeypatch.setattr("rm.serving.client.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("core.http.time.sleep", lambda seconds: None)
     with pretending((0, 503, {}), (0, 200, {"rewards": [1.5]})) as address:
         assert RemoteRewardModel(address, retries=1).score(CHATS[:1]).tolist() == [1.5]
     with pretending((0, 404, {"error": "nothing"})) as address, pytest.raises(RemoteError, match=r"404.*attempts: 1"):

@@ -146,3 +146,15 @@ def test_figures_are_the_same_twice(found, tmp_path):
 
     first, second = (plotting.save(overoptimisation(found), tmp_path, "f") for _ in range(2))
     assert first == second and (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_what_else_ppo_did_is_said():
+    """Own rewards, that gold was watched, and the average of the weights."""
+    metrics = {"preferences": {"pairs": {"rm_train": 7}}}
+    assert "policy-ema" not in description(CFG, metrics) and "watched" not in description(CFG, metrics)
+    changes = ["ppo.reward.function=a:f", "ppo.reward.function_weight=0.5", "ppo.eval_every=2", "ppo.watch_gold=true"]
+    metrics["eval"] = {"average": {"proxy_change": 0.5, "gold_change": -0.25, "kl": 3.0}}
+    said = description(load([], changes), metrics)
+    assert "1 x the reward model (in its standard deviations) + 0.5 x a:f; the proxy shown here is the reward" in said
+    assert "Gold was watched while PPO ran, and not used for training." in said
+    assert "(policy-ema) gained +0.50 SD of proxy and -0.25 SD of gold over the reference at a KL of 3.00 nats." in said

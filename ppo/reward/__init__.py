@@ -1,0 +1,1 @@
+"""Rewards of the user's own, and their mixture with those of reward models."""
