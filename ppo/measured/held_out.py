@@ -20,6 +20,7 @@ from core.data.streams import stream_seed
 from core.errors import ArtefactError
 from core.generation.local import Generator
 from core.generation.remote import ServerGenerator
+from core.models.layers import states_at
 from core.training import distributed
 from ppo.forward import Forward, Wide
 from ppo.math import clustered_se
@@ -98,7 +99,7 @@ class HeldOut:
     def _logprobs(self, rows: Wide, *, reference: bool) -> torch.Tensor:
         engine = self._engines.reference if reference else self._engines.actor
         inputs = (rows.input_ids, rows.attention_mask, rows.is_response)
-        return engine(*inputs, reference=reference, frozen=rows.frozen)[0]
+        return engine(*inputs, reference=reference, frozen=states_at(rows.frozen, engine.continues))[0]
 
     def _measured_by_gold(self, rows: list[ResponseRow]) -> dict[str, float]:
         if not self._ppo.watch_gold:
