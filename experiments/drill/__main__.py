@@ -79,7 +79,7 @@ def chosen(cases: list[Case], options: argparse.Namespace, journal: Journal) -> 
     if options.only:
         cases = [case for case in cases if options.only in case.kind.name]
     if options.again:
-        return [case for case in cases if last.get(case.number, {}).get("outcome") == FAILED]
+        return [case for case in cases if case.number in last and last[case.number]["outcome"] == FAILED]
     return [case for case in cases if case.number not in last]
 
 
