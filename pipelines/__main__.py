@@ -21,10 +21,10 @@ from core import environment, starting, whereabouts
 from core.config import Config
 from core.config.explain import explain
 from core.config.load import load
-from core.crash import EXIT_CRASHED, crash, refusal
 from core.errors import EXIT_BUSY, EXIT_LOST, EXIT_REFUSED, ArtefactError, Busy, ConfigError, DataError
 from core.locks import writing
 from core.machine import describe
+from core.reporting.crash import EXIT_CRASHED, crash, refusal
 from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import command_line, launch, runs, stages, verify
 from pipelines.command_line import TOOLS

@@ -12,8 +12,8 @@ from ppo.measured.held_out import FILE as HELD_OUT
 from ppo.measured.held_out import in_words
 from ppo.measured.rollouts import RolloutTables
 from ppo.measured.trackers import Trackers
+from ppo.measured.watch import warnings_of
 from ppo.saved import LOGS
-from ppo.watch import warnings_of
 
 METRICS = "metrics.jsonl"
 SHOWN = 8

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from core.artefacts import read_manifest
-from core.crash import FULL
+from core.reporting.crash import FULL
 from experiments.drill.bench import LIMIT, Bench, before, run_to_end
 from experiments.drill.models import NAME
 from experiments.drill.outcome import CONTINUED, REFUSED, Failure, Outcome, go_on, note, refused, tail, went_well, whole

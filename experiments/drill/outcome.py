@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.artefacts import read_manifest
-from core.crash import EXIT_CRASHED
 from core.errors import EXIT_BUSY, EXIT_REFUSED, ArtefactError
+from core.reporting.crash import EXIT_CRASHED
 from experiments.drill.bench import LIMIT, STUDY, Bench, differences, run_to_end
 from experiments.drill.models import NAME
 from experiments.drill.processes import HUNG, Ended

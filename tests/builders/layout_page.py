@@ -67,6 +67,8 @@ was read from.
 
 `data.prompts` takes TRL's prompt-only form, `{"prompt": "text"}` or `{"prompt": [messages]}`, also `messages`, with the
 same rules. More malformed rows than `data.max_rejected_share` are an error.
+`data.metadata` names columns that are kept with each prompt for [rewards of your own](own-reward.md), such as the right
+answer. A row without one of them is malformed.
 `data.eval_prompts` names another file, read alike, whose prompts best-of-n and policies are measured on. Those that
 repeat a prompt of `data.prompts`, exactly or with word trigrams that are 80% alike, are left out and listed in
 `eval_rejected.jsonl`. The split `eval` of `data.prompts` is then not used, and still nothing is trained on it.

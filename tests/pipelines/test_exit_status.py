@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from core.crash import EXIT_CRASHED
 from core.errors import EXIT_BUSY, ArtefactError, Busy, ConfigError, DataError
+from core.reporting.crash import EXIT_CRASHED
 from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import __main__ as grm_main
 from tests.builders.command_line import grm

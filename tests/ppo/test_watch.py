@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppo.watch import CHECKS, warnings_of
+from ppo.measured.watch import CHECKS, warnings_of
 
 HEALTHY = {
     "kl_nats_per_response": 1.0, "clipfrac": 0.02, "approx_kl": 0.003, "explained_variance": 0.3, "value_loss": 0.5,

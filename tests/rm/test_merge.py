@@ -120,9 +120,8 @@ def test_members_that_differ_are_refused_by_name(tokenizer_path, members, tmp_pa
     refused(tmp_path / "full", "rm-export")
     runs = [saved(model, tmp_path / name / "grm") for name in ("a", "b")]
     for folder in runs:
-        write_json(
-            folder.parent / "manifest.json", {"config": {"rm": {"base": {"path": f"models/{folder.parent.name}"}}}}
-        )
+        config = {"rm": {"base": {"path": f"models/{folder.parent.name}"}}}
+        write_json(folder.parent / "manifest.json", {"config": config, "outputs": {}})
     assert command(tmp_path / "out", *runs) == 2
     assert "base models/b, not models/a" in capsys.readouterr().err
 

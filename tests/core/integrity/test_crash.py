@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
-from core import crash as crashes
-from core.crash import crash, refusal
 from core.machine import describe
-from core.redaction import HIDDEN, redacted
+from core.reporting import crash as crashes
+from core.reporting.crash import crash, refusal
+from core.reporting.redaction import HIDDEN, redacted
 
 
 @pytest.fixture

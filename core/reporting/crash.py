@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.machine import describe
-from core.redaction import redacted
+from core.reporting.redaction import redacted
 
 EXIT_CRASHED = 70
 """EX_SOFTWARE of sysexits.h: a fault of this project, or of a library."""

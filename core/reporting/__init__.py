@@ -1,0 +1,1 @@
+"""What is told of a fault that nobody foresaw, without secrets."""
