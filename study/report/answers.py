@@ -56,7 +56,8 @@ def answers(results: Results, checks: Sequence[Check]) -> Answers:
     kinds: dict[str, list[Subject]] = {}
     for subject in subjects:
         kinds.setdefault(subject.facts["verdict"].kind, []).append(subject)
-    return Answers(turns(kinds), better(results), unknown(results, kinds.get(CANNOT_CONCLUDE, []), checks))
+    said = [*turns(kinds), *singly(results)] or ["Whether gold turns is not known for any of the curves: see below."]
+    return Answers(said, better(results), unknown(results, kinds.get(CANNOT_CONCLUDE, []), checks))
 
 
 def best_of_n(results: Results) -> list[Subject]:
@@ -106,8 +107,30 @@ def turns(kinds: dict[str, list[Subject]]) -> list[str]:
     said += _listed(kinds.get(NO_TURN_OVER, []), "gold did not turn; it rose")
     said += _listed(kinds.get(DOES_NOT_HELP, []), "gold hardly moved,")
     said += _listed(kinds.get(NOT_OPTIMISED, []), "the proxy itself did not rise; gold changed")
-    if not kinds.keys() - {CANNOT_CONCLUDE}:
-        said.append("Whether gold turns is not known for any of the curves: see below.")
+    return said
+
+
+def singly(results: Results) -> list[str]:
+    """Single policies that turn or harm, where the policies of their condition decide nothing together."""
+    open_ = [
+        name for f in results.pooled.values() if f["seeds"] > 1 and f["verdict"].kind == CANNOT_CONCLUDE
+        for name in f["policies"]
+    ]  # fmt: skip
+    said = []
+    for kind, happened in ((OVER_OPTIMISED, "peaked and fell"), (HARMS, "fell from the start")):
+        found = [(name, results.policies[name]) for name in open_ if results.policies[name]["verdict"].kind == kind]
+        if not found:
+            continue
+        shown = "; ".join(
+            f"{in_words(results, name)}, seed {f['seed']}: by {f['drop'].mean:.2f} SD {_range(f['drop'])} at a KL of "
+            f"{f['kl']:.0f} nats"
+            for name, f in found[:MOST]
+        )
+        more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
+        said.append(
+            f"{optimised_by(results)[0]}: gold {happened} in {len(found)} of {len(open_)} policies ({shown}{more}). "
+            "Their seeds differ too much to say it of a condition."
+        )
     return said
 
 

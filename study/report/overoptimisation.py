@@ -20,7 +20,7 @@ UNIT = "gain over the reference, SD within prompts"
 KL_TICKS = (0, 0.25, 1, 2, 4, 6, 9, 16, 25, 36, 49, 64, 100, 144, 196, 256, 400, 625, 900)
 """Nats; a figure shows those that leave room for each other."""
 KL_LABEL = "KL from the reference, nats (square-root scale)"
-BESIDES = 0.6
+BESIDES = 0.25
 """A band may add so much of the range of the curves above and below them; what is wider is cut."""
 
 

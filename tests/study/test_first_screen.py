@@ -101,6 +101,16 @@ def test_one_policy_is_not_spoken_of_as_a_method(two):
     assert "Whether PPO with other seeds would: there is one policy a condition." in said.unknown
 
 
+def test_policies_that_turn_are_told_where_their_seeds_together_decide_nothing(two):
+    name = "bt-128pairs-12layers-noise0.25-kl0"
+    open_ = {name: {**two.pooled[name], "verdict": replace(two.pooled[name]["verdict"], kind=CANNOT_CONCLUDE)}}
+    said = answers(replace(two, pooled=open_, policy_differences=[]), []).turns
+    (singly,) = [s for s in said if s.startswith("PPO: gold")]
+    first = two.policies[open_[name]["policies"][0]]
+    assert "gold peaked and fell in 3 of 3 policies (bt, " in singly and f"by {first['drop'].mean:.2f} SD [" in singly
+    assert singly.endswith("Their seeds differ too much to say it of a condition.")
+
+
 def test_panels_that_are_compared_have_one_y_axis_and_legends_lie_beside_them(two, many):
     """Every figure: no legend within the axes."""
     for results in (two, many):
