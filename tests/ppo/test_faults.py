@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ SEEN = {
     "advantages": (r"returns are NaN or infinite, on rank 1, of prompt", "advantages", r"\d+ of \d+ returns are NaN"),
     "loss": (r"values of policy_loss are NaN or infinite, on rank 1, of prompt", "loss",
              r"1 of 1 values of policy_loss are NaN"),
-    "gradient": (r"values of actor_grad_norm are NaN or infinite", "gradient", r"the norm of all is inf"),
     "weights": (r"weights of the critic are NaN", "weights", r"lm\.model\.layers\.\d+\.mlp\.down_proj\.weight: 1 of"),
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_a_fault_that_is_gone_is_said_to_be(folder, tmp_path):
     """The reward model was put right meanwhile."""
     bundle = read_bundle(folder / "proxy" / "faults" / "ppo-step-0001")
     shutil.copytree(folder / "rm", tmp_path / "rm")
-    seen, lines = replay(type(bundle)(bundle.about | {"reward_models": str(tmp_path / "rm")}, {}, {}))
+    seen, lines = replay(replace(bundle, about=bundle.about | {"reward_models": str(tmp_path / "rm")}))
     assert not seen and all(": 0 of " in found for found in lines)
 
 

@@ -64,8 +64,8 @@ class Step:
                 micros[0].proxy[0] = math.nan
             self.learner.advantages(micros, 0.1)
             guard.check_advantages(1, micros)
-            if last and name in ("loss", "gradient"):
-                self.spoil(rollout.minibatches[0][0], name)
+            if last and name == "loss":
+                self.spoil(rollout.minibatches[0][0])
             self.learner.update(rollout.minibatches, 1, 0.1)
             if name == "weights":
                 break_weight(self.engines.critic.module, "mlp.down_proj")
@@ -78,12 +78,9 @@ class Step:
         return "nothing was noticed"
 
     @staticmethod
-    def spoil(m: Micro, name: str) -> None:
+    def spoil(m: Micro) -> None:
         first = tuple(int(i[0]) for i in m.is_response.nonzero(as_tuple=True))
-        if name == "loss":
-            m.advantages[first] = math.nan
-        else:  # the loss is finite, and the squares of the gradient are not
-            m.advantages[first] = 1e30
+        m.advantages[first] = math.nan
 
 
 def main(tokenizer: str, out: str) -> None:
@@ -98,7 +95,7 @@ def main(tokenizer: str, out: str) -> None:
         generation=config.Generation(temperature=TEMPERATURE), engine=config.Engine(dtype="float32"),
     )  # fmt: skip
     said = {}
-    for name in ("actor", "critic", "advantages", "loss", "gradient", "weights"):
+    for name in ("actor", "critic", "advantages", "loss", "weights"):
         said[name] = Step(cfg, folder, folder / "rm").run(name)
     if distributed.rank() == 0:
         spoil_reward_model(folder)
