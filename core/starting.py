@@ -11,9 +11,10 @@ import os
 import time
 
 BEGAN = "GRM_STAGE_BEGAN"
-"""Environment variable: seconds since the epoch at which the command for this stage began."""
+"""Environment variable: when the command for this stage began, by the monotonic clock, which all processes of a machine
+share and nobody sets back."""
 _THRESHOLDS = gc.get_threshold()
-_began = float(os.environ.get(BEGAN, time.time()))
+_began = float(os.environ.get(BEGAN, time.monotonic()))
 _working: float | None = None
 
 
@@ -23,7 +24,7 @@ def collect_less() -> None:
 
 
 def command_began() -> float:
-    """Seconds since the epoch at which the command began that this process, or its present stage, is for."""
+    """When the command began that this process, or its present stage, is for, by the monotonic clock."""
     return _began
 
 
@@ -31,7 +32,7 @@ def working() -> None:
     """Called where a stage has loaded what it needs and begins to work; only the first call counts."""
     global _working
     if _working is None:
-        _working = time.time()
+        _working = time.monotonic()
         gc.freeze()  # what was imported and loaded stays
         gc.set_threshold(*_THRESHOLDS)
 
@@ -40,12 +41,12 @@ def finished(called: float) -> tuple[float, dict[str, float]]:
     """Seconds that a stage took, and how they begin.
 
     Args:
-        called: when the stage's own function was called, in seconds since the epoch.
+        called: when the stage's own function was called, by the monotonic clock.
 
     Returns:
         Seconds from the command to now; and of these `start`, those up to the first useful work, and `load`, the part
         of `start` in the stage's own function. A stage that does not call `working` loads nothing.
     """
     global _began, _working
-    began, working, _began, _working = _began, _working or called, time.time(), None
+    began, working, _began, _working = _began, _working or called, time.monotonic(), None
     return _began - began, {"start": working - began, "load": working - called}

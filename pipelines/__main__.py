@@ -134,7 +134,7 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
         force = options.force and (name == command or command == "gold")
         if status := _stage(name, cfg, [name, *arguments], force=force, source=source, began=began):
             return status
-        began = time.time()
+        began = time.monotonic()
     return 0
 
 

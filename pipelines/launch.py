@@ -141,7 +141,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     """Run `python -m pipelines ARGUMENTS`, the first of which is a stage, on every rank that it needs; the exit status.
 
     Args:
-        began: when the command for this stage began, in seconds since the epoch (None: now).
+        began: when the command for this stage began, by the monotonic clock (None: now).
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks, or of GPUs.
@@ -153,7 +153,7 @@ def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None 
     ranks = num_processes(name, cfg)
     check_ranks(name, cfg, ranks)
     own = {number: own_variables(name, ranks, number) for number in range(ranks)}
-    of_all = {**os.environ, **variables(ranks), BEGAN: str(began or time.time())}
+    of_all = {**os.environ, **variables(ranks), BEGAN: str(began or time.monotonic())}
     command = [sys.executable, "-u", "-m", "pipelines", *arguments]
     mark = cfg.run_dir / f"{name}.partial" / MARK
     places, failed = whereabouts.folder_of(cfg.run_dir, name), list[int]()

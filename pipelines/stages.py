@@ -203,7 +203,7 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     told_by_first(f"{name}: its folder is prepared")
     if not partial_of(folder).is_dir():
         raise ArtefactError(f"{partial_of(folder)} was made by the first rank and is not there: run.dir must be shared")
-    called = time.time()
+    called = time.monotonic()
     metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
     if rank != 0:
         return ""

@@ -101,7 +101,7 @@ def train_variant(
         calibration: rows of calibration.parquet.
         cache: of frozen states; not used where the variant trains one of the cached layers.
     """
-    started = time.time()
+    started = time.monotonic()
     if cache and not fits_cache(cfg.rm, variant):
         cache = None
     engine, model, metrics = fit(
@@ -112,7 +112,7 @@ def train_variant(
     whereabouts.enter(f"save {name}")
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
     if distributed.rank() == 0:
-        write_json(out / "metrics.json", metrics | {"seconds": round(time.time() - started, 1)})
+        write_json(out / "metrics.json", metrics | {"seconds": round(time.monotonic() - started, 1)})
         seal(out)
 
 

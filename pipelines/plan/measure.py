@@ -54,8 +54,8 @@ def measure(cfg: Config, file: Path, names: Mapping[GroupName, tuple[int, bool]]
     load = os.getloadavg()[0]
     command = _command(cfg)
     for name, (ranks, engines) in names.items():
-        started = time.time()
-        kept["groups"][name] = _run(cfg, ranks, engines=engines) | {"took": round(time.time() - started, 1)}
+        started = time.monotonic()
+        kept["groups"][name] = _run(cfg, ranks, engines=engines) | {"took": round(time.monotonic() - started, 1)}
         kept["groups"][name]["starts"]["command"] = command
     facts: dict[str, Any] = {
         "machine": machine(),
@@ -75,9 +75,9 @@ def _command(cfg: Config) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
-        started = time.time()
+        started = time.monotonic()
         subprocess.run([sys.executable, "-m", "pipelines", "status", "--config", str(config)], capture_output=True)
-        return time.time() - started
+        return time.monotonic() - started
 
 
 def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
@@ -90,7 +90,10 @@ def _run(cfg: Config, ranks: int, *, engines: bool) -> dict[str, Any]:
         command: Sequence[str] = [sys.executable, *torchrun, "-m", "pipelines.plan.probes", str(config), str(out)]
         command = [*command, *(["engines"] if engines else [])]
         done = subprocess.run(
-            command, env={**os.environ, **variables(ranks), STARTED: str(time.time())}, capture_output=True, text=True
+            command,
+            env={**os.environ, **variables(ranks), STARTED: str(time.monotonic())},
+            capture_output=True,
+            text=True,
         )
         if done.returncode or not out.is_file():
             raise ArtefactError(

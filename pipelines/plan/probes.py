@@ -43,7 +43,7 @@ from rm.gold import load_gold, score_samples
 from rm.model import RewardModel
 
 STARTED = "GRM_PLAN_STARTED"
-"""Environment variable: when the process was started, in seconds since the epoch."""
+"""Environment variable: when the process was started, by the monotonic clock."""
 SHAPES = ((2, 96), (8, 96), (8, 256), (24, 96))
 """Rows x tokens of the passes that are timed."""
 DEEP = 8
@@ -274,7 +274,7 @@ class Probes:
 
 
 def main(config: str, out: str, *more: str) -> None:
-    process = time.time() - float(os.environ[STARTED])
+    process = time.monotonic() - float(os.environ[STARTED])
     cfg = load([config], [])
     seconds, _ = once(distributed.init_distributed)
     probes = Probes(cfg)

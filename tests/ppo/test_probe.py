@@ -27,6 +27,8 @@ ANSWERS = ["Apples, pears and plums.", "Air scatters blue light more than red.",
 class Plain:
     """What the probe needs of an engine."""
 
+    continues = 0
+
     def __init__(self, module):
         self.module = module
 

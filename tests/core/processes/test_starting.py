@@ -11,7 +11,7 @@ from core import starting
 def clock(monkeypatch):
     """Time as the test says it; nothing has begun."""
     now = {"time": 100.0}
-    monkeypatch.setattr(starting.time, "time", lambda: now["time"])
+    monkeypatch.setattr(starting.time, "monotonic", lambda: now["time"])
     monkeypatch.setattr(starting, "_began", 100.0)
     monkeypatch.setattr(starting, "_working", None)
     yield lambda seconds: now.update(time=100.0 + seconds)
