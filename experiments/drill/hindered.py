@@ -99,15 +99,17 @@ def permission(bench: Bench, stage: str, place: Path, rng: random.Random) -> Out
     before_mode = stat.S_IMODE(path.stat().st_mode)
     path.chmod(mode)
     ended = run_to_end(bench.words(stage, place), place / "log", LIMIT, setup=without_override)
-    path.chmod(before_mode)
+    if path.exists():  # unfinished work that cannot be used is begun anew, where its own folder lies may be written
+        path.chmod(before_mode)
+    anew = not ended.status and path.name == f"{stage}.partial"
     unread = not ended.status and not STAGES[stage].opens_weights and path.suffix == ".safetensors"
-    if not unread:
+    if not unread and not anew:
         refused(ended, [path.name, f"{stage}.partial"], advice=None)
     whole(bench, run, without=stage)
     tries = 1
     if stage in ("prompts", "report"):
         tries += go_on(bench, stage, place, place / "log")
-    return Outcome(stage, what, tries, CONTINUED if unread else REFUSED)
+    return Outcome(stage, what, tries, CONTINUED if unread or anew else REFUSED)
 
 
 def reader_permission(bench: Bench, stage: str, place: Path, rng: random.Random) -> Outcome:
