@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,7 +53,11 @@ def write(results: Path, page: Path, records: Iterable[Record], facts: Mapping[s
         facts: what else the JSON begins with: `seed`, and `drawn`, the number of cases of each kind.
     """
     ordered = list(records)
-    machine = [line for line in describe(device=False) if line.split()[0] in ("python", "system", "cpu", "memory")]
+    # Without the folder that follows "of": it says nothing of the machine.
+    facts = [" ".join(line.split()) for line in describe(device=False)]
+    machine = [
+        re.sub(r" of /\S+", "", fact) for fact in facts if fact.split()[0] in ("python", "system", "cpu", "memory")
+    ]
     write_json(results, {**facts, "command": command, "machine": machine, "cases": ordered})
     page.write_text(text(results, command), encoding="utf-8")
 
