@@ -54,10 +54,9 @@ def write(results: Path, page: Path, records: Iterable[Record], facts: Mapping[s
     """
     ordered = list(records)
     # Without the folder that follows "of": it says nothing of the machine.
-    facts = [" ".join(line.split()) for line in describe(device=False)]
-    machine = [
-        re.sub(r" of /\S+", "", fact) for fact in facts if fact.split()[0] in ("python", "system", "cpu", "memory")
-    ]
+    lines = [" ".join(line.split()) for line in describe(device=False)]
+    named = ("python", "system", "cpu", "memory")
+    machine = [re.sub(r" of /\S+", "", line) for line in lines if line.split()[0] in named]
     write_json(results, {**facts, "command": command, "machine": machine, "cases": ordered})
     page.write_text(text(results, command), encoding="utf-8")
 
