@@ -17,7 +17,7 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill verdict-errors test-fast test test-all test-models \
+.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill fuzz soak verdict-errors test-fast test test-all test-models \
 	check lint types docs-config licences bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
@@ -56,6 +56,12 @@ ppo-seeds: rm | ready  ## PPO with three seeds against one reward model, and its
 
 drill: | ready       ## kill, damage and hinder real runs; writes docs/drill.md: half an hour on two cores; N=cases SEED=0 ONLY=kind
 	@$(PYTHON_BIN) -m experiments.drill --number $(or $(N),240) --seed $(or $(SEED),0) $(if $(ONLY),--only "$(ONLY)")
+
+fuzz: | ready        ## odd and damaged input, 20 times as much as the tests try; writes docs/fuzz.md: minutes; RLHF_FUZZ=20
+	@RLHF_FUZZ=$(or $(RLHF_FUZZ),20) RLHF_FUZZ_TABLE=docs/fuzz.md $(PYTHON_BIN) -m pytest -q -k fuzzed
+
+soak: | ready        ## 200 steps of PPO and 100,000 requests to rm-serve: does anything grow? Writes docs/soak.md; quarter of an hour
+	@$(PYTHON_BIN) -m experiments.soak
 
 verdict-errors: | ready  ## how often the study's verdicts are right, on planted curves: half an hour on two cores
 	@$(PYTHON_BIN) -m experiments.verdict_errors

@@ -150,13 +150,28 @@ def concatenate_tables(files: Sequence[Path], path: Path) -> None:
         try:
             tables.append(pq.read_table(file))
         except (pa.ArrowInvalid, OSError) as error:
-            raise ArtefactError(f"{file} is damaged ({error}): delete it, and it is made again") from None
+            raise _damaged_part(file, error) from None
         if tables[-1].column_names != tables[0].column_names:
             raise ArtefactError(f"{file} has other columns than {files[0]}: delete both, and they are made again")
     temporary = path.with_name(path.name + ".tmp")
     # A column that is null in all rows of one table has no type there, and gets that of the others.
     pq.write_table(pa.concat_tables(tables, promote_options="permissive"), temporary)
     os.replace(temporary, path)
+
+
+def check_part(file: Path) -> None:
+    """ArtefactError where a part of a table is no Parquet file, or was cut short; no rows are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_metadata(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged_part(file, error) from None
+
+
+def _damaged_part(file: Path, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{file} is damaged ({error}): delete it, and it is made again")
 
 
 @overload

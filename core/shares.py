@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.files import concatenate_tables
+from core.files import check_part, concatenate_tables
 from core.parts import write_part
 from core.ranks import place
 
@@ -46,10 +46,17 @@ class Share:
         return range(self.rank, count, self.ranks)
 
     def missing(self, table: Path, count: int) -> list[int]:
-        """Numbers of this process's shards that are not made yet; none where the table is whole."""
+        """Numbers of this process's shards that are not made yet; none where the table is whole.
+
+        Raises:
+            ArtefactError: one that is made is damaged. It is found here, before any other is made or a model is loaded.
+        """
         if table.exists():
             return []
-        return [number for number in self.of(count) if not shard_file(table, number).exists()]
+        made = [number for number in self.of(count) if shard_file(table, number).exists()]
+        for number in made:
+            check_part(shard_file(table, number))
+        return [number for number in self.of(count) if number not in made]
 
     def make_whole(self, table: Path, count: int, *, title: str) -> None:
         """Put the shards of all processes together, once they are there; the first process alone does so.

@@ -33,6 +33,8 @@ FAILED_SECONDS = 30.0
 """After a rank has said that it failed: what the others have to notice it by their connections, before they end too."""
 GATHER_SECONDS = 3.0
 """What ranks that lose a connection have to say so: those that do not are the lost ones."""
+MARGIN_SECONDS = 60.0
+"""What a collective gets beyond the time after which a rank is given up: who is silent is to be found first."""
 CONTINUES = "the same command goes on from what is saved"
 
 
@@ -207,8 +209,8 @@ def leave(*, well: bool) -> None:
 
 
 def timeout() -> float | None:
-    """Seconds that a rank waits for others; None in a process that is no rank of a stage."""
-    return _mine.timeout if _mine else None
+    """Seconds that a collective may take; None in a process that is no rank of a stage."""
+    return _mine.timeout + MARGIN_SECONDS if _mine else None
 
 
 def is_loss(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""The files beside a saved state that a resumed run goes on with: logs, and the policies of earlier steps."""
+"""The files beside a saved state that a resumed run goes on with: logs, policies and rollouts of earlier steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from core.artefacts import RESUME
 from core.errors import ArtefactError
 from core.files import file_digest, path_digest
+from ppo.measured.rollouts import FOLDER, tables
 
 LOGS = ("metrics.jsonl", "held_out.jsonl")
 """Files that only grow."""
@@ -25,24 +26,28 @@ class SavedFiles:
     def __init__(self, out: Path):
         self._out = out
         self._policies: dict[str, str] = {}
+        self._rollouts: dict[str, str] = {}
 
     def add_policy(self, folder: Path) -> None:
         """Note the digest of a policy that has just been written: it is read once, and not with every state."""
         self._policies[str(folder.relative_to(self._out))] = path_digest(folder)
 
     def record(self, state: Path) -> dict[str, dict[str, Any]]:
-        """What is there when a state has been saved: logs by size and digest, policies by digest, and the state's own
-        files by size alone, since what DeepSpeed writes has checksums.
+        """What is there when a state has been saved: logs by size and digest, policies and rollouts by digest, and the
+        state's own files by size alone, since what DeepSpeed writes has checksums.
 
         Args:
             state: folder of the state.
         """
         self._policies = {name: sha for name, sha in self._policies.items() if (self._out / name).is_dir()}
         logs = {name: self._out / name for name in LOGS if (self._out / name).is_file()}
+        written = [str(table.relative_to(self._out)) for table in tables(self._out / FOLDER).values()]
+        self._rollouts = {name: self._rollouts.get(name) or file_digest(self._out / name) for name in written}
         files = [p for p in sorted(state.rglob("*")) if p.is_file()]
         return {
             "logs": {name: [file.stat().st_size, file_digest(file)] for name, file in logs.items()},
             "policies": dict(self._policies),
+            "rollouts": dict(self._rollouts),
             "state": {str(p.relative_to(self._out)): p.stat().st_size for p in files},
         }
 
@@ -52,7 +57,7 @@ class SavedFiles:
         Args:
             then: of `record`.
         """
-        self._policies = dict(then["policies"])
+        self._policies, self._rollouts = dict(then["policies"]), dict(then.get("rollouts", {}))
         for name, (size, _) in then["logs"].items():
             os.truncate(self._out / name, size)
 
@@ -72,6 +77,8 @@ def check_saved(out: Path, then: dict[str, dict[str, Any]], *, keeps_all: bool) 
         policy = out / name
         if keeps_all or policy.is_dir():
             faults += [] if policy.is_dir() and path_digest(policy) == sha else [policy]
+    for name, sha in then.get("rollouts", {}).items():  # the oldest ones may be deleted by now
+        faults += [out / name] if (out / name).is_file() and file_digest(out / name) != sha else []
     for name, size in then["state"].items():
         file = out / name
         faults += [] if file.is_file() and file.stat().st_size == size else [file]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.builders.inputs import fuzz
 from tests.builders.processes import ROOT, SEED, make
 from tests.builders.tokenizers import first_tokens
 
@@ -17,6 +18,11 @@ POLICY = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 def pytest_report_header() -> str:
     return f"RLHF_TEST_SEED={SEED} (what tests draw at random depends on it)"
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    if fuzz.TABLE and exitstatus == 0:
+        fuzz.write_table_of_cases(Path(fuzz.TABLE))
 
 
 @pytest.fixture(autouse=True)

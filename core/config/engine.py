@@ -38,8 +38,9 @@ class Engine(Section):
     overrides: dict[str, Any] = {}
     """Your own DeepSpeed settings, laid over those that follow from this configuration."""
     rank_timeout: float = Field(default=1800.0, ge=5, json_schema_extra={"decides_result": False})
-    """Seconds after which the ranks give up on one that shows no sign of life, and on a collective that does not end.
-    All of them end then, the lost rank and its phase are named, and the same command goes on from what is saved."""
+    """Seconds after which the ranks give up on one that shows no sign of life, and a minute later on a collective that
+    does not end. All of them end then, the lost rank and its phase are named, and the same command goes on from what is
+    saved."""
 
     def changed(self, changes: EngineOfStage) -> Engine:
         """This section with those of `changes` that are not null; DeepSpeed's own settings are laid over each other."""

@@ -66,6 +66,8 @@ def run_with_a_state(out):
         policy.mkdir(parents=True)
         (policy / "adapter.safetensors").write_bytes(bytes([step]))
         saved.add_policy(policy)
+        (out / "rollouts").mkdir(exist_ok=True)
+        (out / "rollouts" / f"step-00000{step}.parquet").write_bytes(bytes([7, step]))
     then = json.loads(json.dumps(saved.record(state)))
     for name in LOGS:
         with (out / name).open("a") as file:
@@ -95,6 +97,16 @@ def test_what_a_resumed_run_goes_on_with_is_refused_by_name_if_damaged(tmp_path,
         return check_saved(tmp_path, then, keeps_all=True)
     name = name.removesuffix("/adapter.safetensors")  # a policy is named by its folder
     with pytest.raises(ArtefactError, match=f"{name} is missing or is not what was written: delete .*state"):
+        check_saved(tmp_path, then, keeps_all=True)
+
+
+def test_rollouts_that_were_changed_are_refused_and_rotated_ones_may_be_gone(tmp_path):
+    then, folder = run_with_a_state(tmp_path), tmp_path / "rollouts"
+    (folder / "step-000001.parquet").unlink()
+    (folder / "step-000003.parquet").write_bytes(b"of a step after the state")
+    check_saved(tmp_path, then, keeps_all=True)
+    (folder / "step-000002.parquet").write_bytes(b"x")
+    with pytest.raises(ArtefactError, match="rollouts/step-000002.parquet is missing or is not what was written"):
         check_saved(tmp_path, then, keeps_all=True)
 
 

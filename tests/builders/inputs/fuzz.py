@@ -1,15 +1,19 @@
 """Seeded random trees, rows and bytes: what people's files may hold, right, wrong and damaged.
 
-`RLHF_FUZZ=20` makes twenty times as many cases as the fast tests do.
+`RLHF_FUZZ=20` makes twenty times as many cases as the fast tests do. With RLHF_FUZZ_TABLE=FILE their numbers are
+written there as a table (`make fuzz`).
 """
 
 from __future__ import annotations
 
+import ast
 import copy
 import csv
 import json
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from core.files import write_table
 from tests.builders.processes import SEED
 
 TIMES = int(os.environ.get("RLHF_FUZZ", "1"))
+TABLE = os.environ.get("RLHF_FUZZ_TABLE")
+tried: Counter[str] = Counter()
+"""Cases by the file of the test."""
 NUMBERS = (0, -1, 1, 2, 7, 0.5, -0.0, 1e-9, 1e308, 10**30, 2**63, float("nan"), float("inf"), -float("inf"))
 TEXTS = (
     "", " ", "a", "Why?", "0", "nan", "1e400", "true", "null", "\x00", "\n\n", "é", "\ud800", "\u202e", "a\u0300" * 50,
@@ -30,7 +37,30 @@ KEYS = ("role", "content", "from", "value", "prompt", "chosen", "rejected", "sco
 def cases(name: str, number: int) -> Iterator[random.Random]:
     """One generator a case. A failed case is repeated by the test's name and RLHF_TEST_SEED."""
     for case in range(number * TIMES):
+        tried[os.environ["PYTEST_CURRENT_TEST"].split("::")[0]] += 1
         yield random.Random(f"{SEED} {name} {case}")
+
+
+def write_table_of_cases(file: Path) -> None:
+    """How many cases the tests of each file tried, all of which passed."""
+    lines = [
+        "# Odd and damaged input",
+        "",
+        "Tests write files and requests that are odd in places drawn at random: values of another type, missing,",
+        "doubled and renamed keys, numbers that are not finite, broken Unicode, files cut short, with flipped bits or",
+        "with bytes put in. Each case must end with a result in which every row is counted, or with one message that",
+        "names the file or the row. A traceback, or a row that is dropped without a word, fails the test.",
+        "",
+        f"`make fuzz` tried {sum(tried.values()):,} cases with seed {SEED}, and all of them ended so:",
+        "",
+        "| input | cases | test |",
+        "| --- | ---: | --- |",
+    ]
+    for test, number in sorted(tried.items()):
+        first = ast.get_docstring(ast.parse(Path(test).read_text())) or ""
+        subject = re.split(r"[:,] ", first.splitlines()[0])[0].rstrip(".")
+        lines.append(f"| {subject} | {number:,} | `{test}` |")
+    file.write_text("\n".join(lines) + "\n")
 
 
 def value(rng: random.Random, depth: int = 3) -> Any:

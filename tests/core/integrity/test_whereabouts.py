@@ -100,3 +100,10 @@ def test_ranks_that_wait_for_one_that_is_lost_end_and_name_it(tmp_path, number, 
     )  # fmt: skip
     assert done.returncode == status, done.stderr[-3000:]
     assert said in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+
+
+def test_a_silent_rank_is_named_before_a_collective_gives_up(tmp_path, monkeypatch):
+    """Who watches looks now and then; a collective that ended first could not say who is missing and why."""
+    one = Whereabouts(tmp_path, rank=0, world=2, timeout=6, name="rank 0")
+    monkeypatch.setattr(whereabouts, "_mine", one)
+    assert whereabouts.timeout() >= one.timeout + 2 * whereabouts.LONGEST_BEAT

@@ -91,3 +91,15 @@ def test_processes_without_work_are_told_of_with_what_mends_it(capsys):
     Share(1, 8).advise("bon.shard_prompts", 180, 3)  # the first process says it
     Share(0, 8).advise("bon.shard_prompts", 180, 8)
     assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_shard_is_found_before_any_other_is_made(tmp_path):
+    """And by the process whose shard it is alone."""
+    table = tmp_path / "t.parquet"
+    for number in range(3):
+        shard_file(table, number).parent.mkdir(exist_ok=True)
+        write_table(shard_file(table, number), [{"x": number}])
+    shard_file(table, 1).write_bytes(shard_file(table, 1).read_bytes()[:-9])
+    with pytest.raises(ArtefactError, match=r"shard-0001.parquet is damaged .*delete it, and it is made again"):
+        Share(1, 2).missing(table, 6)
+    assert Share(0, 2).missing(table, 6) == [4]

@@ -1,0 +1,1 @@
+"""A soak: PPO for hundreds of steps, and a hundred thousand requests to a reward server. Does anything grow?"""
