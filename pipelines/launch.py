@@ -32,13 +32,25 @@ STOP_SECONDS = 1800
 
 
 def num_processes(name: str, cfg: Config) -> int:
-    """Ranks of a stage on this machine."""
-    stage = stages.STAGES[name]
+    """Ranks of a stage on this machine.
+
+    Raises:
+        ConfigError: more ranks that train together than there are GPUs.
+    """
+    stage, gpus = stages.STAGES[name], num_gpus()
     if stage.distributed:
         processes = cfg.engine_of(stage.engine).processes
-        return processes if processes != "auto" else num_gpus() or min(2, os.cpu_count() or 1)
+        if processes == "auto":
+            return gpus or min(2, os.cpu_count() or 1)
+        if gpus and processes > gpus:
+            raise ConfigError(
+                f"{stage.engine}.engine.processes (or engine.processes) is {processes}, and every rank needs a GPU of "
+                f"its own: here are {gpus}. Set it to auto"
+            )
+        return processes
     if stage.divided:
-        return num_gpus() or 1 if cfg.generation.processes == "auto" else cfg.generation.processes
+        wanted = cfg.generation.processes
+        return gpus or 1 if wanted == "auto" else min(wanted, gpus or wanted)
     return 1
 
 
@@ -98,10 +110,12 @@ def run_here(name: str, cfg: Config, *, force: bool) -> None:
     """Run a stage in this process, one of its ranks, unless it is up to date."""
     end_with_launcher()
     check_ranks(name, cfg, world_size())
-    if stages.STAGES[name].distributed:
+    stage = stages.STAGES[name]
+    if stage.distributed or world_size() > 1:
+        engine = cfg.engine_of(stage.engine) if stage.distributed else cfg.engine
         whereabouts.begin(
             whereabouts.folder_of(cfg.run_dir, name), rank=int(os.environ.get("RANK", "0")), world=world_size(),
-            timeout=cfg.engine_of(stages.STAGES[name].engine).rank_timeout, name=f"grm {name}{rank_in_words()}",
+            timeout=engine.rank_timeout, name=f"grm {name}{rank_in_words()}",
         )  # fmt: skip
     # Whoever started this rank holds the lock; where that is torchrun, the first rank does.
     is_first = int(os.environ.get("RANK", "0")) == 0

@@ -6,6 +6,7 @@ which returns the rewards that the loss compares and the terms that the penalty 
 
 from __future__ import annotations
 
+import re
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -112,8 +113,8 @@ def make_head(kind: str, hidden_size: int) -> nn.Module:
     """
     if kind == "linear_bias":
         return Float32Linear(hidden_size, 1)
-    if kind.startswith("mlp:"):
-        width, depth = map(int, kind.removeprefix("mlp:").split("x"))
+    if sizes_of_layers := re.fullmatch(r"mlp:(\d{1,6})x(\d{1,3})", kind):
+        width, depth = map(int, sizes_of_layers.groups())
         sizes = [hidden_size, *[width] * depth]
         hidden = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (Float32Linear(a, b), nn.ReLU())]
         return nn.Sequential(*hidden, Float32Linear(width, 1))

@@ -90,10 +90,10 @@ class ChatTokenizer:
             self.hf = AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # odd values in its files may raise anything
             # Of a folder without a tokenizer transformers says that a package is missing.
             empty = Path(model.path).is_dir() and not any(next(Path(model.path).glob(f), None) for f in TOKENIZER_FILES)
-            reason = "the folder has no tokenizer's files" if empty else str(error).splitlines()[0]
+            reason = "the folder has no tokenizer's files" if empty else " ".join(str(error).split())[:300]
             raise DataError(
                 f"no tokenizer could be read from {model.path}: set policy.path (or rm.base.path) to a folder with a "
                 f"model and its tokenizer, or to a hub id that can be reached ({reason})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from core import starting
+from core import starting, whereabouts
 from core.data.chat import ChatTokenizer
 from core.data.rows import PromptRow, SampleRow
 from core.data.streams import stream_seed
@@ -77,6 +77,7 @@ def sample_pool(
     share.advise(f"{name}.shard_prompts", len(rows), len(parts))
     missing = share.missing(table, len(parts))
     if missing:
+        whereabouts.enter("sample")
         generator = make_generator()
         shard_file(table, 0).parent.mkdir(parents=True, exist_ok=True)
         starting.working()
@@ -94,6 +95,7 @@ def sample_pool(
                 ]
                 write_part(shard_file(table, number), partial(write_table, rows=drawn, schema=SampleRow))
                 bar.update(len(prompts))
+    whereabouts.enter("score")
     share.make_whole(table, len(parts), title=name)
     mine = _read_shards(table, len(parts), shard_prompts * n, share)
     return SampledPool(table, len(parts), mine, share)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.data.tokenizer_files import save_tokenizer
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.files import read_json, write_json
 from core.models import CausalLM
 from core.models.agreement import check_agreement, skip_padding
@@ -36,30 +36,30 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
+    with made_by_library(f"cannot read the configuration of {model.path}"):
         config = AutoConfig.from_pretrained(model.path, **where)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"cannot read the configuration of {model.path}: {error}") from None
-    depth = text_config(config).num_hidden_layers
-    if num_layers is not None:
-        _cut(text_config(config), num_layers, model.path)
-    try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention_kernel(config, model.attention, model.path),
-            output_loading_info=True,
-            **where,
-        )
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{model.path}: its weights are damaged, cut short or not there ({error})") from None
-    except ValueError as error:
-        if "attn_implementation" not in str(error):
-            raise
-        raise ArtefactError(
-            f"{model.path} cannot be run with the attention kernel {model.attention}: set attention to auto ({error})"
-        ) from None
+        depth = text_config(config).num_hidden_layers
+        if num_layers is not None:
+            _cut(text_config(config), num_layers, model.path)
+    with made_by_library(f"no model can be made of {model.path}"):
+        try:
+            lm, info = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention_kernel(config, model.attention, model.path),
+                output_loading_info=True,
+                **where,
+            )
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{model.path}: its weights are damaged, cut short or not there ({error})") from None
+        except ValueError as error:
+            if "attn_implementation" not in str(error):
+                raise
+            raise ArtefactError(
+                f"{model.path} cannot be run with the attention kernel {model.attention}: set attention to auto "
+                f"({error})"
+            ) from None
     stack = stack_of(trunk_of(lm))
     cut = tuple(f".{stack.name}.{i}." for i in range(len(stack.layers), depth))
     unexpected = [k for k in info["unexpected_keys"] if not any(layer in f".{k}" for layer in cut)]
@@ -71,8 +71,9 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
     without_dropout(lm)
     if float32_head and dtype != "float32":
         use_float32_head(lm)
-    check_agreement(lm)
-    skip_padding(lm)
+    with made_by_library(f"{model.path}: its model cannot be run"):
+        check_agreement(lm)
+        skip_padding(lm)
     reads_text = {id(p) for module in (trunk_of(lm), lm.get_output_embeddings()) for p in module.parameters()}
     for parameter in lm.parameters():
         parameter.requires_grad_(id(parameter) in reads_text)

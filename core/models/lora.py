@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Lora, Model
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.models import CausalLM
 from core.models.architecture import layers_of, linear_layers, stack_of, trunk_of
 
@@ -77,8 +77,8 @@ def named_targets(model: Model, lora: Lora) -> Lora:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **where)
-    with torch.device("meta"):
+    with made_by_library(f"no model can be made of {model.path}"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model.path, **where)
         lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     return lora.model_copy(update={"targets": tuple(lora_targets(lm, lora))})
 

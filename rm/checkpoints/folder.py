@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.damage import check_part
 from core.data.chat import ChatTokenizer
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.files import open_tensors, read_json
 from core.models.architecture import text_config
 
@@ -48,10 +48,8 @@ def read_config(folder: str | Path):
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    try:
+    with made_by_library(f"cannot read the configuration of {folder}"):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"cannot read the configuration of {folder}: {error}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise ArtefactError(f"{folder} is a {config.model_type}, not a causal LM: encoder models are not supported")
     return config

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.models import CausalLM
 from core.models.architecture import hidden_size
 from core.models.kernels import attention_kernel
@@ -121,11 +121,12 @@ def _read_lm(folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: s
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of "unexpected" heads; what does not fit is reported below
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=False,
-            attn_implementation=attention_kernel(read_config(folder), attention, str(folder)),
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        with made_by_library(f"no model can be made of {folder}"):
+            lm, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), trust_remote_code=False,
+                attn_implementation=attention_kernel(read_config(folder), attention, str(folder)),
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
     lm_head = next(f"{name}.weight" for name, m in lm.named_modules() if m is lm.get_output_embeddings())

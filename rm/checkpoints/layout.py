@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
-from core.config import Attention, Model
+from core.config import Attention, Dtype, Model
 from core.data.chat import ChatTokenizer
 from core.data.templates import OWN_CLOCK
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.files import read_json, read_tensors, write_json
 from core.models import CausalLM
 from core.models.kernels import soft_cap
@@ -25,6 +26,26 @@ HEAD_FILE = "head.safetensors"
 ABOUT_FILE = "reward_model.json"
 MERGED_FORMAT, ADAPTER_FORMAT = 1, 2
 """Formats of ABOUT_FILE: next to a whole language model, or next to an adapter (`rm.checkpoints.adapters`)."""
+
+ABOUT: Mapping[str, Callable[[Any], bool]] = {
+    "head": lambda kind: isinstance(kind, str),
+    "tokenizer": lambda fingerprint: isinstance(fingerprint, str),
+    "mean": lambda mean: isinstance(mean, float | int) and math.isfinite(mean),
+    "std": lambda std: isinstance(std, float | int) and math.isfinite(std) and std > 0,
+    "reads": lambda reads: reads in get_args(Reads),
+    "attention": lambda kernel: kernel is None or isinstance(kernel, str),
+}
+"""What ABOUT_FILE says of every reward model, and whether a value can be right."""
+ABOUT_BASE: Mapping[str, Callable[[Any], bool]] = {
+    "base": lambda path: isinstance(path, str),
+    "base_model": lambda kept: (
+        isinstance(kept, dict)
+        and {"revision", "digest", "dtype"} <= kept.keys()
+        and kept["dtype"] in get_args(Dtype)
+        and isinstance(kept["revision"], str | None)
+    ),
+}
+"""What it says of the base, where the folder has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +73,18 @@ class Saveable(Protocol):
 
 
 def read_about(folder: Path) -> dict:
-    """`reward_model.json`; ArtefactError for an unknown format."""
-    about = read_json(folder / ABOUT_FILE)
-    if about["format"] not in (MERGED_FORMAT, ADAPTER_FORMAT):
-        raise ArtefactError(f"{folder / ABOUT_FILE}: format {about['format']} is not known to this version")
-    return {"reads": "end_of_turn", **about}  # version 0.1 wrote no other
+    """`reward_model.json`; ArtefactError for an unknown format, and for values that cannot be right."""
+    file = folder / ABOUT_FILE
+    about = read_json(file)
+    found = about.get("format") if isinstance(about, dict) else None
+    if not isinstance(found, int) or found not in (MERGED_FORMAT, ADAPTER_FORMAT):
+        raise ArtefactError(f"{file}: format {found!r} is not known to this version")
+    about = {"reads": "end_of_turn", "attention": None, **about}  # version 0.1 wrote neither
+    checks = {**ABOUT, **(ABOUT_BASE if found == ADAPTER_FORMAT else {})}
+    wrong = [f"{key} is {about.get(key)!r}" for key, is_right in checks.items() if not is_right(about.get(key))]
+    if wrong:
+        raise ArtefactError(f"{file} is not what `grm rm` writes: {', '.join(wrong)}"[:500])
+    return about
 
 
 def kept_kernel(folder: Path, about: Mapping) -> Attention:
@@ -66,7 +94,7 @@ def kept_kernel(folder: Path, about: Mapping) -> Attention:
     Raises:
         ArtefactError: a folder of version 0.1 whose architecture caps attention scores: it was trained without the cap.
     """
-    kept = about.get("attention")
+    kept = about["attention"]
     if kept is None and (cap := soft_cap(read_config(folder))) is not None:
         raise ArtefactError(
             f"{folder} was written by version 0.1, which trained with the kernel sdpa and so without the cap of "
@@ -85,7 +113,7 @@ def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
     tokenizer = ChatTokenizer(Model(path=str(folder)))
     if tokenizer.fingerprint != about["tokenizer"]:
         fault = f"{folder}: tokenizer or chat template is not the one the model was trained with"
-        if "attention" not in about and OWN_CLOCK in tokenizer.hf.chat_template:
+        if about["attention"] is None and OWN_CLOCK in tokenizer.hf.chat_template:
             fault += (
                 ". Its template writes today's date, which version 0.1 took from the clock and this version fixes "
                 "(chat_date): train it again"
@@ -98,7 +126,9 @@ def read_tokenizer(folder: Path, about: Mapping) -> ChatTokenizer:
 def read_head(folder: Path, kind: str, hidden_size: int) -> dict[str, Tensor]:
     """Weights of the head in the folder; ArtefactError with their names if they do not fit a head of this kind."""
     weights = read_tensors(folder / HEAD_FILE)
-    shapes = ({k: v.shape for k, v in state.items()} for state in (make_head(kind, hidden_size).state_dict(), weights))
+    with made_by_library(f"{folder / ABOUT_FILE} names no head that this version knows"):
+        wanted = make_head(kind, hidden_size).state_dict()
+    shapes = ({k: v.shape for k, v in state.items()} for state in (wanted, weights))
     if wrong := sorted({name for name, _ in set.symmetric_difference(*(set(s.items()) for s in shapes))}):
         raise ArtefactError(f"{folder / HEAD_FILE} does not fit a {kind} head: {', '.join(wrong)}")
     return weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.errors import ArtefactError
+from core.errors import ArtefactError, made_by_library
 from core.files import digest, open_tensors
 from core.models import CausalLM
 from core.models.architecture import linear_layers, text_config
@@ -33,7 +33,8 @@ def adapter_config(folder: Path):
 
     if not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{folder} holds LoRA tensors, but no adapter_config.json with their rank, alpha and base")
-    adapter = PeftConfig.from_pretrained(str(folder))
+    with made_by_library(f"cannot read {folder / 'adapter_config.json'}"):
+        adapter = PeftConfig.from_pretrained(str(folder))
     if not isinstance(adapter, LoraConfig):
         raise ArtefactError(f"{folder}: adapter_config.json is of type {adapter.peft_type}, not LORA")
     unknown = [f"{k} = {value!r}" for k in NOT_MERGED if (value := getattr(adapter, k, None))]

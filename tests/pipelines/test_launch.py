@@ -62,7 +62,9 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, sta
 
 
 def test_each_stage_has_its_own_number_of_ranks():
-    cfg = load([ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1", "generation.processes=3"])
+    cfg = load(
+        [ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1", "ppo.engine.processes=2", "generation.processes=3"]
+    )
     assert [launch.num_processes(stage, cfg) for stage in ("rm", "ppo", "bon", "report")] == [1, 2, 3, 1]
     fits_ppo = load([ROOT / "configs" / "smoke.yaml"], ["ppo.rollouts=48"])
     launch.check_ranks("ppo", fits_ppo, 3)  # whatever the batches of reward models are
@@ -84,6 +86,23 @@ def test_processes_that_divide_a_stage_see_a_gpu_each(monkeypatch):
         launch.own_variables("bon", 5, 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert launch.own_variables("bon", 4, 3) == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize("name", ["smoke", "offline", "study", "exact-answer"])
+def test_configurations_for_two_cores_fit_a_machine_with_gpus(monkeypatch, name, gpus):
+    """What is set for a CPU must not start more processes than there are GPUs, nor ranks that batches do not fit."""
+    monkeypatch.setattr(launch, "num_gpus", lambda: gpus)
+    cfg = load([ROOT / "configs" / f"{name}.yaml"], [])
+    ranks = {stage: launch.num_processes(stage, cfg) for stage in ("preferences", "rm", "bon", "ppo", "eval")}
+    assert ranks["rm"] == ranks["ppo"] == gpus and max(ranks.values()) <= gpus
+    if gpus == 1:
+        for stage in ranks:
+            launch.check_ranks(stage, cfg, 1)
+    with pytest.raises(ConfigError, match=rf"is {gpus + 1}, and every rank needs a GPU of its own: here are {gpus}"):
+        launch.num_processes(
+            "ppo", cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"processes": gpus + 1})})
+        )
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import yaml
 
 from core.artefacts import open_partial, read_manifest
 from core.config.load import load
+from core.errors import EXIT_LOST
 from core.files import read_table
 from pipelines import stages
 from tests.builders.processes import GRM, ROOT, background, wait_for
@@ -133,3 +134,28 @@ def test_a_process_that_fails_is_named_and_the_others_end(copied):
     errors = [line for line in done.stderr.splitlines() if line.startswith("grm bon")]
     assert len(errors) == 1 and errors[0].startswith("grm bon, rank 1: ") and "shard-0001.parquet" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_is_named_and_the_same_command_goes_on(copied, finished, tmp_path):
+    shutil.rmtree(copied.parent / "shards" / "bon")
+    partial, log = copied.parent / "shards" / "bon.partial", tmp_path / "log"
+    with background(*command("bon", copied, 2, "engine.rank_timeout=6"), log=log) as stage:
+        wait_for(lambda: list(partial.glob("samples/shard-*.parquet")), stage)
+        second = next(
+            int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
+            if b"RANK=1" in (words := _words(path)) and f"GRM_LAUNCHER={stage.pid}".encode() in words
+        )  # fmt: skip
+        os.kill(second, signal.SIGSTOP)
+        assert stage.wait(timeout=120) == EXIT_LOST
+    said = log.read_text()
+    assert "grm bon, rank 0: rank 1 is lost in phase " in said and "no sign of life for 6 s" in said, said[-3000:]
+    run(*command("bon", copied, 2))
+    same_result(copied, finished, "bon")
+
+
+def _words(environ: Path) -> list[bytes]:
+    try:
+        return environ.read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile
+        return []
