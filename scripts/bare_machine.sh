@@ -11,6 +11,9 @@
 # pip's settings in the environment (PIP_*) are passed on.
 set -euo pipefail
 
+# In a mount namespace of its own: what is mounted here is gone when this ends, and nobody deletes /dev with FOLDER.
+[[ -n ${PRIVATE:-} ]] || exec env PRIVATE=1 unshare --mount --propagation private "$0" "$@"
+
 ROOT=$(realpath -m "${1:?usage: scripts/bare_machine.sh FOLDER [CASE...]}")
 shift
 CASES=("$@")
@@ -31,14 +34,14 @@ bare_root() { # folder release packages
 }
 
 mounted() { # folder: what programs expect to find
-    mountpoint -q "$1/proc" || mount -t proc proc "$1/proc"
-    mountpoint -q "$1/dev" || mount --rbind /dev "$1/dev"
-    mountpoint -q "$1/sys" || mount --rbind --make-rslave /sys "$1/sys"
+    mount -t proc proc "$1/proc"
+    mount --rbind /dev "$1/dev"
+    mount --rbind /sys "$1/sys"
     cp /etc/resolv.conf /etc/hosts "$1/etc/"
     mkdir -p "$1/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"
     for folder in ${BIND:-}; do
         mkdir -p "$1$folder"
-        mountpoint -q "$1$folder" || mount --bind "$folder" "$1$folder"
+        mount --bind "$folder" "$1$folder"
     done
 }
 
@@ -85,8 +88,12 @@ goes() { # what it is, command
 }
 
 hindered() { # no network, a home that cannot be written, 8 GB of memory
-    local group=/sys/fs/cgroup/grm-bare-machine
-    mkdir -p "$group" && echo 8G >"$group/memory.max" && echo 0 >"$group/memory.swap.max"
+    local group=/sys/fs/cgroup/grm-bare-machine limit=memory.max peak=memory.peak
+    if [[ -d /sys/fs/cgroup/memory ]]; then # the first version of control groups
+        group=/sys/fs/cgroup/memory/grm-bare-machine limit=memory.limit_in_bytes peak=memory.max_usage_in_bytes
+    fi
+    mkdir -p "$group"
+    echo 8000000000 >"$group/$limit"
     mount --bind "$ROOT/home/user" "$ROOT/home/user"
     mount --bind "$ROOT$CLONE" "$ROOT$CLONE"
     mount -o remount,ro,bind "$ROOT/home/user"
@@ -98,7 +105,7 @@ hindered() { # no network, a home that cannot be written, 8 GB of memory
             goes "no network, read-only home, 8 GB: the smoke run" "make setup && make rm ppo eval CONFIG=configs/smoke.yaml"'
     )
     umount "$ROOT$CLONE" "$ROOT/home/user"
-    say "most memory of it: $(($(cat "$group/memory.peak") >> 20)) MiB"
+    say "most memory of it, cached files included: $(($(cat "$group/$peak") >> 20)) MiB"
     rmdir "$group" || true
 }
 
