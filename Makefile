@@ -18,7 +18,7 @@ PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
 .PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill fuzz soak verdict-errors test-fast test test-all test-models \
-	check lint types docs-config licences bench help
+	check lint types docs docs-config wheel licences bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
 
@@ -97,8 +97,15 @@ lint: | ready        ## style, format, ends of files
 types: | ready       ## check types
 	@.venv/bin/mypy
 
-docs-config: | ready ## write docs/configuration.md from the docstrings of the fields
+docs: | ready        ## the documentation as a site, in .site/; the first time it makes .venv-docs for mkdocs-material
+	@bash scripts/docs.sh
+
+docs-config: | ready ## write docs/configuration.md and the tables of docs/stages/ from the docstrings of the fields
 	@$(PYTHON_BIN) -m core.config.explain > docs/configuration.md
+	@PYTHONPATH=. $(PYTHON_BIN) scripts/stage_pages.py
+
+wheel: | ready       ## the package in dist/, with configurations, prompts and examples in it
+	@rm -rf build && $(PYTHON_BIN) -m pip wheel -qq --no-deps --no-build-isolation -w dist .
 
 licences: | ready    ## write docs/licences.md from the metadata of the installed packages
 	@$(PYTHON_BIN) scripts/licences.py > docs/licences.md

@@ -48,12 +48,13 @@ def code_version() -> dict[str, Any]:
     here = Path(__file__).resolve().parent
     git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)  # noqa: E731
     try:
-        sha = git("rev-parse", "HEAD")
+        found = git("rev-parse", "--show-toplevel", "HEAD")
     except OSError:
         return {}
-    if sha.returncode:
+    top, _, sha = found.stdout.strip().partition("\n")
+    if found.returncode or Path(top).resolve() != here.parent:  # an environment in somebody's own checkout
         return {}
-    return {"git_sha": sha.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
+    return {"git_sha": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout)}
 
 
 def device_name() -> str:

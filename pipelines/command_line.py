@@ -23,6 +23,8 @@ class Tool:
 
 
 TOOLS = {
+    "init": Tool("pipelines.shipped.init", "a folder to work in: a shipped configuration, what it names, a Makefile"),
+    "models": Tool("pipelines.shipped.offline_model", "the offline models, from packages that have their weights"),
     "study": Tool("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
     "figure": Tool("study.papers.run", "a figure or table of a paper, from what a study has written"),
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),
@@ -162,7 +164,11 @@ def stage_help(name: str) -> str:
     for field in all_fields():
         if field.sections or not any(field.key == r or field.key.startswith(r + ".") for r in stage.reads):
             continue
-        first = field.explanation.replace("\n", " ").split(". ")[0].rstrip(".:")
-        lines += textwrap.wrap(f"{field.key}={shown(field.default)}  {first}", 110, initial_indent="  ",
-                               subsequent_indent=" " * 8, break_long_words=False)  # fmt: skip
+        text = f"{field.key}={shown(field.default)}  {first_sentence(field.explanation)}"
+        lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent=" " * 8, break_long_words=False)
     return "\n".join(lines)
+
+
+def first_sentence(explanation: str) -> str:
+    """Of what is said of an option, without its full stop."""
+    return explanation.replace("\n", " ").split(". ")[0].rstrip(".:")

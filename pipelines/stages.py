@@ -323,7 +323,7 @@ def _hint(field: str, cfg: Config) -> str:
     if field == "gold.path" and cfg.gold.kind == "checkpoint":
         return "; it is a reward model of a run of its own: `make rm CONFIG=...` with that run's configuration"
     return (
-        "; `make setup` prepares the offline models"
+        "; `grm models` makes the offline models, and so does `make setup`"
         if field.endswith(("policy.path", "base.path", "gold.path"))
         else ""
     )

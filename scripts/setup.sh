@@ -119,6 +119,6 @@ say "offline models"
 # What the libraries have to say at their import helps nobody here.
 export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error DS_LOG_LEVEL=error DEEPSPEED_LOG_LEVEL=error
 if [[ $DEVICE == cpu ]]; then export DS_ACCELERATOR=cpu; fi
-"$VENV_PYTHON" scripts/offline_model.py --source "$MODEL_SOURCE"
+"$VENV_PYTHON" -m pipelines models --source "$MODEL_SOURCE"
 advise_tcmalloc
 say "done in $SECONDS s; next: make rm ppo eval"

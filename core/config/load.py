@@ -69,7 +69,8 @@ def read_yaml(file: Path) -> Tree:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ConfigError(f"no config file {file}") from None
+        hint = "" if file.parent.is_dir() else ": `grm init FOLDER` makes a folder with a configuration to start from"
+        raise ConfigError(f"no config file {file}{hint}") from None
     except NOT_YAML as error:
         raise ConfigError(f"{file} is not valid YAML: {_reason(error)}") from None
     except OSError as error:

