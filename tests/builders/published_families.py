@@ -32,6 +32,9 @@ LLAMA_3 = [
     "<|reserved_special_token_0|>",
 ]
 
+EXACT = {"dtype": torch.float32, "attn_implementation": "eager"}
+"""sdpa leaves out Gemma-2's cap of attention scores."""
+
 
 def _llama_3(source: Path, folder: Path, template: str, *more: str) -> Path:
     """The template and the tokenizer both write BOS."""
@@ -96,7 +99,7 @@ def tiny_grm(name: str, source: Path, folder: Path) -> Path:
 def classifier_rewards(folder: Path) -> Callable[[list[dict]], float]:
     """The rewards of conversations, one by one, as RewardBench computes them: a second BOS is not read."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **EXACT).eval()
 
     @torch.no_grad()
     def reward(chat: list[dict]) -> float:
@@ -113,7 +116,7 @@ def grm_rewards(folder: Path) -> Callable[[list[dict]], float]:
     """The same of `tiny_grm`, whose makers read both BOS; the head's weights are read from the file."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = folder.with_name(folder.name + "-lm")
-    model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(lm, **EXACT).eval()
     weights = load_file(folder / "model.safetensors")
     first, last = ({k: weights[f"v_head.summary.{i}.{k}"] for k in ("weight", "bias")} for i in (0, 2))
 

@@ -68,7 +68,7 @@ TWINS = (
     Twin(("paper/llama-3-8b.yaml",), EVALUATED, policy="llama3", sources=rows.preference_700k),
     Twin(("paper/llama-3-8b.yaml", "paper/skywork-80k.yaml"), EVALUATED, policy="llama3", sources=rows.skywork,
          fast=True),
-    Twin(("paper/coste-pythia.yaml",), STUDY, policy="pythia", gold=MISTRAL_GOLD, prompts=rows.alpaca),
+    Twin(("paper/coste-pythia.yaml",), STUDY, policy="pythia", base="pythia", gold=MISTRAL_GOLD, prompts=rows.alpaca),
     Twin(("paper/llama-3.2-3b.yaml",), MAIN, policy="llama3.2", gold=LLAMA_GOLD),
     Twin(("paper/llama-3.2-3b.yaml", "paper/qwen3-4b.yaml"), MAIN, policy="qwen3", gold=LLAMA_GOLD),
 )  # fmt: skip
