@@ -17,7 +17,7 @@ STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG)
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 
 # Every target is phony: folders named rm, bon, ppo and data exist, and make would call them up to date.
-.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill fuzz soak verdict-errors test-fast test test-all test-models \
+.PHONY: $(STAGES) setup ready browser study study-quick human-preferences ppo-seeds drill fuzz soak verdict-errors test-fast test test-all test-models twins \
 	check lint types docs docs-config wheel licences bench help
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # a stage uses the whole machine
@@ -82,7 +82,10 @@ test-all: | ready browser  ## also the long tests of resuming, servers and the s
 	@$(PYTEST) -m "not models"
 
 test-models: | ready ## a tiny model of each family through rm, bon, ppo and eval: 10 minutes; writes docs/models.md
-	@RLHF_MODELS_TABLE=docs/models.md $(PYTEST) -m models
+	@RLHF_MODELS_TABLE=docs/models.md $(PYTEST) -m models tests/pipelines/test_models.py
+
+twins: | ready       ## every shipped configuration on a tiny model, all stages: 15 minutes; writes docs/twins.md; ONLY=name
+	@RLHF_TWINS_TABLE=docs/twins.md $(PYTEST) -m "models or e2e" tests/pipelines/test_twins.py $(if $(ONLY),-k "$(ONLY)")
 
 browser: # some tests of the study's page drive one
 	@bash scripts/browser.sh

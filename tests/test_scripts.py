@@ -1,5 +1,6 @@
 """make and its scripts: what is set up by itself, and what every file must be."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.pair_files import chat, unified, write
 from tests.builders.processes import ROOT, make
 
 
@@ -124,3 +126,20 @@ def test_every_locked_package_has_a_row_in_the_table_of_licences():
         if line and not line.startswith("#"):
             name, version = line.split(";")[0].strip().split("==")
             assert f"| {name} | {version}" in page or name in absent, name
+
+
+def test_prompts_of_pairs_are_whole_and_each_is_there_once(tmp_path):
+    rows = [unified(1, i % 2, prompt=f"question {i // 2}") for i in range(20)]  # half of them tie
+    rows.append(unified() | {"conv_A": chat("a", "b", "c", "d"), "conv_B": chat("a", "b", "c", "e")})
+    write(tmp_path / "pairs.jsonl", *rows)
+    command = [sys.executable, "scripts/prompts_of_pairs.py", tmp_path / "pairs.jsonl"]
+
+    def made(*words: str) -> list[list[dict]]:
+        subprocess.run([*command, tmp_path / "out.jsonl", *words], cwd=ROOT, check=True, capture_output=True)
+        return [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    whole = made()
+    assert len(whole) == 11 and chat("a", "b", "c") in whole
+    assert made("--number", "4") == whole[:4] and made("--seed", "2") != whole
+    failed = subprocess.run([*command[:2], "none.jsonl", "x.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "none.jsonl" in failed.stderr and "Traceback" not in failed.stderr

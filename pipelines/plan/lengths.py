@@ -24,6 +24,12 @@ MOST_ROWS = 5000
 """Prompts that are tokenised to plan, at most."""
 ASSUMED_PAIRS = 40_000
 """Of a preference source whose rows cannot be counted here."""
+PUBLISHED_PAIRS = {
+    "llm-blender/Unified-Feedback": 849_000,
+    "hendrydong/preference_700K": 700_000,
+    "Skywork/Skywork-Reward-Preference-80K-v0.2": 77_000,
+}
+"""Pairs of published sources, ties not counted, about; of Unified-Feedback as the GRM authors' step counts tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ def _imported(cfg: Config, notes: list[str]) -> dict[str, int]:
     """Pairs of rm_train and rm_val of imported sources."""
     preferences, total = cfg.preferences, 0.0
     for name, source in preferences.sources.items():
-        count = count_rows(source.path) if source.path.is_file() else None
+        count = count_rows(source.path) if source.path.is_file() else PUBLISHED_PAIRS.get(str(source.path))
         if count is None and source.max_pairs is None:
             notes.append(f"preferences.sources.{name}: {ASSUMED_PAIRS} pairs (assumed: its rows are not counted here)")
         pairs = (ASSUMED_PAIRS if count is None else count) / source.stride

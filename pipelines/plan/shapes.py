@@ -36,11 +36,21 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "meta-llama/Llama-3.1-70B-Instruct": ("llama", dict(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         num_key_value_heads=8)),
+    "Qwen/Qwen3-4B": ("qwen3", dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)),
+    "EleutherAI/pythia-1.4b": ("gpt_neox", dict(
+        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16)),
+    "EleutherAI/pythia-70m": ("gpt_neox", dict(
+        vocab_size=50304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8)),
 }  # fmt: skip
 """Models that the shipped configurations and the papers use: type and sizes as their own config.json has them. With
 these a plan needs neither the hub nor a licence."""
 ALIKE = {
     "Ray2333/reward-model-Mistral-7B-instruct-Unified-Feedback": "mistralai/Mistral-7B-Instruct-v0.2",
+    "Ray2333/GRM-llama3-8B-sftreg": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "tlc4418/pythia_1.4b_sft_policy": "EleutherAI/pythia-1.4b",
+    "tlc4418/pythia_70m_sft": "EleutherAI/pythia-70m",
 }
 """Hub id -> the model that it was made from."""
 

@@ -39,8 +39,28 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.model"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
+        if _is_unreachable(error):
+            raise ArtefactError(
+                f"{path} is no folder here, and the hub cannot be reached ({type(error).__name__}): run `hf download "
+                f"{path} --local-dir FOLDER` where it can be, and give that folder"
+            ) from None
+        if not isinstance(error, HfHubHTTPError | OSError | ValueError):
+            raise
         raise ArtefactError(f"{path} is neither a local folder nor a model of the hub: {error}") from None
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether an error of huggingface_hub says that there is no connection, and not that there is no such model."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # A proxy's error comes as the HTTP client raises it, a package whose name differs between versions.
+    client = type(error).__module__.partition(".")[0]
+    return isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or client in (
+        "httpx",
+        "httpx2",
+        "requests",
+    )
 
 
 def read_config(folder: str | Path):

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +18,8 @@ from core.files import path_digest, write_json, write_table
 from core.machine import code_version, package_versions
 from rm.evaluation.benchmark_scores import benchmark_score
 from rm.evaluation.metrics import ComparisonRow, Scored, Ties, Units, measure, paired_difference, units
+from rm.evaluation.published import HEADER, chosen, compare, fetch, read_published, verdict
+from rm.evaluation.published import rows as rows_of_published
 from rm.evaluation.rounding import rounding
 from rm.evaluation.sets import LAYOUTS, MAX_MALFORMED, Comparison, EvalSet, LabelTies, read_set
 from rm.model import RewardModel
@@ -32,11 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     given_names = [name for name, _, _ in given]
     if repeated := sorted({name for name in given_names if given_names.count(name) > 1}):
         raise DataError(f"--set {repeated[0]} is given twice: name each set differently, as in a=PATH b=PATH")
+    published = read_published(options.published) if options.published else None
+    if published:
+        options.models = chosen(published, options.published, options.models, sets=len(given))
+    elif not options.models:
+        raise DataError("no model: give its folder or hub id, or --published FILE")
     names = model_names(options.models)
     sets = [
         read_set(name, path, layout, label_ties=options.label_ties, max_malformed=options.max_malformed)
         for name, layout, path in given
     ]
+    if published:
+        fetch(options.models)
     results: dict[str, dict] = {}
     units_of: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
     for name, path in zip(names, options.models, strict=True):
@@ -54,19 +64,27 @@ def main(argv: list[str] | None = None) -> int:
                 results[name]["sets"][evalset.name]["rounding"] = rounding(model, evalset.comparisons, rows)
             units_of[evalset.name][name] = units(Scored.of(rows), evalset.layout, options.ties)
         del model  # so that two are never in memory
+    lines = [
+        line
+        for path, result in zip(options.models, results.values(), strict=True)
+        for line in (compare(published, path, result["sets"][sets[0].name]["benchmark"]) if published else ())
+    ]
     report = {
         "sets": {s.name: describe(s, path) for s, (_, _, path) in zip(sets, given, strict=True)},
         "models": results,
         "differences": differences(units_of, options.bootstrap),
+        "published": [asdict(line) | {"fits": line.fits} for line in lines],
         "options": {k: v for k, v in vars(options).items() if k not in ("models", "set")},
         "code": code_version(),
         "packages": package_versions(),
     }
     print(render(report))
+    if lines:
+        print(f"\n{_table(HEADER, rows_of_published(lines))}\n\n{verdict(lines)}")
     if options.out:
         write_json(options.out / "metrics.json", report)
         print(f"\nmetrics in {options.out / 'metrics.json'}, rewards in the folders next to it", file=sys.stderr)
-    return 0
+    return 0 if all(line.fits for line in lines) else 1
 
 
 def parse_set(text: str) -> tuple[str, str, Path]:
@@ -279,8 +297,13 @@ def _number(value: float | None, form: str = ".3f") -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grm rm-eval", description="Accuracy of reward models on evaluation sets.")
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folder or hub id; accuracies are compared with those of the first"
+        "models", nargs="*", metavar="MODEL", help="folder or hub id; accuracies are compared with those of the first"
     )
+    parser.add_argument(
+        "--published", type=Path, metavar="FILE", help="compare with the scores in FILE, such as "
+        "configs/published.yaml: of its models that are given, or of all; the exit status is 1 where one differs by "
+        "more than its tolerance",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", required=True, metavar="NAME[:LAYOUT]=PATH",
         help=f"file or folder; may be repeated. Layouts, by default detected from the columns: {', '.join(LAYOUTS)}",

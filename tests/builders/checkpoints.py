@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rm.model import RewardModel
 
@@ -47,7 +47,7 @@ def batch(tokenizer) -> tuple[Tensor, Tensor]:
 class AuthorsModel(nn.Module):
     """The forward pass of the GRM authors' model: the head on the last layer, read at the end of right-padded rows."""
 
-    def __init__(self, pretrained_model: LlamaForCausalLM, layer_type: str, neurons: int, layers: int):
+    def __init__(self, pretrained_model: PreTrainedModel, layer_type: str, neurons: int, layers: int):
         super().__init__()
         self.pretrained_model, self.config = pretrained_model, pretrained_model.config
         width = self.config.hidden_size
@@ -100,7 +100,13 @@ def write_lora(tokenizer, tmp_path: Path) -> tuple[Path, Tensor]:
 def write_full(folder: Path, tokenizer, layer_type="mlp", neurons=1024, layers=1, *, lm_head=False, **settings):
     """A full checkpoint as they publish it; returns the model."""
     torch.manual_seed(2)
-    model = AuthorsModel(LlamaForCausalLM(tiny_config(tokenizer, **settings)), layer_type, neurons, layers).eval()
+    lm = LlamaForCausalLM(tiny_config(tokenizer, **settings))
+    return write_authors(folder, tokenizer, lm, layer_type, neurons, layers, lm_head=lm_head)
+
+
+def write_authors(folder: Path, tokenizer, lm, layer_type="mlp", neurons=1024, layers=1, *, lm_head=False):
+    """The same of a given language model of any family."""
+    model = AuthorsModel(lm, layer_type, neurons, layers).eval()
     weights = {key.replace("pretrained_model.", ""): t.detach().clone() for key, t in model.named_parameters()}
     weights = {key: tensor for key, tensor in weights.items() if lm_head or "lm_head" not in key}
     folder.mkdir(exist_ok=True)

@@ -41,12 +41,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Configuration, class and further settings."""
 
 
-def tiny_policy(family: str, tokenizer: Path, folder: Path) -> Path:
+def tiny_policy(family: str, tokenizer: Path, folder: Path, *, layers: int = 2) -> Path:
     """Write a model of this family with random weights and the tokenizer of another folder; returns `folder`."""
     kind, network, more = FAMILIES[family]
     hf = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"pad_token_id": hf.unk_token_id, "bos_token_id": hf.bos_token_id, "eos_token_id": hf.eos_token_id}
-    settings = {**SIZES, "vocab_size": len(hf), "initializer_range": 0.1, **ids, **more}
+    settings = {**SIZES, "num_hidden_layers": layers, "vocab_size": len(hf), "initializer_range": 0.1, **ids, **more}
     config_class = getattr(transformers, kind)
     if family == "gemma3":
         text = settings | FAMILIES["gemma3_text"][2]

@@ -77,7 +77,7 @@ def test_rows_of_its_layout_become_the_papers_pairs(base, tmp_path):
     assert posts and all(pair["prompt"][0]["content"].startswith("Generate one-sentence summary") for pair in posts)
     assert {pair["margin"] for pair in posts} == {4.0}
     logs = {name: trained(cfg, name, pairs) for name in cfg.rm.variants}
-    assert len(logs) == 7 and all(row["grad_norm"] > 0 for log in logs.values() for row in log)
+    assert len(logs) == 8 and all(row["grad_norm"] > 0 for log in logs.values() for row in log)
     assert all((row["regulariser"] > 0) == name.startswith("grm") for name, log in logs.items() for row in log)
     assert logs["bt_margin"][0]["loss"] > logs["bt"][0]["loss"]
 

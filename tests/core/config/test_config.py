@@ -11,11 +11,12 @@ from core.config import ENGINE_STAGES, Config, Ensemble, Lora, PreferenceSource,
 from core.config.load import load
 from core.errors import ConfigError
 from tests.builders.processes import ROOT
+from tests.builders.twins import RUN_AS_THEY_ARE, TWINS
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_load(file):
-    cfg = load([file])
+@pytest.mark.parametrize("files", [t.paths for t in TWINS] + [[ROOT / "configs" / f] for f in RUN_AS_THEY_ARE], ids=str)
+def test_shipped_configs_load(files):
+    cfg = load(files)
     assert cfg.ppo.proxy in cfg.rm.variants
     for stage in ENGINE_STAGES:
         processes = cfg.engine_of(stage).processes

@@ -34,6 +34,9 @@ def test_adapters_are_counted(lora):
         ("google/gemma-2b-it", 2.506),
         ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030),
         ("meta-llama/Llama-3.2-1B-Instruct", 1.236),
+        ("Qwen/Qwen3-4B", 4.022),
+        ("EleutherAI/pythia-1.4b", 1.415),
+        ("EleutherAI/pythia-70m", 0.070),
     ],
 )
 def test_published_sizes_have_the_published_parameters(name, billions):
