@@ -153,8 +153,9 @@ def _add_folders(made: argparse.ArgumentParser, name: str, default: str) -> None
 def stage_help(name: str) -> str:
     """What a stage reads and writes, and its options with their defaults."""
     stage = STAGES[name]
+    inputs = [*stage.inputs, *(["sft (where the configuration has that section)"] if stage.follows_sft else [])]
     lines = [
-        f"reads:  {', '.join(stage.inputs) or 'no other stage'}; the files of {', '.join(stage.files) or 'no option'}",
+        f"reads:  {', '.join(inputs) or 'no other stage'}; the files of {', '.join(stage.files) or 'no option'}",
         f"writes: runs/<name>/{name}/ ({stage.makes})",
         "",
         "options that decide its result (a.b=value):",
