@@ -23,6 +23,7 @@ class Tool:
 
 
 TOOLS = {
+    "loop": Tool("pipelines.loop", "iterated RLHF: rounds of preferences from the current policy, reward models, PPO"),
     "study": Tool("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
     "figure": Tool("study.papers.run", "a figure or table of a paper, from what a study has written"),
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),

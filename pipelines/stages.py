@@ -142,6 +142,10 @@ STAGES = {
 }  # fmt: skip
 
 
+ALWAYS = {name: stage for name, stage in STAGES.items() if name != SFT}
+"""The stages that every configuration has."""
+
+
 def in_use(cfg: Config) -> list[str]:
     """The stages of this configuration, in their order."""
     return [name for name in STAGES if name != SFT or cfg.sft]

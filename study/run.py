@@ -29,7 +29,7 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
 from core.locks import writing
-from pipelines import launch, runs, stages
+from pipelines import launch
 from pipelines.inputs import check
 from study.design import Arm, Policy
 from study.matrix import OWN, expanded, plan, policy_overrides, shared_stages
@@ -109,14 +109,8 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
         extra = policy_overrides(cfg, policy)
         todo += [(stage, load([file], extra), extra) for stage in OWN]
     for stage, settings, extra in todo:
-        if stages.staleness(stage, settings) == []:
-            print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
-        else:
-            with writing(settings.run_dir, stage):
-                settled = runs.settle(stage, settings, None)  # a kept result may fit
-                command = [stage, "--config", str(file), *extra]
-                if not settled and (status := launch.run_stage_process(settings, command)):
-                    return status
+        if status := launch.bring_up_to_date(stage, settings, [stage, "--config", str(file), *extra]):
+            return status
         if stage == "preferences":
             refuse_leaks(settings)
     for stage, settings, _ in todo:

@@ -20,14 +20,12 @@ from pipelines.plan.room import memory_warnings
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
 from pipelines.plan.work import Start
-from pipelines.stages import SFT, STAGES
+from pipelines.stages import ALWAYS
 
 COUNTS: dict[str, Callable[[Sizes], Phases]] = {
     "prompts": pools.prompts, "preferences": pools.preferences, "rm": training.rm, "bon": pools.bon,
     "ppo": training.ppo, "eval": pools.evaluate,
 }  # fmt: skip
-PLANNED = {name: stage for name, stage in STAGES.items() if name != SFT}
-"""The stages that a plan counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ def finished_seconds(folder: Path) -> float | None:
 def make_plan(cfg: Config, lengths: Lengths, where: Where, price: float | None = None) -> Plan:
     """The plan of the seven stages of a run."""
     sizes = sizes_of(cfg, lengths, where)
-    return assemble(cfg, [(plan_stage(name, sizes, where), sizes) for name in PLANNED], lengths, where, price)
+    return assemble(cfg, [(plan_stage(name, sizes, where), sizes) for name in ALWAYS], lengths, where, price)
 
 
 def assemble(
