@@ -11,7 +11,7 @@ GRM := .venv/bin/grm
 # What DeepSpeed compiles, it compiles with the `ninja` of the environment, which it looks for on the PATH only.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-STAGES := prompts preferences rm bon ppo eval report
+STAGES := prompts sft preferences rm bon ppo eval report
 OPTIONS = --config $(CONFIG) $(if $(FROM),--from $(FROM)) $(SET)
 STUDY_CONFIG = $(if $(filter file,$(origin CONFIG)),configs/study.yaml,$(CONFIG))
 PYTEST := $(PYTHON_BIN) -m pytest --durations=15
@@ -23,7 +23,8 @@ PYTEST := $(PYTHON_BIN) -m pytest --durations=15
 .NOTPARALLEL: # a stage uses the whole machine
 
 prompts:             ## collect prompts and split them: rm_train, rm_val, rl_train, calibration, eval
-preferences: prompts ## sample pairs from the policy and label them with the gold model, or import pairs
+sft: prompts         ## fine-tune the policy on demonstrations, where the configuration has a section `sft`
+preferences: sft     ## sample pairs from the policy and label them with the gold model, or import pairs
 rm: preferences      ## train the reward models
 bon: rm              ## best-of-n against the proxy reward
 ppo: rm              ## PPO against the proxy reward

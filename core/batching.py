@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,6 +108,16 @@ def attended(mask: Tensor) -> Tensor:
     # A padded query attends itself: no NaN.
     real = (mask > 0)[:, None, :] | torch.eye(len(columns), dtype=torch.bool, device=mask.device)
     return ((mine | of_prompt) & causal & real)[:, None]
+
+
+def in_epochs(count: int, size: int, seeds: Sequence[int]) -> list[list[int]]:
+    """Indices below `count` in batches of `size`: one epoch for each seed, in an order of its own and without the
+    incomplete batch at its end."""
+    batches = []
+    for seed in seeds:
+        order = random.Random(seed).sample(range(count), count)
+        batches += [order[i : i + size] for i in range(0, count - size + 1, size)]
+    return batches
 
 
 def by_length(lengths: Sequence[int], budget: int, *, longest_first: bool = False) -> list[list[int]]:

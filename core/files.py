@@ -111,6 +111,20 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def keep_until(file: Path, step: int) -> None:
+    """Drop the rows of later steps from a JSONL file, and a last line that a kill cut short."""
+    kept = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    if file.is_file():
+        file.write_text("".join(kept))
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: type | None = None) -> None:
     """Rows to Parquet, atomically.
 

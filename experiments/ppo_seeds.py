@@ -18,6 +18,7 @@ from core.config import Config
 from core.config.load import load
 from pipelines import launch
 from pipelines.runs import settle
+from pipelines.stages import SFT
 from ppo.log import read_rows
 
 SHARED = ("prompts", "preferences", "rm")
@@ -36,7 +37,7 @@ def main() -> int:
         extra = [*options.overrides, f"run.name={base.run.name}/seeds/{seed}", f"ppo.seed={seed}"]
         cfg = load([options.config], extra)
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
-        for stage in SHARED:
+        for stage in [*SHARED, *([SFT] if cfg.sft else [])]:
             if not (cfg.run_dir / stage).is_symlink():
                 (cfg.run_dir / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
         if not settle("ppo", cfg, None):

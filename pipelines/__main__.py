@@ -112,6 +112,11 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
     cfg = load(options.config, options.overrides)
     arguments = [part for file in options.config for part in ("--config", file)] + options.overrides
     names = list(GOLD) if command == "gold" else [command]
+    if command not in [*stages.in_use(cfg), "gold"]:
+        stages.say(
+            f"{command}: nothing to do: the configuration has no section `{command}`, so the policy stays as it is"
+        )
+        return 0
     if environment.is_rank():
         if options.source:
             raise ConfigError("--from links stages before processes are started: call `grm` without torchrun for it")
@@ -128,7 +133,7 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
         source = runs.check_source(cfg, runs.folder_of(options.source))
         for stage, what in runs.plan(names[-1], cfg, source, force=options.force):
             stages.say(f"{stage}: {what}")
-        names = runs.needed_by(names[-1])
+        names = runs.needed_by(names[-1], cfg)
     began = starting.command_began()
     for name in names:
         force = options.force and (name == command or command == "gold")

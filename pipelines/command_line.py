@@ -25,6 +25,7 @@ class Tool:
 TOOLS = {
     "init": Tool("pipelines.shipped.init", "a folder to work in: a shipped configuration, what it names, a Makefile"),
     "models": Tool("pipelines.shipped.offline_model", "the offline models, from packages that have their weights"),
+    "loop": Tool("pipelines.loop", "iterated RLHF: rounds of preferences from the current policy, reward models, PPO"),
     "study": Tool("study.run", "a matrix of reward models, best-of-n and PPO, and what it shows"),
     "figure": Tool("study.papers.run", "a figure or table of a paper, from what a study has written"),
     "plan": Tool("study.plan", "seconds, memory, disk and cost of a configuration before it runs"),
@@ -155,8 +156,9 @@ def _add_folders(made: argparse.ArgumentParser, name: str, default: str) -> None
 def stage_help(name: str) -> str:
     """What a stage reads and writes, and its options with their defaults."""
     stage = STAGES[name]
+    inputs = [*stage.inputs, *(["sft (where the configuration has that section)"] if stage.follows_sft else [])]
     lines = [
-        f"reads:  {', '.join(stage.inputs) or 'no other stage'}; the files of {', '.join(stage.files) or 'no option'}",
+        f"reads:  {', '.join(inputs) or 'no other stage'}; the files of {', '.join(stage.files) or 'no option'}",
         f"writes: runs/<name>/{name}/ ({stage.makes})",
         "",
         "options that decide its result (a.b=value):",

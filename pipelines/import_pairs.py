@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from core.config import Data, Preferences, Splits
 from core.data.chat import with_system
-from core.data.rows import PairRow, PromptRow
+from core.data.rows import PairRow
 from core.data.sources import SourcePair, read_pairs
-from core.data.splits import normalised, opening, pair_id, prompt_id
+from core.data.splits import begins_with, held_out_prompts, normalised, opening, pair_id, prompt_id
 from core.data.streams import unit_interval
 from core.data.tables import Malformed
 from core.errors import ArtefactError
-from core.files import read_table, write_jsonl
+from core.files import write_jsonl
 from rm.evaluation.sets import read_set
 
 DUPLICATE = "duplicate"
@@ -99,8 +99,7 @@ def evaluation_prompts(prompts: Path, decontaminate: Sequence[Path]) -> set[str]
         prompts: folder of stage `prompts`.
         decontaminate: evaluation sets, as `grm rm-eval --set` reads them.
     """
-    rows = read_table(prompts / "prompts.parquet", PromptRow)
-    banned = {normalised(row["prompt"]) for row in rows if row["split"] in ("eval", "calibration")}
+    banned = held_out_prompts(prompts)
     for path in decontaminate:
         for comparison in read_set(path.stem, path, label_ties="half").comparisons:
             banned |= {normalised(chat[:-1]) for chat in (comparison.chosen, comparison.rejected)}
@@ -143,9 +142,7 @@ def _unwanted(row: PairRow, seen: Mapping[str, tuple[str, str]], banned: set[str
     """Why a pair is not used; None when it is."""
     if row["pair_id"] in seen:
         return DUPLICATE if seen[row["pair_id"]][0] == row["chosen"] else CONTRADICTED
-    prompt = row["prompt"]
-    parts = (prompt[: i + 1] for i, m in enumerate(prompt) if m["role"] == "user")
-    return "prompt of an evaluation set" if any(normalised(part) in banned for part in parts) else None
+    return "prompt of an evaluation set" if begins_with(row["prompt"], banned) else None
 
 
 def check_shares(rows_of: Mapping[str, tuple[int, int]], most: float, malformed: Malformed) -> None:

@@ -16,7 +16,7 @@ MOST_SHOWN = 10
 def check_inputs(name: str, cfg: Config) -> None:
     """ArtefactError where a file of a stage that `name` reads is not what was written."""
     stage = STAGES[name]
-    for needed in stage.inputs:
+    for needed in stage.inputs_in(cfg):
         check(needed, cfg.run_dir / needed, f"stage {name!r} needs {needed!r}, and", weights=stage.opens_weights)
 
 

@@ -151,6 +151,19 @@ def _settled_here(name: str, cfg: Config) -> bool:
     return False
 
 
+def bring_up_to_date(name: str, cfg: Config, arguments: list[str]) -> int:
+    """Run a stage unless it is up to date, or a kept result fits; the exit status.
+
+    Args:
+        arguments: as of `run_stage_process`.
+    """
+    if stages.staleness(name, cfg) == []:
+        stages.say(f"{cfg.run.name} {name}: up to date")
+        return 0
+    with writing(cfg.run_dir, name):
+        return 0 if runs.settle(name, cfg, None) else run_stage_process(cfg, arguments)
+
+
 def run_stage_process(cfg: Config, arguments: list[str], *, began: float | None = None) -> int:
     """Run `python -m pipelines ARGUMENTS`, the first of which is a stage, on every rank that it needs; the exit status.
 

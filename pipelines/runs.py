@@ -28,18 +28,18 @@ from core.config.fields import REQUIRED, field_of
 from core.damage import OWN, look
 from core.errors import ArtefactError
 from pipelines.inputs import check
-from pipelines.stages import STAGES, fingerprint, say, staleness
+from pipelines.stages import STAGES, fingerprint, in_use, say, staleness
 
 STATUS_BYTES = 10**9
 """`grm status` reads files of at most so many bytes a stage, where nothing is remembered of them."""
 
 
-def needed_by(name: str) -> list[str]:
+def needed_by(name: str, cfg: Config) -> list[str]:
     """The stages that `name` reads, directly or through others, and itself, in the order of the table."""
     wanted = {name}
     for stage in reversed(STAGES.values()):
         if stage.name in wanted:
-            wanted |= set(stage.inputs)
+            wanted |= set(stage.inputs_in(cfg))
     return [stage for stage in STAGES if stage in wanted]
 
 
@@ -95,8 +95,8 @@ def plan(name: str, cfg: Config, source: Path, *, force: bool = False) -> list[t
     """
     steps: list[tuple[str, str]] = []
     settled: dict[str, Path] = {}
-    for stage in needed_by(name):
-        if changed := [i for i in STAGES[stage].inputs if i not in settled]:
+    for stage in needed_by(name, cfg):
+        if changed := [i for i in STAGES[stage].inputs_in(cfg) if i not in settled]:
             steps.append((stage, f"will run, because {' and '.join(changed)} will be re-run"))
             continue
         if force and stage == name:
@@ -126,13 +126,13 @@ def folder_of(run: Path) -> Path:
 def status(cfg: Config) -> list[str]:
     """One line a stage: its state and headline."""
     lines = []
-    for name, stage in STAGES.items():
+    for name in in_use(cfg):
         try:
             manifest = read_manifest(cfg.run_dir / name)
         except ArtefactError as error:
             lines.append(f"{name:<12} damaged: {error}")
             continue
-        headline = manifest["metrics"].get("headline", "") if manifest else stage.makes
+        headline = manifest["metrics"].get("headline", "") if manifest else STAGES[name].makes
         lines.append(f"{name:<12} {_state(name, cfg, manifest):<12} {headline}")
     return lines
 

@@ -79,13 +79,21 @@ class Stage:
     grows: tuple[str, str] | None = None
     """(field, module): a finished or stopped run is continued when only this number is raised, unless the module's
     `why_not(section, folder, old)` names a reason against it."""
+    follows_sft: bool = False
+    """Its policy is that of stage `sft`, where the configuration has that stage, which is then one of its inputs."""
     opens_weights: bool = True
     """Whether it opens the weights in the folders that it reads. Where it does not, they may have been deleted."""
     corrections: tuple[Correction, ...] = ()
     """What earlier versions got wrong in its result, oldest first. Only ever append to it: the finished results that
     were wrong are out of date from then on."""
 
+    def inputs_in(self, cfg: Config) -> tuple[str, ...]:
+        """Stages whose folders it reads with this configuration."""
+        return (*self.inputs, SFT) if self.follows_sft and cfg.sft else self.inputs
 
+
+SFT = "sft"
+"""The one stage that a configuration may be without."""
 PUBLISHED_ONLY = ("policy", "policy-ema")
 """Folders that a stage writes at its end only: not copied where it is continued."""
 _POLICY_FILES = ("policy.path", "policy.chat_template")
@@ -96,8 +104,12 @@ STAGES = {
     for stage in (
         Stage("prompts", "pipelines.prompts", (), ("data", "policy", "run.seed"),
               ("data.prompts", "data.eval_prompts", *_POLICY_FILES), makes="prompts, split by hash"),
+        Stage(SFT, "sft.train", ("prompts",), ("sft", "policy", "data.system", "engine", "run.seed"),
+              ("sft.data", *_POLICY_FILES), distributed=True, engine="sft",
+              makes="the policy fine-tuned on demonstrations (only with a section `sft`)"),
         Stage("preferences", "pipelines.preferences", ("prompts",), (*_SAMPLING, "gold", "preferences"),
-              (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"), divided=True,
+              (*_POLICY_FILES, "gold.path", "preferences.sources", "preferences.decontaminate"),
+              divided=True, follows_sft=True,
               corrections=(Correction("read imported pairs without their system turns and histories",
                                       of="preferences.sources"),
                            Correction("kept the texts of samples, not the tokens that reward models are trained on")),
@@ -110,23 +122,33 @@ STAGES = {
                   Correction("took ODIN's correlations with length within micro-batches that were sorted by length",
                              of=lambda cfg: any(v.head == "odin" for v in cfg.rm.variants.values())))),
         Stage("bon", "bon.run", ("prompts", "rm"), (*_SAMPLING, "gold", "bon"),
-              (*_POLICY_FILES, "gold.path"), divided=True,
+              (*_POLICY_FILES, "gold.path"), divided=True, follows_sft=True,
               makes="pools of samples, scored by gold and by every proxy",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("ppo", "ppo.train", ("prompts", "rm"), (*_SAMPLING, "ppo", "engine"), _POLICY_FILES, distributed=True,
-              functions=("ppo.reward.function",), with_gold="ppo.watch_gold",
+              follows_sft=True, functions=("ppo.reward.function",), with_gold="ppo.watch_gold",
               makes="policies, metrics.jsonl, rollouts, TensorBoard", grows=("ppo.steps", "ppo.extend"),
               corrections=(Correction("sorted PPO's minibatches by length"),
                            Correction("scored the texts of responses, and not the tokens that were sampled"))),
         Stage("eval", "pipelines.evaluate", ("prompts", "rm", "bon", "ppo"),
               (*_SAMPLING, "gold", "eval", "ppo.proxy", "ppo.ensemble", "engine.float32_head"),
-              (*_POLICY_FILES, "gold.path"), divided=True, makes="proxy, gold and KL of every checkpoint",
+              (*_POLICY_FILES, "gold.path"), divided=True, follows_sft=True,
+              makes="proxy, gold and KL of every checkpoint",
               corrections=(Correction("scored the texts of responses, and not the tokens that were sampled"),)),
         Stage("report", "study.report.of_run", ("prompts", "preferences", "rm", "bon", "ppo", "eval"),
               ("run", "eval.bootstrap"), opens_weights=False,
               makes="report.html: the over-optimisation study of this run; its tables"),
     )
 }  # fmt: skip
+
+
+ALWAYS = {name: stage for name, stage in STAGES.items() if name != SFT}
+"""The stages that every configuration has."""
+
+
+def in_use(cfg: Config) -> list[str]:
+    """The stages of this configuration, in their order."""
+    return [name for name in STAGES if name != SFT or cfg.sft]
 
 
 def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None = None) -> Fingerprint:
@@ -139,7 +161,7 @@ def fingerprint(stage: Stage, cfg: Config, elsewhere: Mapping[str, Path] | None 
         ArtefactError: an input that is missing or out of date; names the stage to run.
     """
     inputs, elsewhere = {}, elsewhere or {}
-    for name in stage.inputs:
+    for name in stage.inputs_in(cfg):
         manifest = read_manifest(elsewhere.get(name, cfg.run_dir / name))
         if manifest is None:
             raise ArtefactError(
@@ -180,7 +202,8 @@ def plain_values(stage: Stage, cfg: Config) -> dict[str, Any]:
     plain = json.loads(cfg.model_dump_json())
     plain["engine"] = cfg.engine_of(stage.engine).model_dump(mode="json")
     for name in ENGINE_STAGES:
-        del plain[name]["engine"]
+        if plain[name]:
+            del plain[name]["engine"]
     return plain
 
 
@@ -204,7 +227,8 @@ def run(name: str, cfg: Config, *, force: bool = False) -> str:
     if not partial_of(folder).is_dir():
         raise ArtefactError(f"{partial_of(folder)} was made by the first rank and is not there: run.dir must be shared")
     called = time.monotonic()
-    metrics = module.run(cfg, {i: cfg.run_dir / i for i in stage.inputs}, partial_of(folder))
+    seen = cfg.after_sft() if stage.follows_sft else cfg
+    metrics = module.run(seen, {i: cfg.run_dir / i for i in stage.inputs_in(cfg)}, partial_of(folder))
     if rank != 0:
         return ""
     if fingerprint(stage, cfg).inputs != wanted.inputs:
@@ -300,8 +324,9 @@ def _cached_digest(path: Path) -> str:
 
 
 def _get(tree: Any, field: str) -> Any:
+    """The value of a field; None below a section that is not there."""
     for key in field.split("."):
-        tree = tree[key]
+        tree = None if tree is None else tree[key]
     return tree
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.config import Config
+from core.files import keep_until
 from ppo.measured.held_out import FILE as HELD_OUT
 from ppo.measured.held_out import in_words
 from ppo.measured.rollouts import RolloutTables
@@ -111,20 +112,6 @@ def summary(metrics: Path) -> dict:
 def read_rows(file: Path) -> list[dict]:
     """The rows of a JSONL file; none where there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def keep_until(file: Path, step: int) -> None:
-    """Drop the rows of later steps from a JSONL file, and a last line that a kill cut short."""
-    kept = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    if file.is_file():
-        file.write_text("".join(kept))
 
 
 def _table(samples: list[dict]) -> str:

@@ -26,11 +26,11 @@ from core.generation.remote import ServerGenerator
 from core.models.loading import save_lm
 from core.stopping import MARK, Stopped, StopSignal
 from core.training import distributed
+from core.training.saved import mark_state, saved_state
 from core.training.weights import save_adapter
 from ppo import guard
 from ppo.card import write_card
 from ppo.ema import WeightAverage
-from ppo.extend import mark_state, saved_state
 from ppo.faults import bundled
 from ppo.keep import PolicyKeeper, Spacing
 from ppo.log import RunLog, summary

@@ -5,7 +5,6 @@ GRM's text regulariser reads the LM head too. The critic of PPO is the same modu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from core.data.rows import ResponseRow
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.agreement import can_share_prompts, skip_padding
-from core.models.architecture import hidden_size, text_config
+from core.models.architecture import hidden_size, max_positions
 from core.models.layers import FrozenStates, hidden_states, skips_padding
 from core.models.loading import load_causal_lm
 from core.models.logits import LmHead
@@ -246,11 +245,6 @@ def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Pat
         lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
     head = read_head(folder, about["head"], hidden_size(lm))
     return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"], about["reads"])
-
-
-def max_positions(lm: CausalLM) -> int:
-    """The tokens that a sequence may have; `sys.maxsize` where the architecture sets no bound."""
-    return getattr(text_config(lm.config), "max_position_embeddings", None) or sys.maxsize
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from core.batching import in_epochs
 from core.config import RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer, Message
 from core.data.rows import PairRow, ResponseRow
@@ -126,12 +126,9 @@ def batch_plan(pairs: list[Pair], rm: RewardTraining, variant: RewardVariant, se
     size = rm.global_batch
     if len(pairs) < size:
         raise ArtefactError(f"{len(pairs)} training pairs are fewer than rm.global_batch {size}")
-    batches = []
-    for epoch in range(rm.epochs_of(variant)):
-        rng = random.Random(stream_seed(seed, "rm", "order", epoch, *seed_name(variant)))
-        order = rng.sample(range(len(pairs)), len(pairs))
-        batches += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-    return batches
+    epochs = range(rm.epochs_of(variant))
+    seeds = [stream_seed(seed, "rm", "order", epoch, *seed_name(variant)) for epoch in epochs]
+    return in_epochs(len(pairs), size, seeds)
 
 
 def seed_name(variant: RewardVariant) -> tuple[int, ...]:

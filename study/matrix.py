@@ -10,6 +10,7 @@ from pathlib import Path
 from core.config import Config, RewardVariant
 from core.errors import ConfigError
 from core.files import read_json
+from pipelines.stages import SFT, in_use
 from rm.combine import combiner
 from study.analysis.combiners import rule as sweep_rule
 from study.design import Arm, Condition, Policy
@@ -17,6 +18,11 @@ from study.design import Arm, Condition, Policy
 SHARED = ("prompts", "preferences", "rm", "bon")
 
 OWN = ("ppo", "eval")
+
+
+def shared_stages(cfg: Config) -> list[str]:
+    """Stages that all policies of the study have in common, in their order."""
+    return [name for name in in_use(cfg) if name in SHARED or name == SFT]
 
 
 def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:

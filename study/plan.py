@@ -40,7 +40,7 @@ from pipelines.plan.plan import (
 from pipelines.plan.rates import GPUS, ON_GPU, FromPeaks, rough
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS
 from study.matrix import OWN, SHARED, expanded, policy_overrides
 from study.matrix import plan as matrix
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
     if options.gpus and options.measure:
         raise ConfigError("--measure measures this machine, and --gpus plans for another one: give one of them")
-    several = [name for name, stage in STAGES.items() if stage.distributed or stage.divided]
+    several = [name for name, stage in ALWAYS.items() if stage.distributed or stage.divided]
     ranks = {name: launch.num_processes(name, cfg) for name in several}
     file = measured.cache_file(cfg, options.cache)
     if options.measure:
@@ -108,7 +108,7 @@ def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
     )
     processes = {
         name: cfg.engine_of(stage.engine).processes if stage.distributed else cfg.generation.processes
-        for name, stage in STAGES.items() if stage.distributed or stage.divided
+        for name, stage in ALWAYS.items() if stage.distributed or stage.divided
     }  # fmt: skip
     ranks = {stage: gpus if count == "auto" else count for stage, count in processes.items()}
     host = None if host_gib is None else host_gib * 2**30

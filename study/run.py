@@ -29,10 +29,10 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
 from core.locks import writing
-from pipelines import launch, runs, stages
+from pipelines import launch
 from pipelines.inputs import check
 from study.design import Arm, Policy
-from study.matrix import OWN, SHARED, expanded, plan, policy_overrides
+from study.matrix import OWN, expanded, plan, policy_overrides, shared_stages
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +86,7 @@ def link(cfg: Config, policies: list[Policy]) -> None:
     for policy in policies:
         folder = cfg.run_dir / "policies" / policy.name
         folder.mkdir(parents=True, exist_ok=True)
-        for stage in SHARED:
+        for stage in shared_stages(cfg):
             if not (folder / stage).is_symlink():
                 with suppress(FileExistsError):  # by another `grm study`
                     (folder / stage).symlink_to(Path("..", "..", stage), target_is_directory=True)
@@ -95,7 +95,7 @@ def link(cfg: Config, policies: list[Policy]) -> None:
 def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> list[str]:
     """Shell commands: the shared stages, a blank line, one line a policy, a blank line, the analysis."""
     grm = lambda *words: shlex.join(["grm", *map(str, words)])  # noqa: E731
-    lines = [grm(stage, "--config", file) for stage in SHARED]
+    lines = [grm(stage, "--config", file) for stage in shared_stages(cfg)]
     arms = [
         " && ".join(grm(stage, "--config", file, *policy_overrides(cfg, policy)) for stage in OWN)
         for policy in policies
@@ -104,19 +104,13 @@ def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> li
 
 
 def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:
-    todo: list[tuple[str, Config, list[str]]] = [(stage, cfg, []) for stage in SHARED]
+    todo: list[tuple[str, Config, list[str]]] = [(stage, cfg, []) for stage in shared_stages(cfg)]
     for policy in policies:
         extra = policy_overrides(cfg, policy)
         todo += [(stage, load([file], extra), extra) for stage in OWN]
     for stage, settings, extra in todo:
-        if stages.staleness(stage, settings) == []:
-            print(f"{settings.run.name} {stage}: up to date", file=sys.stderr)
-        else:
-            with writing(settings.run_dir, stage):
-                settled = runs.settle(stage, settings, None)  # a kept result may fit
-                command = [stage, "--config", str(file), *extra]
-                if not settled and (status := launch.run_stage_process(settings, command)):
-                    return status
+        if status := launch.bring_up_to_date(stage, settings, [stage, "--config", str(file), *extra]):
+            return status
         if stage == "preferences":
             refuse_leaks(settings)
     for stage, settings, _ in todo:
@@ -156,7 +150,7 @@ def describe(cfg: Config, arms: list[Arm], policies: list[Policy]) -> list[str]:
         f"  eval      {len(policies)} times 1 + {-(-cfg.ppo.steps // cfg.ppo.checkpoint_every)} checkpoints"
         + (f", and more wherever KL moves by {kl:g} nats" if (kl := cfg.ppo.checkpoint_kl) else ""),
     ]
-    for stage in SHARED:
+    for stage in shared_stages(cfg):
         manifest = read_manifest(cfg.run_dir / stage)
         lines.append(f"  {stage}: " + ("not run" if manifest is None else f"ran, {manifest['seconds']:.0f} s"))
     ran = []

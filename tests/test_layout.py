@@ -8,7 +8,17 @@ from pathlib import Path
 
 from tests.builders.processes import ROOT
 
-LEVELS = {"core": 0, "rm": 1, "bon": 2, "ppo": 2, "pipelines": 3, "study": 4, "experiments": 5, "benchmarks": 5}
+LEVELS = {
+    "core": 0,
+    "rm": 1,
+    "sft": 1,
+    "bon": 2,
+    "ppo": 2,
+    "pipelines": 3,
+    "study": 4,
+    "experiments": 5,
+    "benchmarks": 5,
+}
 """A package imports from lower levels, and from itself."""
 HEAVY = {"vllm": "core/generation", "deepspeed": "core/training"}
 """Library -> the only folder that imports it."""

@@ -6,6 +6,7 @@ from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
 from core.config.ppo import Clip, Ensemble, Kl, Ppo
 from core.config.reward import Reward
 from core.config.rm import RewardTraining, RewardVariant
+from core.config.sft import Sft
 from core.config.tree import BestOfN, Config, Evaluation, Run, Study
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RewardVariant",
     "Run",
     "Section",
+    "Sft",
     "Splits",
     "Study",
     "Vllm",

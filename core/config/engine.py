@@ -8,13 +8,13 @@ from pydantic import Field
 
 from core.config.base import NATIVE_DTYPE, Section, merge
 
-EngineStage = Literal["rm", "ppo"]
+EngineStage = Literal["sft", "rm", "ppo"]
 """The stages that train, each of which may have an engine of its own."""
-ENGINE_STAGES: tuple[EngineStage, ...] = ("rm", "ppo")
+ENGINE_STAGES: tuple[EngineStage, ...] = ("sft", "rm", "ppo")
 
 
 class Engine(Section):
-    """What DeepSpeed is given. `rm.engine` and `ppo.engine` say what differs for one stage."""
+    """What DeepSpeed is given. `sft.engine`, `rm.engine` and `ppo.engine` say what differs for one stage."""
 
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Ranks on this machine. auto: one per GPU, or two on CPU."""

@@ -19,6 +19,7 @@ from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
 from core.config.names import FolderPath
 from core.config.ppo import Ppo
 from core.config.rm import RewardTraining
+from core.config.sft import Sft
 
 CHAT_OPTIONS = ("chat_template", "template_kwargs", "chat_date", "generation_prompt", "system_turn", "pad_token")
 """Options of a model that decide which tokens a conversation becomes."""
@@ -139,6 +140,8 @@ class Config(Section):
     """How responses are sampled."""
     gold: Gold = Gold()
     """The reward model that labels sampled pairs and measures every result. Nothing is optimised for it."""
+    sft: Sft | None = None
+    """Supervised fine-tuning of the policy before anything is sampled (null: none)."""
     preferences: Preferences = Preferences()
     """The labelled pairs that reward models are trained on."""
     rm: RewardTraining = RewardTraining()
@@ -148,7 +151,8 @@ class Config(Section):
     ppo: Ppo = Ppo()
     """PPO, and other policy-gradient methods with the same loop."""
     engine: Engine = Engine()
-    """Processes, memory and number type of training. rm.engine and ppo.engine say what differs for one stage."""
+    """Processes, memory and number type of training. sft.engine, rm.engine and ppo.engine say what differs for one
+    stage."""
     eval: Evaluation = Evaluation()
     """Evaluation of PPO's policies, and the intervals of all curves."""
     study: Study = Study()
@@ -157,6 +161,16 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
+
+    def after_sft(self) -> Config:
+        """This configuration as the stages after `sft` see it: their policy is the fine-tuned one.
+
+        It is read from the run's folder, and has the chat options of the policy that it was made of.
+        """
+        if self.sft is None:
+            return self
+        tuned = {"path": str(self.run_dir / "sft" / "policy"), "revision": None}
+        return self.model_copy(update={"policy": self.policy.model_copy(update=tuned)})
 
     @property
     def one_reference(self) -> bool:
@@ -211,18 +225,24 @@ class Config(Section):
         return self
 
     def engine_of(self, stage: EngineStage) -> Engine:
-        """The section `engine` as it is for one stage: with what `rm.engine` or `ppo.engine` says laid over it."""
-        changes: EngineOfStage = getattr(self, stage).engine
-        return self.engine.changed(changes)
+        """The section `engine` as it is for one stage: with what `rm.engine`, say, lays over it."""
+        section = getattr(self, stage)
+        changes: EngineOfStage | None = section and section.engine
+        return self.engine.changed(changes) if changes else self.engine
 
     def batch_faults(self, stage: EngineStage, world: int) -> list[str]:
         """What of a stage's batches does not divide on `world` ranks, one line each; empty when all is well."""
-        key = "engine.processes" if getattr(self, stage).engine.processes is None else f"{stage}.engine.processes"
+        section = getattr(self, stage)
+        own = section and section.engine.processes is not None
+        key = f"{stage}.engine.processes" if own else "engine.processes"
         ranks = f"{world} ranks ({key}, or torchrun's)"
-        rm, ppo = self.rm, self.ppo
+        sft, rm, ppo = self.sft, self.rm, self.ppo
         rows = f"{ranks} x ppo.micro_batch {ppo.micro_batch} x ppo.minibatches {ppo.minibatches}"
         samples = f"{ranks} x ppo.samples_per_prompt {ppo.samples_per_prompt}"
-        rules = {
+        rules: dict[str, list[tuple[str, int, str, int]]] = {
+            "sft": [
+                ("sft.global_batch", sft.global_batch, f"{ranks} x sft.micro_batch {sft.micro_batch}", sft.micro_batch),
+            ] if sft else [],
             "rm": [
                 ("rm.global_batch", rm.global_batch, f"{ranks} x rm.micro_batch {rm.micro_batch}", rm.micro_batch),
             ],

@@ -176,8 +176,13 @@ class ChatTokenizer:
         """Whether the text of the system turn is put before the first user turn of these messages."""
         return self._template.moves_system(messages)
 
-    def assistant_spans(self, prompt: Sequence[Message]) -> list[tuple[int, int]]:
+    def assistant_spans(
+        self, prompt: Sequence[Message], option: str = "rm.variants.*.regularise"
+    ) -> list[tuple[int, int]]:
         """[start, stop) in `prompt_ids(prompt)` of every assistant turn, its end of turn included.
+
+        Args:
+            option: that asks for them; for the message.
 
         Raises:
             DataError: a template that renders earlier turns of the assistant differently from generated ones.
@@ -190,7 +195,7 @@ class ChatTokenizer:
             if whole[start : start + len(turn)] != turn:
                 raise DataError(
                     f"{self.name}: its chat template does not render the assistant's turn {message['content']!r} as it "
-                    "was generated: set rm.variants.*.regularise to last, or use another template"
+                    f"was generated: set {option} to last, or use another template"
                 )
             spans.append((start, start + len(turn)))
         return spans

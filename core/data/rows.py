@@ -26,6 +26,19 @@ class PromptRow(TypedDict):
     """JSON of the columns of `data.metadata`, where there are any: their types may differ from row to row."""
 
 
+class DemonstrationRow(TypedDict):
+    """`sft/demonstrations.parquet`: a prompt and the answer that the policy is fine-tuned on."""
+
+    prompt_id: str
+    split: str
+    """train or val."""
+    source: str
+    prompt: list[Message]
+    response: str
+    n_tokens: int
+    """Of prompt and response, in tokens of the policy."""
+
+
 class PairRow(TypedDict):
     """`preferences/pairs.parquet`: two responses to one prompt, labelled."""
 

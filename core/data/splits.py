@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.config import Splits
@@ -55,3 +55,15 @@ def read_split(folder: Path, split: str, limit: int | None = None) -> list[Promp
             f"more rows or raise data.splits.{split}"
         )
     return rows[:limit]
+
+
+def held_out_prompts(folder: Path) -> set[str]:
+    """Normalised prompts of the splits that nothing is trained on; `folder` is that of stage `prompts`."""
+    rows = read_table(folder / "prompts.parquet", PromptRow)
+    return {normalised(row["prompt"]) for row in rows if row["split"] in ("eval", "calibration")}
+
+
+def begins_with(prompt: Sequence[Message], banned: Collection[str]) -> bool:
+    """Whether a prompt, or its beginning up to any user turn, is one of these normalised prompts."""
+    parts = (prompt[: i + 1] for i, m in enumerate(prompt) if m["role"] == "user")
+    return any(normalised(part) in banned for part in parts)

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv[:cut])
     token = token_of(options.token)
     check_host(options.host, token)
-    cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
+    cfg = load(options.config or ["configs/offline.yaml"], options.overrides).after_sft()
     nccl = cfg.ppo.weight_transfer == "nccl"
     command = server_command(
         cfg.policy, cfg.generation.vllm, host=options.host, port=options.port, nccl=nccl, token=bool(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,11 @@ from core.models import CausalLM
 def text_config(config: Any) -> Any:
     """The configuration of the language model: of a model that reads images too, the section about text."""
     return config.get_text_config(decoder=True)
+
+
+def max_positions(lm: CausalLM) -> int:
+    """The tokens that a sequence may have; `sys.maxsize` where the architecture sets no bound."""
+    return getattr(text_config(lm.config), "max_position_embeddings", None) or sys.maxsize
 
 
 def without_adapters(lm: CausalLM) -> CausalLM:

@@ -23,7 +23,7 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
-from core.training.optimizer import Spikes, guard
+from core.training.optimizer import Spikes, adamw, guard
 from core.training.schedule import factor
 from core.training.weights import NamedWeights
 
@@ -82,14 +82,7 @@ class Engine:
         if cfg.gradient_checkpointing:
             cast(CausalLM, module.lm).gradient_checkpointing_enable({"use_reentrant": False})
         trained = self._trained()
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        optimizer = adamw(trained, optim)
         self._spikes, self._passes, self._own_norm = Spikes(optim.skip_above), 0, math.inf
         self._reports_norm = cfg.zero_stage > 0 or cfg.dtype != "float32"
         guard(optimizer, self._may_step)

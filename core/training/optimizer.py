@@ -1,4 +1,5 @@
-"""Updates that are left out: with gradients that are not finite, and, by option, spikes of the gradient."""
+"""AdamW as the configuration has it, and updates that are left out: with gradients that are not finite, and, by option,
+spikes of the gradient."""
 
 from __future__ import annotations
 
@@ -6,16 +7,26 @@ import math
 import statistics
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
+
+from core.config import Optim
 
 WINDOW = 128
 """Gradient norms that a new one is compared with, as in OLMo-core."""
 FEWEST = 16
 """Norms that must be known before an update is left out. OLMo-core waits for 64, half of its window: more updates than
 many runs here have."""
+
+
+def adamw(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
+    """The optimiser of every stage that trains: one learning rate and one decay for all parameters."""
+    return torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
 
 
 class Spikes:

@@ -16,7 +16,8 @@ from core.damage import OWN
 from core.files import path_digest
 from experiments.drill.models import NAME, prepare
 from experiments.drill.processes import Command, Ended
-from pipelines.stages import STAGES, fingerprint
+from pipelines.stages import ALWAYS as STAGES
+from pipelines.stages import fingerprint
 
 STUDY = "study"
 ALL = (*STAGES, STUDY)

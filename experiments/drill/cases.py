@@ -10,7 +10,7 @@ from typing import NamedTuple
 from experiments.drill import damaged, hindered, killed
 from experiments.drill.bench import STUDY, Bench
 from experiments.drill.outcome import Outcome
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS as STAGES
 
 Act = Callable[[Bench, str, Path, random.Random], Outcome]
 """(bench, stage, folder of the case, its generator) -> how it ended; raises Failure."""

@@ -26,7 +26,7 @@ from experiments.drill.outcome import (
     went_well,
     whole,
 )
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS as STAGES
 
 CHEAP = ("prompts", "report")
 """Stages that are made again with --force, as the message says, since that takes some seconds only."""

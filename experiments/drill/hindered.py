@@ -16,7 +16,7 @@ from experiments.drill.bench import LIMIT, Bench, before, run_to_end
 from experiments.drill.models import NAME
 from experiments.drill.outcome import CONTINUED, REFUSED, Failure, Outcome, go_on, note, refused, tail, went_well, whole
 from experiments.drill.processes import without_override
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS as STAGES
 
 MIB = 2**20
 MNT_DETACH = 2

@@ -14,7 +14,7 @@ from core.reporting.crash import EXIT_CRASHED
 from experiments.drill.bench import LIMIT, STUDY, Bench, differences, run_to_end
 from experiments.drill.models import NAME
 from experiments.drill.processes import HUNG, Ended
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS as STAGES
 
 CONTINUED = "continued to the same result"
 REFUSED = "refused by name"

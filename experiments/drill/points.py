@@ -11,7 +11,7 @@ from core.artefacts import MANIFEST, read_manifest
 from experiments.drill.bench import LIMIT, POLICIES, STUDY, Bench, before
 from experiments.drill.models import NAME
 from experiments.drill.processes import Command
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS as STAGES
 
 PASSING = {
     "preferences": ["samples/shard-0000.parquet", "samples/shard-0002.parquet"],

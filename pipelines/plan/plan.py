@@ -20,7 +20,7 @@ from pipelines.plan.room import memory_warnings
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
 from pipelines.plan.work import Start
-from pipelines.stages import STAGES
+from pipelines.stages import ALWAYS
 
 COUNTS: dict[str, Callable[[Sizes], Phases]] = {
     "prompts": pools.prompts, "preferences": pools.preferences, "rm": training.rm, "bon": pools.bon,
@@ -124,7 +124,7 @@ def finished_seconds(folder: Path) -> float | None:
 def make_plan(cfg: Config, lengths: Lengths, where: Where, price: float | None = None) -> Plan:
     """The plan of the seven stages of a run."""
     sizes = sizes_of(cfg, lengths, where)
-    return assemble(cfg, [(plan_stage(name, sizes, where), sizes) for name in STAGES], lengths, where, price)
+    return assemble(cfg, [(plan_stage(name, sizes, where), sizes) for name in ALWAYS], lengths, where, price)
 
 
 def assemble(
@@ -145,6 +145,7 @@ def assemble(
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}
     peak, lines = disk_warnings(disks, cfg.run.dir)
     notes = [*lengths.notes, *_models(stages), *where.rates.remarks()]
+    notes += ["stage sft is not counted: its cost is in docs/sft.md"] if cfg.sft else []
     only = [stage for stage, _ in stages]
     return Plan(str(cfg.run_dir), where.rates.basis, only, peak, notes, warnings + lines, where.gpus, price)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PACKAGES = ("core", "rm", "bon", "ppo", "pipelines", "study", "experiments", "benchmarks")
+PACKAGES = ("core", "rm", "sft", "bon", "ppo", "pipelines", "study", "experiments", "benchmarks")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

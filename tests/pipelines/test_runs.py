@@ -58,7 +58,7 @@ def test_another_run_gives_what_fits_and_the_rest_will_run(config, capsys):
     assert [steps[s] for s in ("prompts", "preferences", "rm")] == ["linked"] * 3 and "bon" not in steps
     assert steps["ppo"] == "will run, because ppo.kl.coef: 0.05 -> 0.1"
     assert not second.run_dir.exists()
-    settled = [runs.settle(name, second, first.run_dir) for name in runs.needed_by("ppo")]
+    settled = [runs.settle(name, second, first.run_dir) for name in runs.needed_by("ppo", second)]
     assert settled == [True, True, True, False]
     link = second.run_dir / "rm"
     assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and result(second, "rm") == "rm result"

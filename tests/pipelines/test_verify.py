@@ -11,7 +11,7 @@ from core.files import read_table, write_table
 from pipelines import runs, stages
 from pipelines.__main__ import main
 from pipelines.inputs import check_inputs
-from pipelines.stages import STAGES, fingerprint
+from pipelines.stages import STAGES, fingerprint, in_use
 from tests.builders.command_line import grm
 
 
@@ -90,7 +90,7 @@ def test_status_names_damage_and_a_manifest_that_is_cut(config, run):
     assert all("up to date" in line for line in runs.status(config()))
     damage(run / "rm" / "a.safetensors")
     (run / "bon" / "manifest.json").write_bytes((run / "bon" / "manifest.json").read_bytes()[:50])
-    lines = dict(zip(STAGES, runs.status(config()), strict=True))
+    lines = dict(zip(in_use(config()), runs.status(config()), strict=True))
     assert "damaged" in lines["rm"] and "rm/a.safetensors is not what was written" in lines["rm"]
     assert "damaged" in lines["bon"] and "up to date" in lines["preferences"]
     assert "bon/manifest.json is damaged" in lines["eval"]

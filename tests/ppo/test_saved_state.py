@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from core.config.load import load
 from core.errors import ArtefactError
+from core.training.saved import mark_state, saved_state
 from ppo.ema import FILE, WeightAverage
-from ppo.extend import mark_state, saved_state
 from ppo.keep import PolicyKeeper
 from ppo.log import RunLog
 from ppo.saved import LOGS, SavedFiles, check_saved
