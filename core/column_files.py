@@ -83,7 +83,7 @@ def pick(path: Path, column: str, rows: Sequence[int]) -> list[Any]:
 
     try:
         return _picked(_untyped(path, column), rows)
-    except pa.ArrowException:
+    except (pa.ArrowException, UnicodeDecodeError):
         return _picked(([row.get(column)] for _, row in numbered_rows(path)), rows)
 
 
@@ -131,6 +131,7 @@ def _joined(texts: list[pa.Array]) -> pa.ChunkedArray:
 
 
 def _read(found: pa.Array, kind: Kind, places: dict[str, int], path: Path, column: str) -> Any:
+    found.validate(full=True)  # Arrow's readers let broken UTF-8 pass
     if kind == "name":
         return _codes(found, places, path, column)
     if kind == "length":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes.util
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ConfigError
@@ -66,6 +68,9 @@ def variables(ranks: int) -> dict[str, str]:
     settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     settings["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     settings["VLLM_NO_USAGE_STATS"] = "1"
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT") or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if not may_be_written(cache):  # vLLM prints a traceback for each model where its cache cannot be written
+        settings["VLLM_CACHE_ROOT"] = str(Path(tempfile.gettempdir(), f"grm-vllm-{os.getuid()}"))
     if num_gpus():
         return settings
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -76,10 +81,27 @@ def variables(ranks: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "KMP_BLOCKTIME": "1",  # OpenMP threads that spin after their work take the cores of the other rank
     }
-    preload = [lib for lib in (_tcmalloc(), _intel_openmp()) if lib]
-    if preload:
-        settings["LD_PRELOAD"] = ":".join([*preload, *filter(None, [os.environ.get("LD_PRELOAD")])])
-    return settings
+    return settings | preloaded([lib for lib in (_tcmalloc(), _intel_openmp()) if lib])
+
+
+def preloaded(libraries: Sequence[str]) -> dict[str, str]:
+    """Variables by which programs load these libraries before all others.
+
+    Spaces separate the names in LD_PRELOAD, so a library in a folder with a space is looked for by its name alone.
+    """
+    odd = [lib for lib in libraries if " " in lib]
+    names = [Path(lib).name if lib in odd else lib for lib in libraries]
+    names += filter(None, [os.environ.get("LD_PRELOAD")])
+    folders = [*(str(Path(lib).parent) for lib in odd), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    found = {"LD_PRELOAD": ":".join(names)} if names else {}
+    return found | ({"LD_LIBRARY_PATH": ":".join(folders)} if odd else {})
+
+
+def may_be_written(folder: Path) -> bool:
+    """Whether a folder, or the first one above it that exists, can be written."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
 
 
 def _tcmalloc() -> str | None:

@@ -4,7 +4,7 @@
 # Then it takes things away one by one. Needs root, debootstrap and a Debian mirror; an hour and a half on two cores.
 #
 #   scripts/bare_machine.sh FOLDER [CASE...]
-#   CASE       compiler headers venv python setup test hindered old-cpu; by default all, in this order
+#   CASE       compiler headers venv python library setup test hindered old-cpu; by default all, in this order
 #   RELEASE    of Debian, bookworm by default; OLD, one whose Python is too old, bullseye by default
 #   BIND       folders that are to be seen in the root too, such as one with wheels that pip's settings name
 #   LOG        where the results are added, a line each
@@ -17,7 +17,7 @@ set -euo pipefail
 ROOT=$(realpath -m "${1:?usage: scripts/bare_machine.sh FOLDER [CASE...]}")
 shift
 CASES=("$@")
-((${#CASES[@]})) || CASES=(compiler headers venv python setup test hindered old-cpu)
+((${#CASES[@]})) || CASES=(compiler headers venv python library setup test hindered old-cpu)
 RELEASE=${RELEASE:-bookworm}
 OLD=${OLD:-bullseye}
 LOG=${LOG:-$ROOT.log}
@@ -146,6 +146,10 @@ for case in "${CASES[@]}"; do
             adds python3-venv
             ;;
         setup) goes "make setup" "make setup" ;;
+        library)
+            refused "no libnuma" "no libnuma.so.1"
+            adds libnuma1
+            ;;
         test) goes "make test" "make lint && make types && make test" ;;
         hindered) hindered ;;
         old-cpu) old_cpu ;;

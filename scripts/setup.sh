@@ -90,6 +90,19 @@ install_packages() {
     fi
 }
 
+check_libraries() { # that the system must have: without one of them vLLM fails in the middle of a stage
+    [[ $DEVICE == cpu ]] || return 0
+    local said missing
+    said=$("$VENV_PYTHON" -c 'import torch, vllm._C' 2>&1) && return
+    missing=$(grep -oE 'lib[A-Za-z0-9_+-]+\.so[.0-9]*: cannot open' <<<"$said" | head -n 1 || true)
+    [[ -n $missing ]] || fail "vLLM cannot be loaded: ${said##*$'\n'}"
+    missing=${missing%%:*}
+    case $missing in
+        libnuma.so.1) fail "no $missing, which vLLM needs: sudo apt-get install libnuma1" ;;
+        *) fail "no $missing, which vLLM needs: install the package of your system that has it" ;;
+    esac
+}
+
 advise_tcmalloc() {
     [[ $DEVICE == cpu ]] || return 0
     compgen -G '/usr/lib*/*/libtcmalloc_minimal.so*' >/dev/null || compgen -G '/usr/lib*/libtcmalloc_minimal.so*' >/dev/null ||
@@ -113,6 +126,7 @@ else
     fi
     rm -f "$STAMP"
     install_packages
+    check_libraries
     echo "$stamp" >"$STAMP"
 fi
 say "offline models"

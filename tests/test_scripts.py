@@ -143,3 +143,23 @@ def test_prompts_of_pairs_are_whole_and_each_is_there_once(tmp_path):
     assert made("--number", "4") == whole[:4] and made("--seed", "2") != whole
     failed = subprocess.run([*command[:2], "none.jsonl", "x.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and "none.jsonl" in failed.stderr and "Traceback" not in failed.stderr
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        ("ImportError: libnuma.so.1: cannot open shared object file: No such file", "apt-get install libnuma1"),
+        ("ImportError: libodd.so.3: cannot open shared object file: No such file", "no libodd.so.3, which vLLM needs"),
+        ("Traceback\nRuntimeError: of another kind", "vLLM cannot be loaded: RuntimeError: of another kind"),
+        ("", ""),
+    ],
+)
+def test_setup_names_a_library_that_the_system_lacks(tmp_path, said, refusal):
+    """Without it the first stage that samples would fail, minutes after a setup that said nothing."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '{said}' >&2\nexit {1 if said else 0}\n".replace("\nRun", "\\nRun"))
+    python.chmod(0o755)
+    script = (ROOT / "scripts" / "setup.sh").read_text()
+    functions = script[script.index("say() {") : script.index("pick_device() {")]
+    functions += script[script.index("check_libraries() {") : script.index("advise_tcmalloc() {")]
+    begin = f"set -euo pipefail\nDEVICE=cpu\nVENV_PYTHON={python}\n"
+    done = subprocess.run(["bash", "-c", f"{begin}{functions}\ncheck_libraries"], capture_output=True, text=True)
+    assert done.returncode == (1 if said else 0) and refusal in done.stderr, done.stderr

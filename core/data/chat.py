@@ -90,6 +90,7 @@ class ChatTokenizer:
             self.hf = AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
+            self.hf("a")  # some values are read only when something is encoded
         except Exception as error:  # odd values in its files may raise anything
             # Of a folder without a tokenizer transformers says that a package is missing.
             empty = Path(model.path).is_dir() and not any(next(Path(model.path).glob(f), None) for f in TOKENIZER_FILES)

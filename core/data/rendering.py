@@ -106,13 +106,11 @@ class ChatTemplate:
                 )
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._hf.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template may call anything of Python's on anything
             raise DataError(f"the chat template of {self.name} refuses the conversation: {error}") from None
 
     @cached_property
