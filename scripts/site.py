@@ -101,8 +101,11 @@ def shown(file: str) -> str:
 
 def on_config(config):
     from pymdownx.slugs import slugify
+    from pymdownx.superfences import fence_code_format
 
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")  # the anchors of GitHub
+    diagram = {"name": "mermaid", "class": "mermaid", "format": fence_code_format}
+    config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [diagram]
     return config
 
 
