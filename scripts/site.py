@@ -117,6 +117,7 @@ def on_files(files, *, config):
     contents |= {site_path(file): shown(file) for file in code}
     for file in [file for file in files if file.src_uri.endswith(".md")]:
         files.remove(file)
+    contents["site.css"] = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     for page, content in contents.items():
         files.append(File.generated(config, page, content=content))
     return files
