@@ -12,7 +12,7 @@ extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-depende
 print(*extras["docs"], sep="\n")')
     .venv-docs/bin/python -m pip install --disable-pip-version-check -qq "${packages[@]}"
 fi
-# Of what a later version of MkDocs will be; nothing that a reader of this site could do.
+# What the theme says of its successor at every build. Not --quiet: warnings that are not printed stop nothing.
 export NO_MKDOCS_2_WARNING=1
-.venv-docs/bin/mkdocs build --strict --quiet
+.venv-docs/bin/mkdocs build --strict
 echo "the site is in .site: open .site/index.html"

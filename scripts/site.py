@@ -101,8 +101,11 @@ def shown(file: str) -> str:
 
 def on_config(config):
     from pymdownx.slugs import slugify
+    from pymdownx.superfences import fence_code_format
 
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")  # the anchors of GitHub
+    diagram = {"name": "mermaid", "class": "mermaid", "format": fence_code_format}
+    config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [diagram]
     return config
 
 
@@ -114,6 +117,7 @@ def on_files(files, *, config):
     contents |= {site_path(file): shown(file) for file in code}
     for file in [file for file in files if file.src_uri.endswith(".md")]:
         files.remove(file)
+    contents["site.css"] = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     for page, content in contents.items():
         files.append(File.generated(config, page, content=content))
     return files
