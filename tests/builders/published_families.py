@@ -131,4 +131,5 @@ def grm_rewards(folder: Path) -> Callable[[list[dict]], float]:
 
 
 def _ids(tokenizer, chat: list[dict]) -> list[int]:
-    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
+    """The template of Llama-3.2 would write today's date otherwise."""
+    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, date_string="26 Jul 2024")).input_ids

@@ -88,7 +88,7 @@ def evaluation_sets(folder: Path) -> list[str]:
     sets = {
         "unified": [unified(i % 2, 1 - i % 2, prompt=q) for i, q in asked],
         "hhh": [
-            {"input": f"\n\nHuman: {q}\n\nAssistant:", "targets": {"choices": ["Keep it.", "No."], "labels": [1, 0]}}
+            {"input": q, "targets": {"choices": ["Keep it.", "No."], "labels": [1, 0]}}
             for _, q in asked
         ],
         "mt_bench": [

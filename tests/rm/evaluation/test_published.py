@@ -56,7 +56,9 @@ def bench(tmp_path_factory) -> Path:
 
 
 def write(file: Path, models: dict, **tolerance: float) -> Path:
-    file.write_text(yaml.safe_dump({"tolerance": tolerance or {"score": 0.06, "parts": 0.06}, "models": models}))
+    file.write_text(
+        yaml.safe_dump({"tolerance": tolerance or {"score": 0.06, "parts": 0.06}, "models": models}, sort_keys=False)
+    )
     return file
 
 
