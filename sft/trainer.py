@@ -45,6 +45,9 @@ class Trainer(SFTTrainer):
         seed: of dropout in adapters.
     """
 
+    optimizer: Any  # to a type checker: theirs are of several kinds
+    lr_scheduler: Any
+
     def __init__(
         self, lm: CausalLM, tokenizer: ChatTokenizer, sft: Sft, settings: config.Engine, examples: Sequence[Example],
         out: Path, *, seed: int, callbacks: list[Any],

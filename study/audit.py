@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         not (alone or overrides or any(getattr(options, name) for name in asked)) and made_with.is_file()
     )
     cfg = load([made_with] if options.continues else options.config or ["configs/offline.yaml"], overrides)
-    cfg = configured(cfg, options)
+    cfg = configured(cfg.after_sft(), options)
     if not alone and not environment.is_started():
         from pipelines import launch
 

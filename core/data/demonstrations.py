@@ -9,10 +9,10 @@ from typing import Any, TypedDict
 from core.config import PreferenceSource, Sft
 from core.data.chat import Message
 from core.data.layouts.messages import is_filled
-from core.data.layouts.pairing import Draft, complete
+from core.data.layouts.pairing import Answers, Draft, complete
 from core.data.layouts.readers import PROMPTS, asked, said
 from core.data.layouts.table import LAYOUTS
-from core.data.sources import table_pairs
+from core.data.sources import table_pairs, tried
 from core.data.tables import Malformed, Table, source_tables
 from core.errors import DataError
 
@@ -61,7 +61,7 @@ def _chosen(table: Table, malformed: Malformed) -> Iterator[Demonstration]:
         if pair["tie"]:
             malformed.changed["tie left out"] += 1
             continue
-        yield {k: pair[k] for k in ("prompt", "source", "row")} | {"response": pair["chosen"]}  # type: ignore[misc]
+        yield {"prompt": pair["prompt"], "response": pair["chosen"], "source": pair["source"], "row": pair["row"]}
 
 
 def _has_demonstration(row: dict[str, Any]) -> bool:
@@ -71,27 +71,25 @@ def _has_demonstration(row: dict[str, Any]) -> bool:
 def _each(table: Table, malformed: Malformed) -> Iterator[Demonstration]:
     for number, row in table.rows:
         notes: list[str] = []
-        try:
-            demonstration = _demonstration(row, notes)
-        except DataError as error:
-            malformed.add(str(error), f"{table.file} row {number}")
+        found, fault = tried(_answered, row, notes)
+        if found is None:
+            malformed.add(str(fault), f"{table.file} row {number}")
             continue
         malformed.read += 1
         malformed.changed.update(set(notes))
-        yield {**demonstration, "source": str(row.get("source") or table.name), "row": number}
+        source = str(row.get("source") or table.name)
+        yield {"prompt": found.prompt, "response": found.chosen, "source": source, "row": number}
 
 
-def _demonstration(row: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """`prompt` and `response` of a row. Both sides of a pair are given its one answer, so that what is checked of pairs
-    is checked of it."""
+def _answered(row: dict[str, Any], notes: list[str]) -> Answers:
+    """The prompt and the answer of a row. Both sides of a pair are given its one answer, so that what is checked of
+    pairs is checked of it."""
     answer = next((name for name in ANSWERS if is_filled(row.get(name))), None)
     chat = next((name for name in CHATS if is_filled(row.get(name))), None)
     if answer is not None:
         draft = Draft(asked(row), said(row, answer), said(row, answer))
-        found = complete(draft, row, (*PROMPTS, answer), notes)
-    elif chat is not None:
+        return complete(draft, row, (*PROMPTS, answer), notes)
+    if chat is not None:
         draft = Draft(None, said(row, chat), said(row, chat))
-        found = complete(draft, row, CHATS, notes)
-    else:
-        raise DataError(f"no answer (none in {', '.join((*ANSWERS, *CHATS))})")
-    return {"prompt": found.prompt, "response": found.chosen}
+        return complete(draft, row, CHATS, notes)
+    raise DataError(f"no answer (none in {', '.join((*ANSWERS, *CHATS))})")

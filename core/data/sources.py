@@ -141,14 +141,14 @@ def _repeat_prompts(ahead: list[tuple[int, dict[str, Any]]], layout: Layout) -> 
     """Whether at least half of the pairs of texts in these rows have their prompt at the beginning of both answers."""
     if layout.rated:
         return False
-    drafts = [draft for _, row in ahead for draft in _tried(layout.read, row)[0] or []]
+    drafts = [draft for _, row in ahead for draft in tried(layout.read, row)[0] or []]
     repeated = [r for draft in drafts if (r := repeats_prompt(draft)) is not None]
     return bool(repeated) and sum(repeated) >= len(repeated) / 2
 
 
 def _each(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
     for number, row in rows:
-        drafts, fault = _tried(reading.drafts, row)
+        drafts, fault = tried(reading.drafts, row)
         if drafts is not None and not drafts:
             fault = "fewer than two answers"
         if fault is not None or drafts is None:
@@ -166,7 +166,7 @@ def _of_row(number: int, row: dict[str, Any], drafts: list[Draft], reading: _Rea
     notes: list[str] = []
     place = -1 if all(draft.tie for draft in drafts) else next(reading.places)
     for draft in drafts:
-        answers, fault = _tried(lambda: reading.complete(draft, row, notes))  # noqa: B023, called at once
+        answers, fault = tried(lambda: reading.complete(draft, row, notes))  # noqa: B023, called at once
         if answers is not None and answers.chosen == answers.rejected:
             fault = "the two answers are equal"
         if answers is None or fault is not None:
@@ -192,7 +192,7 @@ def _rated(rows: Rows, reading: _Reading) -> Iterator[SourcePair]:
     """Every two rated responses to a prompt; the number is that of the later row."""
     prompts: dict[str, list[_Response]] = {}
     for number, row in rows:
-        response, fault = _tried(lambda: _response(number, row, reading))  # noqa: B023, called at once
+        response, fault = tried(lambda: _response(number, row, reading))  # noqa: B023, called at once
         if response is None:
             reading.malformed.add(str(fault), reading.where(number))
         else:
@@ -249,7 +249,7 @@ def _source(row: dict[str, Any], name: str) -> str:
     return ", ".join(map(str, own)) if isinstance(own, list) else str(own or name)
 
 
-def _tried(read: Callable[..., Result], *arguments: Any) -> tuple[Result | None, str | None]:
+def tried(read: Callable[..., Result], *arguments: Any) -> tuple[Result | None, str | None]:
     """What `read` returns, and None; or None, and why it refuses the row."""
     try:
         return read(*arguments), None

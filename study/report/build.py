@@ -74,7 +74,8 @@ def description(cfg: Config, arms: Sequence[Arm], policies: Sequence[Policy]) ->
     text = (
         f"Which is over-optimised, and how soon? {variants}{f' of {layers} layers' if layers else ''}, "
         f"{cfg.study.seeds} seeds each, on {sizes} pairs with {noises} of the labels wrong; best-of-n from pools of "
-        f"{cfg.bon.samples} on {prompts} held-out prompts of {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}."
+        f"{cfg.bon.samples} on {prompts} held-out prompts of {Path(cfg.policy.path).name}"
+        f"{', fine-tuned' if cfg.sft else ''}, gold: {cfg.gold.kind}."
     )
     if policies:
         coefs = ", ".join(f"{c:g}" for c in dict.fromkeys(p.kl_coef for p in policies))

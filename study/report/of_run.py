@@ -124,7 +124,8 @@ def description(cfg: Config, metrics: Mapping[str, Mapping]) -> str:
     # A label that is flipped twice is right again.
     wrong = sorted({first + v.label_noise - 2 * first * v.label_noise for v in cfg.rm.variants.values()})
     return (
-        f"Policy {Path(cfg.policy.path).name}, gold: {cfg.gold.kind}. Reward models {', '.join(cfg.rm.variants)}, "
+        f"Policy {Path(cfg.policy.path).name}{', fine-tuned' if cfg.sft else ''}, gold: {cfg.gold.kind}. "
+        f"Reward models {', '.join(cfg.rm.variants)}, "
         f"trained on {pairs} pairs with {' or '.join(f'{share:.0%}' for share in wrong)} of the labels wrong. "
         f"Best-of-n from pools of {cfg.bon.samples}; PPO of {cfg.ppo.steps} steps of {cfg.ppo.rollouts} rollouts "
         f"against {cfg.ppo.label}, KL coefficient {cfg.ppo.kl.coef:g}. Seed {cfg.run.seed}."

@@ -46,10 +46,10 @@ def test_rows_of_each_kind(tmp_path, kind):
 def test_what_cannot_be_used_is_counted_and_does_not_stop_the_rest(tmp_path):
     good = {"prompt": "Hi", "completion": "Hello."}
     rows = [good, {"prompt": "Hi"}, {"prompt": "", "completion": "x"}, {"prompt": "Hi", "completion": "  "},
-            {"messages": chat("Hi")}, good | {"tools": ["a"]}, good]  # fmt: skip
+            {"messages": chat("Hi")}, good | {"tools": ["a"]}, good, {"prompt": 7, "completion": 8}]  # fmt: skip
     found, malformed = read(write(tmp_path / "a.jsonl", *rows))
     assert [d["row"] for d in found] == [1, 7]
-    assert malformed.counts.total() == 5 and [row["where"] for row in malformed.rows][0] == "a.jsonl row 2"
+    assert malformed.counts.total() == 6 and [row["where"] for row in malformed.rows][0] == "a.jsonl row 2"
     ties = {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 1}
     found, malformed = read(write(tmp_path / "b.jsonl", ties))
     assert not found and malformed.changed["tie left out"] == 1
