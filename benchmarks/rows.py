@@ -34,8 +34,8 @@ def rows() -> dict[str, Row]:
             TRAINING_DIFFERS,
         ),
         Row(
-            "rm-lora", "Reward model training, BT, LoRA r32 on attention, 8 pairs a step", "pairs", 3.5, ours_reward, trl_reward,
-            "TRL RewardTrainer", partial(tasks.reward_training, tasks.LORA), agreement.training_losses, SAME_TRAINING,
+            "rm-lora", "Reward model training, BT, LoRA r32 on attention, 8 pairs a step", "pairs", 3.5, ours_reward,
+            trl_reward, "TRL RewardTrainer", partial(tasks.reward_training, tasks.LORA), agreement.training_losses, SAME_TRAINING,
             TRAINING_DIFFERS,
         ),
         Row(
