@@ -34,9 +34,9 @@ def rows() -> dict[str, Row]:
             TRAINING_DIFFERS,
         ),
         Row(
-            "rm-lora", "Reward model training, BT, LoRA r32 on attention, 8 pairs a step", "pairs", 3.5, ours_reward, trl_reward,
-            "TRL RewardTrainer", partial(tasks.reward_training, tasks.LORA), agreement.training_losses, SAME_TRAINING,
-            TRAINING_DIFFERS,
+            "rm-lora", "Reward model training, BT, LoRA r32 on attention, 8 pairs a step", "pairs", 3.5, ours_reward,
+            trl_reward, "TRL RewardTrainer", partial(tasks.reward_training, tasks.LORA), agreement.training_losses,
+            SAME_TRAINING, TRAINING_DIFFERS,
         ),
         Row(
             "rm-grm", "GRM `sft`: its step time over that of BT", "pairs", 1.03, ours_reward, ours_reward,

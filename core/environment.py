@@ -70,7 +70,8 @@ def variables(ranks: int) -> dict[str, str]:
     settings["VLLM_NO_USAGE_STATS"] = "1"
     cache = Path(os.environ.get("VLLM_CACHE_ROOT") or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     if not may_be_written(cache):  # vLLM prints a traceback for each model where its cache cannot be written
-        settings["VLLM_CACHE_ROOT"] = str(Path(tempfile.gettempdir(), f"grm-vllm-{os.getuid()}"))
+        elsewhere = Path(tempfile.gettempdir(), f"grm-{os.getuid()}")
+        settings |= {"VLLM_CACHE_ROOT": str(elsewhere / "vllm"), "MPLCONFIGDIR": str(elsewhere / "matplotlib")}
     if num_gpus():
         return settings
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)

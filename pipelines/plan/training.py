@@ -81,6 +81,8 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, 
         depth = shape.layers - cfg.trainable_layers
         for k in range(orders, orders + new_orders):
             lacks = (1 - 1 / ranks) ** k  # the pairs that the rank did not get in one of the orders before
+            if not lacks:  # a single rank has seen all of them
+                break
             some = 1 - (1 - lacks) ** cfg.micro_batch  # of the micro-batches lack a pair
             items.append(Pass(shape, of_epoch * some, tokens * lacks / some, length, depth, ranks=ranks))
         between = part.frozen - depth

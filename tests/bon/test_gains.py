@@ -78,7 +78,9 @@ def test_an_ensemble_is_combined_on_the_pools_as_it_was_in_ppo(folder):
     pools = read_pools(out, ["rm", "other"])
     for name, mean, std in (("rm", 26.0, 6.0), ("other", -7.0, 2.0)):
         (out / name).mkdir()
-        write_json(out / name / "reward_model.json", {"format": 1, "mean": mean, "std": std})
+        write_json(
+            out / name / "reward_model.json", {"format": 1, "head": "mlp", "tokenizer": "0", "mean": mean, "std": std}
+        )
     combined = optimised_rewards(out, pools, ["rm", "other"], "min")
     np.testing.assert_allclose(combined, np.minimum((3 * gold + 5 - 26) / 6, (-gold + 7) / 2))
     np.testing.assert_allclose(optimised_rewards(out, pools, ["rm"], None), 3 * gold + 5)

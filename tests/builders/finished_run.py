@@ -69,7 +69,10 @@ def shared_stages(cfg: Config) -> None:
 def reward_model(folder: Path, rng: np.random.Generator) -> None:
     folder.mkdir()
     write_json(folder / "config.json", {"num_hidden_layers": 2})
-    write_json(folder / "reward_model.json", {"format": MERGED_FORMAT, "mean": 0.5, "std": 2.0})
+    write_json(
+        folder / "reward_model.json",
+        {"format": MERGED_FORMAT, "head": "mlp", "tokenizer": "0", "mean": 0.5, "std": 2.0},
+    )
     save_file({"model.layers.0.weight": torch.zeros(3, 2)}, folder / "model.safetensors")
     deltas = rng.normal(0.5, 1, size=24).tolist()
     rows = [

@@ -19,7 +19,7 @@ EARLIER = json.loads((ROOT / "tests" / "builders" / "configurations-0.1.json").r
 
 def sections(stage: Stage, *overrides: str) -> Fingerprint:
     """What the stage reads of configs/smoke.yaml, without the digests of its inputs."""
-    types = ["engine.dtype=float32", "generation.vllm.dtype=float32"]
+    types = ["engine.dtype=float32", "generation.vllm.dtype=float32", "engine.processes=2"]
     plain = plain_values(stage, load([ROOT / "configs" / "smoke.yaml"], [*types, *overrides]))
 
     def read(field: str):

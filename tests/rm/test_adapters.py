@@ -265,7 +265,10 @@ def test_export_and_merge_take_adapters(members, tmp_path, capsys):
     assert torch.equal(*scores)
     assert grm("rm-merge", tmp_path / "none", members[0][0], members[1][1]) == 2
     assert "layout merged, not adapter" in capsys.readouterr().err
-    edit_json(Path(shutil.copytree(adapter, tmp_path / "other")) / "reward_model.json", base_model={"digest": "0"})
+    edit_json(
+        Path(shutil.copytree(adapter, tmp_path / "other")) / "reward_model.json",
+        base_model={"digest": "0", "revision": None, "dtype": "float32"},
+    )
     assert grm("rm-merge", tmp_path / "none", adapter, tmp_path / "other") == 2
     assert "base of digest 0, not of digest" in capsys.readouterr().err
 
