@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -53,6 +54,8 @@ class Generator:
     """
 
     def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
+        # vLLM warns of what a CPU lacks before it has read its own level.
+        logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         from vllm import LLM
 
         _leave_out_token_ranks()

@@ -13,6 +13,7 @@ from pathlib import Path
 from core.artefacts import read_manifest
 from core.reporting.crash import FULL
 from experiments.drill.bench import LIMIT, Bench, before, run_to_end
+from experiments.drill.damaged import is_result
 from experiments.drill.models import NAME
 from experiments.drill.outcome import CONTINUED, REFUSED, Failure, Outcome, go_on, note, refused, tail, went_well, whole
 from experiments.drill.processes import without_override
@@ -102,7 +103,8 @@ def permission(bench: Bench, stage: str, place: Path, rng: random.Random) -> Out
     if path.exists():  # unfinished work that cannot be used is begun anew, where its own folder lies may be written
         path.chmod(before_mode)
     anew = not ended.status and path.name == f"{stage}.partial"
-    unread = not ended.status and not STAGES[stage].opens_weights and path.suffix == ".safetensors"
+    needless = path.is_file() and not is_result(str(path.relative_to(run / path.relative_to(run).parts[0])))
+    unread = not ended.status and (needless or not STAGES[stage].opens_weights and path.suffix == ".safetensors")
     if not unread and not anew:
         refused(ended, [path.name, f"{stage}.partial"], advice=None)
     whole(bench, run, without=stage)
