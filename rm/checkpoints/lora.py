@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def merge(layers: Mapping[str, nn.Module], adapter, factors: Mapping[str, Tensor
     scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
     for name, layer in layers.items():
         a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
-        with changed([layer.weight]):
+        with changed([cast(nn.Parameter, layer.weight)]):
             weight = out_and_in(layer)
             weight.copy_(merged_lora(weight, lora_product(a, b, scaling).to(weight.device)))
 

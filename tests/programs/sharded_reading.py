@@ -119,8 +119,10 @@ def main(tokenizer: str, out: str) -> None:
     found["refused"] = {case: refusal(path) for case, path in cases.items()}
     kept: list = []
 
-    def engine(*, divided: bool) -> Engine:
-        return Engine(read(folder / "large", divided=divided), SETTINGS, micro_batch=1)
+    def engine(name: str = "large", *, divided: bool) -> Engine:
+        return Engine(read(folder / name, divided=divided), SETTINGS, micro_batch=1)
+
+    engine("llama", divided=False)  # what is imported and made for the first time is none of the model
 
     grown = {
         "into shards": growth(lambda: engine(divided=True), kept),
