@@ -43,7 +43,9 @@ def made_by_library(what: str) -> Iterator[None]:
     except (ArtefactError, DataError, ConfigError, Busy, MemoryError):
         raise
     except Exception as error:
-        if "OutOfMemory" in type(error).__name__:  # of torch: the files are not at fault
+        from core.whereabouts import is_loss
+
+        if "OutOfMemory" in type(error).__name__ or is_loss(error):  # the files are not at fault
             raise
         said = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ArtefactError(f"{what} ({type(error).__name__}: {said[:300]})") from error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from core.errors import ArtefactError
 from core.files import file_digest, read_tensors
 from core.training import distributed
-from core.training.weights import gathered
+from core.training.sharding import gathered
 
 FILE = "ema.safetensors"
 """Name of the file that `save` writes."""

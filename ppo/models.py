@@ -19,7 +19,8 @@ from core.models.layers import FrozenLayers, frozen_layers_of, frozen_levels_of,
 from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.training import distributed
-from core.training.engine import Engine
+from core.training.engine import Engine, frozen_zero_stage, shards
+from core.training.sharding import Shards, num_bytes
 from ppo.policy import PolicyModule
 from ppo.proxy import LocalProxy, RemoteProxy
 from rm.ensemble import AdapterEnsemble, one_base
@@ -66,9 +67,14 @@ def make_engines(
     lm = make_policy(ppo, policy, settings, seed)
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
     value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
-    members, base_of_members = loader.members(ppo)
-    # This compares weights, so it comes before they are sharded.
-    layers, depths = _frozen_layers(ppo, policy, settings, lm, value_model, members)
+    shares = ppo.reuse_frozen_layers and any(map(shared_depth, [lm, *([value_model.lm] if value_model else [])]))
+    alike = len(ppo.held_members) + (ppo.lora is None) + shares
+    # The frozen models are taken to be as large as the policy: they are not there yet.
+    of_frozen = shards(settings, frozen_zero_stage(settings, alike * num_bytes(lm)))
+    members, base_of_members = loader.members(ppo, of_frozen)
+    layers, depths = None, _Depths(0, 0, [0] * len(members))
+    if shares:  # this runs layers apart from their models, so it comes before engines run them
+        layers, depths = _frozen_layers(policy, settings, lm, value_model, members, of_frozen)
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
     actor.continues = depths.actor
@@ -83,11 +89,11 @@ def make_engines(
 
     reference = actor
     if not ppo.lora:
-        base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
+        base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head, shards=of_frozen)
         reference = frozen(PolicyModule(base, temperature))
         reference.continues = depths.actor
     if ppo.reward_server:
-        proxy: LocalProxy | RemoteProxy | None = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy))
+        proxy: LocalProxy | RemoteProxy | None = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy, of_frozen))
     elif not members:
         proxy = None
     else:
@@ -99,7 +105,9 @@ def make_engines(
 def make_policy(ppo: Ppo, policy: Model, settings: config.Engine, seed: int) -> CausalLM:
     """The policy as its training begins; `seed` is that of `make_engines`."""
     torch.manual_seed(stream_seed(seed, "ppo", "adapter"))
-    lm = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head)
+    lm = load_causal_lm(
+        policy, dtype=settings.dtype, float32_head=settings.float32_head, shards=shards(settings, settings.zero_stage)
+    )
     return add_lora(lm, ppo.lora) if ppo.lora else lm
 
 
@@ -119,25 +127,25 @@ class _RewardModels:
     settings: config.Engine
     tokenizer: ChatTokenizer
 
-    def load(self, name: str) -> RewardModel:
-        """In host memory: an engine puts it, or this rank's shard of it, on the GPU."""
+    def load(self, name: str, shards: Shards | None) -> RewardModel:
+        """In host memory, where an engine puts it on the GPU; or divided among the ranks by `shards`."""
         path = self.folder / name
         model = RewardModel.from_pretrained(
-            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu"
+            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
         )
         self._check(path, model)
         return model
 
-    def members(self, ppo: Ppo) -> tuple[list[RewardModel], AdapterEnsemble | None]:
+    def members(self, ppo: Ppo, shards: Shards | None) -> tuple[list[RewardModel], AdapterEnsemble | None]:
         """The reward models that the ranks hold as the proxy, and what holds them where they are adapters of one
         base."""
         paths = [self.folder / name for name in ppo.held_members]
         if not paths:
             return [], None
         if not one_base(paths):
-            return [self.load(name) for name in ppo.held_members], None
+            return [self.load(name, shards) for name in ppo.held_members], None
         ensemble = AdapterEnsemble.from_pretrained(
-            paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu"
+            paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
         )
         for path, member in zip(paths, ensemble.members, strict=True):
             self._check(path, member)
@@ -153,10 +161,11 @@ class _RewardModels:
 
 def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels) -> RewardModel:
     """The layers of the proxy or of the policy under a value head."""
+    divided = shards(settings, settings.zero_stage)
     if ppo.critic_init == "proxy":
-        critic = reward_models.load(ppo.proxy)
+        critic = reward_models.load(ppo.proxy, divided)
     else:
-        lm = load_causal_lm(policy, dtype=settings.dtype)
+        lm = load_causal_lm(policy, dtype=settings.dtype, shards=divided)
         critic = RewardModel(lm, "mlp", reward_models.tokenizer)
         critic.head.to(dtype=lm.dtype)
     if ppo.critic_head == "zero":
@@ -174,18 +183,16 @@ class _Depths(NamedTuple):
 
 
 def _frozen_layers(
-    ppo: Ppo, policy: Model, settings: config.Engine, lm: CausalLM, critic: RewardModel | None,
-    members: list[RewardModel],
+    policy: Model, settings: config.Engine, lm: CausalLM, critic: RewardModel | None, members: list[RewardModel],
+    of_frozen: Shards | None,
 ) -> tuple[FrozenLayers | None, _Depths]:  # fmt: skip
     """The layers of the policy that actor and critic keep frozen, and where each model continues them.
 
-    None where there are none, where they cannot be run apart, or where `ppo` does not reuse them. A reward model of the
-    proxy continues them if it has them too and reads the tokens that were sampled and no others.
+    None where there are none, or where they cannot be run apart. A reward model of the proxy continues them if it has
+    them too and reads the tokens that were sampled and no others.
     """
     nobody = _Depths(0, 0, [0] * len(members))
-    if not ppo.reuse_frozen_layers or not any(shared_depth(model) for model in (lm, *([critic.lm] if critic else []))):
-        return None, nobody
-    base = load_causal_lm(policy, dtype=settings.dtype).requires_grad_(False)
+    base = load_causal_lm(policy, dtype=settings.dtype, shards=of_frozen).requires_grad_(False)
     if base.config._attn_implementation.startswith("flash"):  # a kernel of GPUs only: they must hold the whole models
         for model in (base, lm, *([critic.lm] if critic else []), *(member.lm for member in members)):
             model.to(distributed.device())

@@ -283,10 +283,12 @@ class Trainer:
             self.saved.add_policy(folder)
 
     def _save_merged(self, folder: Path, **options) -> None:
-        lm, first = self.actor.module.lm, distributed.rank() == 0
-        weights = [(name, w.cpu()) for name, w in self.actor.named_weights(lm, **options) if first]
-        if first:
-            save_lm(folder, lm.config, weights, self.tokenizer)
+        lm = self.actor.module.lm
+        weights = self.actor.named_weights(lm, **options)
+        if distributed.rank() == 0:
+            save_lm(folder, lm.config, weights, self.tokenizer, shard_bytes=self.cfg.engine_of("ppo").shard_bytes)
+        else:
+            weights.take_part()
 
     def resume(self) -> int:
         """The first step to run: 1, or the one after the last saved state.

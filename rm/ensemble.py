@@ -15,6 +15,7 @@ from core.models.architecture import hidden_size, layers_of
 from core.models.layers import FrozenLayers, frozen_layers_of
 from core.models.state_cache import FrozenStateCache
 from core.training import distributed
+from core.training.sharding import Shards
 from rm.checkpoints.adapters import Adapter, backbone, cast, is_adapter
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import kept_kernel, read_head, read_tokenizer
@@ -77,6 +78,7 @@ class AdapterEnsemble(nn.Module):
         attention: Attention = "auto",
         base: str | Path | None = None,
         where: str | None = None,
+        shards: Shards | None = None,
     ) -> AdapterEnsemble:
         """The reward models of these adapter folders, in their order.
 
@@ -84,6 +86,7 @@ class AdapterEnsemble(nn.Module):
             dtype: of the weights.
             base: folder of the base model, in place of the one that the adapters name.
             where: the device; None for this rank's.
+            shards: as in `core.models.loading.load_causal_lm`; `where` is not used.
 
         Raises:
             ArtefactError: models of several bases, or anything that `RewardModel.from_pretrained` refuses.
@@ -94,7 +97,7 @@ class AdapterEnsemble(nn.Module):
         if other := [a.folder for a in adapters if backbone(a.folder) != backbone(adapters[0].folder)]:
             raise ArtefactError(f"{other[0]} has another base, type or number of layers than {adapters[0].folder}")
         first = adapters[0]
-        lm = first.load_base(kept_kernel(first.folder, first.about) if attention == "auto" else attention)
+        lm = first.load_base(kept_kernel(first.folder, first.about) if attention == "auto" else attention, shards)
         for adapter in adapters:
             adapter.check(lm)
         lm, members = cast(lm, dtype), []
@@ -109,7 +112,8 @@ class AdapterEnsemble(nn.Module):
             )
             member.head.load_state_dict(read_head(adapter.folder, about["head"], hidden_size(lm)))
             members.append(member.eval())
-        return cls(members).requires_grad_(False).eval().to(where or distributed.device())
+        place = distributed.device() if shards else where or distributed.device()
+        return cls(members).requires_grad_(False).eval().to(place)
 
     def forward(self, *args, member: int, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`RewardModel.forward` of the member of this number."""

@@ -26,6 +26,7 @@ from core.models.loading import load_causal_lm
 from core.models.logits import LmHead
 from core.models.logprobs import token_logprobs
 from core.training.distributed import device
+from core.training.sharding import Shards
 from rm.checkpoints import adapters, foreign
 from rm.checkpoints.folder import locate
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Parts, kept_kernel, read_about, read_head, read_tokenizer
@@ -203,6 +204,7 @@ class RewardModel(nn.Module):
         base: str | Path | None = None,
         reads: Reads | None = None,
         where: str | None = None,
+        shards: Shards | None = None,
     ) -> RewardModel:
         """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
@@ -213,6 +215,7 @@ class RewardModel(nn.Module):
             base: base model of a LoRA checkpoint, in place of the one that it names.
             reads: which tokens it reads, in place of what its folder or its layout says (`rm.reading`).
             where: the device; None for this rank's.
+            shards: as in `core.models.loading.load_causal_lm`, for models that this project wrote; `where` is not used.
 
         Returns:
             The model in eval mode.
@@ -222,27 +225,29 @@ class RewardModel(nn.Module):
         """
         folder = locate(path)
         if (folder / ABOUT_FILE).is_file():
-            parts = _read_own(folder, dtype=dtype, attention=attention, base=base)
+            parts = _read_own(folder, dtype=dtype, attention=attention, base=base, shards=shards)
         else:
             parts = foreign.read(folder, dtype=dtype, attention=attention, base=base)
         model = cls(
             parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std, reads=reads or parts.reads
         )
         model.head.load_state_dict(dict(parts.head))
-        return model.eval().to(where or device())
+        return model.eval().to(device() if shards else where or device())
 
 
-def _read_own(folder: Path, *, dtype: str, attention: Attention, base: str | Path | None) -> Parts:
+def _read_own(
+    folder: Path, *, dtype: str, attention: Attention, base: str | Path | None, shards: Shards | None
+) -> Parts:
     """The parts of a reward model that this project wrote."""
     about = read_about(folder)
     attention = kept_kernel(folder, about) if attention == "auto" else attention
     tokenizer = read_tokenizer(folder, about)
     if about["format"] == ADAPTER_FORMAT:
-        lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention)
+        lm = adapters.merged(adapters.Adapter.open(folder, base), dtype=dtype, attention=attention, shards=shards)
     elif base is not None:
         raise ArtefactError(f"{folder} is not a LoRA checkpoint, so it cannot be put on the base {base}")
     else:
-        lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype)
+        lm = load_causal_lm(Model(path=str(folder), attention=attention), dtype=dtype, shards=shards)
     head = read_head(folder, about["head"], hidden_size(lm))
     return Parts(lm, about["head"], head, tokenizer, about["mean"], about["std"], about["reads"])
 

@@ -22,10 +22,11 @@ from core.data.rows import CalibrationRow, PairRow
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json
 from core.models.state_cache import FrozenStateCache
+from core.models.weight_files import SHARD_BYTES
 from core.parts import seal
 from core.training import distributed
 from core.training.engine import Engine
-from core.training.weights import gathered
+from core.training.sharding import gathered
 from rm import faults
 from rm.checkpoints.adapters import describe_base, save_adapter_model
 from rm.checkpoints.layout import save_reward_model
@@ -110,7 +111,7 @@ def train_variant(
     whereabouts.enter(f"measure {name}")
     metrics |= measure(engine, model, val, calibration, out, cache)
     whereabouts.enter(f"save {name}")
-    save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed)
+    save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed, shard_bytes=cfg.engine_of("rm").shard_bytes)
     if distributed.rank() == 0:
         write_json(out / "metrics.json", metrics | {"seconds": round(time.monotonic() - started, 1)})
         seal(out)
@@ -246,9 +247,14 @@ def train_step(
 
 
 def save(
-    rm: RewardTraining, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path, *, seed: int
-) -> None:
-    """Write the model's folder, whole or as an adapter (`rm.save`). Every rank must call it; the first one writes."""
+    rm: RewardTraining, engine: Engine, model: RewardModel, variant: RewardVariant, out: Path, *, seed: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write the model's folder, whole or as an adapter (`rm.save`). Every rank must call it; the first one writes.
+
+    Args:
+        shard_bytes: as in `core.models.weight_files.write_weights`.
+    """
     engine.settle()
     head = {}
     for name, weight in model.head.named_parameters():
@@ -258,6 +264,8 @@ def save(
     if rm.save == "adapter" and hasattr(model.lm, "peft_config"):
         save_adapter_model(out, model, head, base=rm.base, **about)
         return
-    weights = list(engine.named_weights(model.lm))
+    weights = engine.named_weights(model.lm)
     if distributed.rank() == 0:
-        save_reward_model(out, model, weights, head, base=rm.base.path, **about)
+        save_reward_model(out, model, weights, head, shard_bytes=shard_bytes, base=rm.base.path, **about)
+    else:
+        weights.take_part()

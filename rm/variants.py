@@ -18,6 +18,7 @@ from core.models.loading import load_causal_lm
 from core.models.lora import add_lora
 from core.models.state_cache import FrozenStateCache
 from core.training import distributed
+from core.training.engine import shards
 from rm.model import RewardModel
 from rm.pairs import seed_name
 
@@ -50,14 +51,17 @@ def build(
 ) -> tuple[RewardModel, ChatTokenizer]:
     """The untrained model and its tokenizer; variants with the same `variant.seed` start from the same head.
 
+    Every rank must make it. With several ranks at ZeRO stage 3 the weights of its LM are divided among them.
+
     Args:
         seed: `run.seed`.
     """
     tokenizer = ChatTokenizer(rm.base)
     tokenizer.check()
     lm = load_causal_lm(
-        rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant), float32_head=settings.float32_head
-    )
+        rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant), float32_head=settings.float32_head,
+        shards=shards(settings, settings.zero_stage),
+    )  # fmt: skip
     torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
     if rm.lora and variant.trainable_layers is None:
         lm = add_lora(lm, rm.lora)

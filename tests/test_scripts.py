@@ -68,7 +68,7 @@ def commands(*arguments: str) -> list[str]:
 
 
 def test_the_main_job_runs_every_stage_once_in_order():
-    stages = ("prompts", "preferences", "rm", "ppo", "bon", "eval", "report")
+    stages = ("prompts", "sft", "preferences", "rm", "ppo", "bon", "eval", "report")
     expected = [f".venv/bin/grm {stage} --config configs/offline.yaml" for stage in stages]
     assert [line.rstrip() for line in commands("rm", "ppo", "eval")] == expected
 
@@ -84,7 +84,7 @@ def test_options_of_make_reach_every_stage():
     found = commands("ppo", "CONFIG=a.yaml", "FROM=runs/offline", "SET=run.name=kl01 ppo.kl.coef=0.1")
     assert found == [
         f".venv/bin/grm {stage} --config a.yaml --from runs/offline run.name=kl01 ppo.kl.coef=0.1"
-        for stage in ("prompts", "preferences", "rm", "ppo")
+        for stage in ("prompts", "sft", "preferences", "rm", "ppo")
     ]
 
 

@@ -42,6 +42,15 @@ class Engine(Section):
     does not end. All of them end then, the lost rank and its phase are named, and the same command goes on from what is
     saved."""
 
+    shard_gib: float = Field(default=4.0, gt=0, json_schema_extra={"decides_result": False})
+    """A saved policy or reward model is written in files of at most so many GiB (a smaller one in a single file), each
+    as soon as it is full, and a process holds no more of the weights than one of them."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_gib` in bytes."""
+        return int(self.shard_gib * 2**30)
+
     def changed(self, changes: EngineOfStage) -> Engine:
         """This section with those of `changes` that are not null; DeepSpeed's own settings are laid over each other."""
         given = {name: value for name, value in changes if value is not None}
@@ -71,3 +80,5 @@ class EngineOfStage(Section):
         default=None, json_schema_extra={"decides_result": False}
     )
     """As engine.rank_timeout."""
+    shard_gib: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra={"decides_result": False})
+    """As engine.shard_gib."""

@@ -16,6 +16,7 @@ from core.models import CausalLM
 from core.models.architecture import text_config, trunk_of
 from core.models.layers import SKIPS_PADDING, hidden_states
 from core.models.logits import LmHead
+from core.training.sharding import whole_shape
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number. What is forgotten after a head differs by a tenth or more."""
@@ -59,7 +60,7 @@ def _both(lm: CausalLM) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     The logits are of hidden states that are multiplied until the LM head's output has the spread SPREAD.
     """
     head, trunk, dtype = LmHead.of(lm), trunk_of(lm), next(lm.parameters()).dtype
-    size = lm.get_input_embeddings().weight.shape[0]
+    size = whole_shape(lm.get_input_embeddings().weight)[0]
     ids = (torch.arange(1, 9, device=lm.device) * 7919 % size)[None]
     mask, kept = torch.ones_like(ids), {}
 

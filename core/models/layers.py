@@ -17,6 +17,7 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, stack_of, surroundings, trunk_of
 from core.models.unpadded import Joined, attention_within
+from core.training.sharding import gathered
 
 SKIPS_PADDING = "skips_padding"
 """Attribute of a trunk: whether it computes the same on real tokens laid end to end."""
@@ -349,5 +350,10 @@ def _same_and_frozen(modules: Sequence[nn.Module]) -> bool:
         return False
     first = states[0]
     return all(
-        state.keys() == first.keys() and all(torch.equal(p, first[k]) for k, p in state.items()) for state in states[1:]
+        state.keys() == first.keys() and all(_equal(first[k], p) for k, p in state.items()) for state in states[1:]
     )
+
+
+def _equal(one: nn.Parameter, other: nn.Parameter) -> bool:
+    with gathered([one, other]):
+        return torch.equal(one, other.to(one.device))

@@ -18,15 +18,23 @@ from core.models.agreement import check_agreement, skip_padding
 from core.models.architecture import stack_of, text_config, trunk_of
 from core.models.kernels import attention_kernel, soft_cap
 from core.models.logits import use_float32_head
+from core.models.tensor_by_tensor import read_in_shards
+from core.models.weight_files import SHARD_BYTES, write_weights
+from core.training.sharding import Shards
 
 
-def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, float32_head: bool = False) -> CausalLM:
+def load_causal_lm(
+    model: Model, *, dtype: str, num_layers: int | None = None, float32_head: bool = False,
+    shards: Shards | None = None,
+) -> CausalLM:  # fmt: skip
     """A causal language model, with dropout off. What does not read text, such as a vision tower, is frozen.
 
     Args:
         dtype: of its weights, for example "bfloat16".
         num_layers: how many layers to keep, from the lowest on; None for all.
         float32_head: compute logits in float32 (`core.models.logits.Float32Head`) where weights are of another type.
+        shards: divides the weights among the ranks while they are read (`core.training.engine.shards`); None reads them
+            whole. Every rank must make the call.
 
     Raises:
         ArtefactError: the model has fewer layers; its files and its architecture do not fit each other; the attention
@@ -42,15 +50,17 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
         if num_layers is not None:
             _cut(text_config(config), num_layers, model.path)
     with made_by_library(f"no model can be made of {model.path}"):
+        options = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": attention_kernel(config, model.attention, model.path),
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # refused below, by name
+        }
         try:
-            lm, info = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                config=config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention_kernel(config, model.attention, model.path),
-                output_loading_info=True,
-                **where,
-            )
+            if shards:
+                lm, info = read_in_shards(shards, model, config, **options)
+            else:
+                lm, info = AutoModelForCausalLM.from_pretrained(model.path, config=config, **options, **where)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{model.path}: its weights are damaged, cut short or not there ({error})") from None
         except ValueError as error:
@@ -68,6 +78,8 @@ def load_causal_lm(model: Model, *, dtype: str, num_layers: int | None = None, f
             f"{model.path} does not fit its architecture: missing {sorted(info['missing_keys'])[:3]}, unexpected "
             f"{sorted(unexpected)[:3]}, other shape {sorted(info['mismatched_keys'])[:3]}"
         )
+    if shards:
+        shards.take(lm)
     without_dropout(lm)
     if float32_head and dtype != "float32":
         use_float32_head(lm)
@@ -101,19 +113,21 @@ def without_dropout(lm: CausalLM) -> None:
                 setattr(module, key, 0.0)
 
 
-def save_lm(folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer) -> None:
+def save_lm(
+    folder: Path, config, named_weights: Iterable[tuple[str, Tensor]], tokenizer: ChatTokenizer, *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
     """Write a folder that transformers and vLLM load as it is.
 
     Args:
         config: of the model, in transformers' form.
         named_weights: (Hugging Face name, whole tensor); a tied LM head is left out.
+        shard_bytes: as in `core.models.weight_files.write_weights`.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tied = config.tie_word_embeddings
-    weights = {k: v.contiguous().cpu() for k, v in named_weights if not (tied and k == "lm_head.weight")}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = ((k, v) for k, v in named_weights if not (tied and k == "lm_head.weight"))
+    write_weights(folder, weights, shard_bytes)
     save_config(folder, config)
     save_tokenizer(folder, tokenizer)
 

@@ -11,6 +11,7 @@ from core.config import Lora, Model
 from core.errors import ArtefactError, made_by_library
 from core.models import CausalLM
 from core.models.architecture import layers_of, linear_layers, stack_of, trunk_of
+from core.training.sharding import whole_shape
 
 DEFAULT_TARGETS = Lora().targets
 
@@ -94,6 +95,12 @@ def out_and_in(module: nn.Module) -> Tensor:
     """The weight of a linear map as [out, in], a view of its own."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if is_conv1d(module) else weight
+
+
+def out_and_in_features(module: nn.Module) -> tuple[int, int]:
+    """The shape of a linear map's weight as [out, in], divided among the ranks or not."""
+    one, other = whole_shape(module.weight)  # type: ignore[arg-type]
+    return (other, one) if is_conv1d(module) else (one, other)
 
 
 def lora_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -25,12 +25,19 @@ from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.optimizer import Spikes, adamw, guard
 from core.training.schedule import factor
+from core.training.sharding import Shards, num_bytes, taken_over
 from core.training.weights import NamedWeights
 
 SPIKES = "grm_spikes"
 """Name in a saved state of what `optim.skip_above` compares gradient norms with."""
 FROZEN_SHARE = 0.1
 """Of a GPU's memory: what frozen models may take together and still be whole on every rank."""
+
+NEEDS_ENGINE = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "mics_shard_size",
+)  # fmt: skip
+"""Settings in `engine.overrides` by which DeepSpeed divides parameters in groups of ranks or in other number types. It
+does so when an engine is made, from whole models."""
 
 
 class Engine:
@@ -70,9 +77,10 @@ class Engine:
         init_distributed()
         self.module, self.accumulation, self.continues, self._offloaded = module, accumulation, 0, False
         settings = deepspeed_config(cfg, optim, micro_batch=micro_batch, accumulation=accumulation)
+        divided = taken_over(module, getattr(torch, cfg.dtype))
         if optim is None:
             module.requires_grad_(False).eval()
-            if frozen_zero_stage(cfg, alike * num_bytes(module)) == 0:
+            if not divided and frozen_zero_stage(cfg, alike * num_bytes(module)) == 0:
                 self._forward = module.to(device())
                 return
             self._deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
@@ -221,9 +229,15 @@ def frozen_zero_stage(cfg: config.Engine, together: int) -> int:
     return 3 if cfg.offload or together > FROZEN_SHARE * torch.cuda.get_device_properties(device()).total_memory else 0
 
 
-def num_bytes(module: nn.Module) -> int:
-    """Of the parameters, each counted once."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def shards(cfg: config.Engine, stage: int) -> Shards | None:
+    """What divides a model while it is read, for an engine of this stage; None where each rank reads it whole.
+
+    Call it after `init_distributed`, with the same arguments on every rank.
+    """
+    settings = deepspeed_config(cfg, None, micro_batch=1, accumulation=1)
+    if stage != 3 or world_size() == 1 or settings.get("fp16", {}).get("enabled"):
+        return None
+    return None if any(settings["zero_optimization"].get(key) for key in NEEDS_ENGINE) else Shards(settings)
 
 
 def deepspeed_config(cfg: config.Engine, optim: config.Optim | None, *, micro_batch: int, accumulation: int) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from core.files import read_json, write_json
 from core.models import CausalLM
 from core.models.lora import is_conv1d, lora_modules, lora_product, merged_lora
 from core.training import distributed
+from core.training.sharding import gathered, whole_shape
 
 
 def save_adapter(folder: Path, lm: CausalLM) -> None:
@@ -68,12 +68,14 @@ class NamedWeights:
         self._settle()
         return named_weights(self._lm, **self._options)
 
+    def take_part(self) -> None:
+        """Iterate for the sake of another rank, which needs this one's shards; nothing is kept."""
+        for _ in self:
+            pass
+
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, type, whole shape) of each weight in the order of iteration, without gathering any."""
-        return [
-            (name, weight.dtype, tuple(getattr(weight, "ds_shape", weight.shape)))
-            for name, weight, _ in _with_adapters(self._lm)
-        ]
+        return [(name, weight.dtype, whole_shape(weight)) for name, weight, _ in _with_adapters(self._lm)]
 
 
 def named_weights(
@@ -112,16 +114,3 @@ def _with_adapters(lm: CausalLM) -> Iterator[tuple[str, nn.Parameter, Any]]:
         if "lora_" not in name:
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield name, weight, adapted.get(name)
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside the block these parameters are whole, whatever the ZeRO stage. They must only be read."""
-    if any(hasattr(p, "ds_id") for p in parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters), torch.no_grad():
-            yield
-    else:
-        with torch.no_grad():
-            yield

@@ -34,7 +34,8 @@ class Memory:
     moments: tuple[Parts, ...]
     """One for each state of the stage that may be the largest."""
     whole_on_host: float = 0.0
-    """Host memory that one rank needs while models are read whole, before they are sharded or moved to a GPU."""
+    """Host memory that one rank needs for the models that it reads whole, before they are moved to a GPU. Of a model
+    that is sharded while it is read, its largest layer."""
 
     @property
     def parts(self) -> Parts:
@@ -66,6 +67,11 @@ def activation_bytes(shape: Shape, length: float, *, kernel: str, size: int, lor
 def held(params: float, size: int, zero: int | None, ranks: int) -> float:
     """Bytes of weights that an engine holds between passes."""
     return params * size / (ranks if zero == 3 else 1)
+
+
+def read_whole(shape: Shape, size: int, zero: int | None, ranks: int) -> float:
+    """Bytes of a model that a rank has in memory whole while it reads it (`core.training.engine.shards`)."""
+    return (max(shape.embedding_params, shape.layer_params) if zero == 3 and ranks > 1 else shape.params) * size
 
 
 def trained_bytes(trained: float, settings: Engine, ranks: int, *, gpu: bool) -> dict[str, float]:
@@ -162,7 +168,9 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
             states = (rows * sizes.pair_row + sizes.lengths.calibration * sizes.row(2) / ranks) * shape.hidden * size
             if not gpu_memory:
                 parts["states of frozen layers"] = states
-        found.append(Memory((parts,), shape.params * size + (states if gpu_memory else 0.0)))
+        zero = None if rm_caches(sizes, variant) else sizes.rm_zero  # the cached layers are whole on every rank
+        whole = read_whole(shape, size, zero, ranks)
+        found.append(Memory((parts,), whole + (states if gpu_memory else 0.0)))
     return max(found, key=lambda memory: memory.total)
 
 
@@ -195,10 +203,10 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     parts["activations"] = kept
     read = cfg.micro_batch * sizes.lengths.response_tokens
     parts["logits"] = logit_bytes(sizes.policy, read, float32=settings.float32_head, backward=True)
-    shapes = [sizes.policy, *([sizes.critic] if sizes.critic else []), *members]
-    if not cfg.lora:
-        shapes.append(sizes.policy)
-    whole = sum(shape.params for shape in shapes) * size
+    trains = [sizes.policy, *([sizes.critic] if sizes.critic else [])]
+    stays = [*members, *([] if cfg.lora else [sizes.policy]), *([sizes.policy] if sizes.shared else [])]
+    whole = sum(read_whole(shape, size, sizes.actor_zero, ranks) for shape in trains)
+    whole += sum(read_whole(shape, size, frozen, ranks) for shape in stays)
     if cfg.vllm_servers:
         return Memory((parts,), whole)
     vllm = sampler(sizes, gpu_memory)

@@ -25,8 +25,9 @@ def memory_warnings(
     found = [line for parts in memory.moments if (line := _moment(sizes, stage, parts, available))]
     if host is not None and (need := ranks * (memory.whole_on_host + PROCESS)) > host:
         found.append(
-            f"{stage}: {ranks} rank(s) read models whole before they are sharded: {gib(need)} of host memory, and "
-            f"there are {gib(host)}: start fewer ranks, or take smaller models"
+            f"{stage}: {ranks} rank(s) read models through {gib(need)} of host memory, and there are {gib(host)}: "
+            "start fewer ranks, shard the models (engine.zero_stage=3, engine.frozen_zero_stage=3), or take smaller "
+            "ones"
         )
     weights = sizes.policy.params * sizes.bytes_per_sampler_weight
     share = sizes.cfg.generation.vllm.gpu_memory_utilization * available

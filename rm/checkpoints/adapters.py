@@ -19,7 +19,8 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import text_config
 from core.models.loading import load_causal_lm, save_config
-from core.training import distributed
+from core.training import distributed, sharding
+from core.training.sharding import Shards
 from core.training.weights import save_adapter
 from rm.checkpoints.folder import HUB_ID, locate, read_config, shapes, tensors
 from rm.checkpoints.layout import ABOUT_FILE, ADAPTER_FORMAT, Saveable, read_about, save_head
@@ -93,13 +94,13 @@ class Adapter:
             )
         return cls(folder, about, located)
 
-    def load_base(self, attention: Attention) -> CausalLM:
-        """The base in the type that it had in training, with as many layers."""
+    def load_base(self, attention: Attention, shards: Shards | None = None) -> CausalLM:
+        """The base in the type that it had in training, with as many layers; `shards` as in `load_causal_lm`."""
         where, depth = (
             Model(path=str(self.base), attention=attention),
             text_config(read_config(self.folder)).num_hidden_layers,
         )
-        return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth)
+        return load_causal_lm(where, dtype=self.about["base_model"]["dtype"], num_layers=depth, shards=shards)
 
     def check(self, lm: CausalLM) -> tuple[object, dict[str, nn.Module]]:
         """PEFT's configuration and the layers of `lm` that it adapts; ArtefactError if the tensors do not fit."""
@@ -109,9 +110,9 @@ class Adapter:
         return settings, layers
 
 
-def merged(adapter: Adapter, *, dtype: str, attention: Attention) -> CausalLM:
+def merged(adapter: Adapter, *, dtype: str, attention: Attention, shards: Shards | None = None) -> CausalLM:
     """The causal LM with the adapter merged into it; bit for bit the one in the merged layout of the same model."""
-    lm = adapter.load_base(attention)
+    lm = adapter.load_base(attention, shards)
     settings, layers = adapter.check(lm)
     names = (f"{name}.lora_{side}.weight" for name in layers for side in "AB")
     merge(layers, settings, tensors(adapter.folder, {name: PREFIX + name for name in names}))
@@ -122,7 +123,7 @@ def merged(adapter: Adapter, *, dtype: str, attention: Attention) -> CausalLM:
 def cast(lm: CausalLM, dtype: str) -> CausalLM:
     """The LM with its weights in another type; buffers such as the rotary frequencies stay in float32."""
     for parameter in lm.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+        sharding.cast(parameter, getattr(torch, dtype))
     lm.config.dtype = getattr(torch, dtype)
     return lm
 

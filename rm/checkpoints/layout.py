@@ -18,6 +18,7 @@ from core.files import read_json, read_tensors, write_json
 from core.models import CausalLM
 from core.models.kernels import soft_cap
 from core.models.loading import save_lm
+from core.models.weight_files import SHARD_BYTES
 from rm.checkpoints.folder import check_vocabulary, read_config
 from rm.heads import make_head
 from rm.reading import Reads
@@ -135,10 +136,11 @@ def read_head(folder: Path, kind: str, hidden_size: int) -> dict[str, Tensor]:
 
 
 def save_reward_model(
-    folder: Path, model: Saveable, named_weights: Iterable[tuple[str, Tensor]], head: dict, **about
-) -> None:
+    folder: Path, model: Saveable, named_weights: Iterable[tuple[str, Tensor]], head: dict, *,
+    shard_bytes: int = SHARD_BYTES, **about,
+) -> None:  # fmt: skip
     """Write what `RewardModel.from_pretrained` reads: the LM as transformers saves it, tokenizer, head and facts."""
-    save_lm(folder, model.lm.config, named_weights, model.tokenizer)
+    save_lm(folder, model.lm.config, named_weights, model.tokenizer, shard_bytes=shard_bytes)
     save_head(folder, model, head, **about)
 
 

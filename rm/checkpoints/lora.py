@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from core.errors import ArtefactError, made_by_library
 from core.files import digest, open_tensors
 from core.models import CausalLM
 from core.models.architecture import linear_layers, text_config
-from core.models.lora import lora_product, merged_lora, out_and_in
+from core.models.lora import lora_product, merged_lora, out_and_in, out_and_in_features
+from core.training.sharding import changed
 from rm.checkpoints.folder import faults, files, read_config
 
 SAME_BASE = (
@@ -88,7 +90,7 @@ def check_factors(
     """
     wanted = {}
     for name, layer in layers.items():
-        out_features, in_features = out_and_in(layer).shape
+        out_features, in_features = out_and_in_features(layer)
         wanted[f"{prefix}{name}.lora_A.weight"] = (adapter.r, in_features)
         wanted[f"{prefix}{name}.lora_B.weight"] = (out_features, adapter.r)
     if wrong := faults(wanted, shape_of):
@@ -101,8 +103,9 @@ def merge(layers: Mapping[str, nn.Module], adapter, factors: Mapping[str, Tensor
     scaling = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
     for name, layer in layers.items():
         a, b = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
-        weight = out_and_in(layer)
-        weight.copy_(merged_lora(weight, lora_product(a, b, scaling)))
+        with changed([cast(nn.Parameter, layer.weight)]):
+            weight = out_and_in(layer)
+            weight.copy_(merged_lora(weight, lora_product(a, b, scaling).to(weight.device)))
 
 
 def weights_digest(folder: Path) -> str:

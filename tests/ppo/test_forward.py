@@ -57,6 +57,12 @@ def test_stages_and_shared_layers_give_the_same_step(found, layout):
 
 
 @pytest.mark.slow
+def test_models_that_are_read_into_shards_take_the_same_steps_to_the_bit(found):
+    """As models that each rank reads whole before they are sharded."""
+    assert found["sharded"] == found["read whole"]
+
+
+@pytest.mark.slow
 def test_the_shared_states_are_those_of_each_models_own_full_pass(found, folder):
     """Models of transformers, each on a row alone. The reward model `all` continues nothing, `top` does."""
     policy = Model(path=str(folder / "policy"), attention="eager")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+import rm.variants
 from core.config import Config
 from core.config.load import load
 from core.training import distributed
-from core.training.engine import Engine
+from core.training.engine import Engine, shards
 from ppo.proxy import LocalProxy
 from rm import train
 from rm.ensemble import AdapterEnsemble
@@ -60,6 +61,16 @@ def main(base: str, out: str) -> None:
         for save in ("merged", "adapter"):
             train.save(config(base, save).rm, engine, model, variant, folder / save / name, seed=cfg.run.seed)
     torch.distributed.barrier()
+    divide = shards(cfg.engine, 3)
+    divided = {
+        "divided": [RewardModel.from_pretrained(folder / "merged" / n, dtype="float32", shards=divide) for n in "ab"],
+        "divided adapters": [
+            RewardModel.from_pretrained(folder / "adapter" / n, dtype="float32", shards=divide) for n in "ab"
+        ],
+    }
+    of_divided = {name: [Engine(m, cfg.engine, micro_batch=2) for m in models] for name, models in divided.items()}
+    together = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in "ab"], dtype="float32", shards=divide)
+    of_divided["divided and shared"] = together.through(Engine(together, cfg.engine, micro_batch=2))
     whole = [RewardModel.from_pretrained(folder / "merged" / n, dtype="float32") for n in ("a", "b")]
     whole = [Engine(model, cfg.engine, micro_batch=2) for model in whole]
     ensemble = AdapterEnsemble.from_pretrained([folder / "adapter" / n for n in ("a", "b")], dtype="float32")
@@ -67,8 +78,13 @@ def main(base: str, out: str) -> None:
     mine = [{"prompt": chat[:-1], "response": chat[-1]["content"]} for chat in CHATS[distributed.rank() :][:2]]
     found = {
         name: distributed.gather_rows(LocalProxy(members, "uwo:0.5").score(mine).tolist())
-        for name, members in (("whole", whole), ("shared", shared), ("again", shared))
+        for name, members in (("whole", whole), ("shared", shared), ("again", shared), *of_divided.items())
     }
+    rm.variants.shards = lambda *_: None
+    engine, model, _ = train.fit(
+        cfg.rm, cfg.engine_of("rm"), cfg.rm.variants["a"], rows(), folder / "log" / "whole", name="a", seed=cfg.run.seed
+    )
+    train.save(cfg.rm, engine, model, cfg.rm.variants["a"], folder / "merged" / "whole", seed=cfg.run.seed)
     if distributed.rank() == 0:
         (folder / "scores.json").write_text(json.dumps(found))
     torch.distributed.barrier()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import ppo.models
 from core import config
 from core.data.chat import ChatTokenizer
 from core.data.splits import prompt_id
@@ -39,7 +40,9 @@ PPO = config.Ppo(
 LAYOUTS = {
     # name: ZeRO stage of what is trained, of what is frozen, whether frozen layers are shared
     "slow": (3, 3, False), "sharded": (3, 3, True), "whole": (3, 0, True), "zero2": (2, 0, True),
+    "read whole": (3, 3, True),
 }  # fmt: skip
+"""In the last one each rank reads the models whole before ZeRO-3 shards them, else straight into shards."""
 OF_TOKENS = ("logprobs", "ref_logprobs", "critic_outputs")
 NOTHING_KEPT_WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -99,15 +102,15 @@ def train(policy: config.Model, folder: Path, trained: int, frozen: int, shared:
         zero_stage=trained, frozen_zero_stage=frozen, dtype="float32",
         overrides=NOTHING_KEPT_WHOLE if 3 in (trained, frozen) else {},
     )  # fmt: skip
-    ppo, tokenizer = PPO.model_copy(update={"reuse_frozen_layers": shared}), ChatTokenizer(policy)
+    options, tokenizer = PPO.model_copy(update={"reuse_frozen_layers": shared}), ChatTokenizer(policy)
     engines = make_engines(
-        ppo, policy, settings, temperature=TEMPERATURE, reward_models=folder / "rm", tokenizer=tokenizer, seed=1
+        options, policy, settings, temperature=TEMPERATURE, reward_models=folder / "rm", tokenizer=tokenizer, seed=1
     )
-    learner = Learner(ppo, engines.actor, engines.critic, RewardScale(ppo.reward, 0.0, 1.0), seed=1)
+    learner = Learner(options, engines.actor, engines.critic, RewardScale(options.reward, 0.0, 1.0), seed=1)
     sampler = Table(tokenizer)
     probe = SyncProbe(engines.actor, sampler, dtype=torch.float32)
-    reward = MixedReward(ppo.reward, engines.proxy, {})
-    collector = Collector(ppo, engines, learner, sampler, probe, reward, prompts=prompts(), seed=1)
+    reward = MixedReward(options.reward, engines.proxy, {})
+    collector = Collector(options, engines, learner, sampler, probe, reward, prompts=prompts(), seed=1)
     depths = [engines.actor.continues, engines.critic.continues]
     found = {"depths": depths, "shared": engines.frozen_layers is not None, "rows": [], "metrics": []}
     for step in (1, 2):
@@ -140,7 +143,11 @@ def main(tokenizer: str, out: str) -> None:
         make_models(Path(tokenizer), folder)
     torch.distributed.barrier()
     policy = config.Model(path=str(folder / "policy"), attention="eager")
-    found = {name: train(policy, folder, *layout) for name, layout in LAYOUTS.items()}
+    found = {}
+    for name, layout in LAYOUTS.items():
+        if name == "read whole":
+            ppo.models.shards = lambda *_: None
+        found[name] = train(policy, folder, *layout)
     if distributed.rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()

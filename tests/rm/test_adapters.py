@@ -292,3 +292,10 @@ def test_trained_and_saved_under_zero3_both_ways(base, tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["shared"] == scores["again"] and len(scores["shared"]) == 4
     assert scores["shared"] == pytest.approx(scores["whole"], abs=1e-3, rel=1e-3)  # standard deviations
+    # Read straight into shards: the same rewards, and the same training.
+    assert scores["divided"] == scores["divided adapters"] == scores["whole"]
+    assert scores["divided and shared"] == scores["shared"]
+    first, second = ((tmp_path / "log" / name / "train.jsonl").read_text() for name in ("a", "whole"))
+    assert first == second
+    one, other = (load_file(tmp_path / "merged" / name / "model.safetensors") for name in ("a", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -6,11 +6,16 @@ import torch
 
 from core.config import Model, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
-from core.errors import DataError
+from core.errors import ArtefactError, DataError
+from rm.checkpoints.folder import files
+from rm.checkpoints.layout import save_reward_model
+from rm.checkpoints.lora import weights_digest
 from rm.measure import held_out
+from rm.model import RewardModel
 from rm.pairs import tokenise
 from rm.reading import Reader
 from rm.train import arm_rows
+from tests.builders.checkpoints import CHATS
 from tests.builders.reward_models import tiny_reward_model
 from tests.builders.tokenizers import of_family
 
@@ -99,3 +104,18 @@ def test_a_long_validation_pair_does_not_cost_a_trained_model(tokenizer_path):
     assert tokens[1][1] == tuple(reader.tokenizer.response_ids("No."))
     with pytest.raises(DataError, match="all 1 validation pairs have more tokens than the 100 positions"):
         held_out(reader, [long], positions=100)
+
+
+def test_a_model_that_is_saved_in_several_files_is_the_same(tokenizer_path, tmp_path):
+    model = tiny_reward_model(tokenizer_path, "mlp")
+    head = {name: weight.detach().clone() for name, weight in model.head.state_dict().items()}
+    one, several = tmp_path / "one", tmp_path / "several"
+    save_reward_model(one, model, model.lm.named_parameters(), head)
+    save_reward_model(several, model, model.lm.named_parameters(), head, shard_bytes=20_000)
+    assert len(files(one)) == 1 and len(files(several)) > 3
+    assert weights_digest(one) == weights_digest(several)
+    read = [RewardModel.from_pretrained(folder, dtype="float32") for folder in (one, several)]
+    assert torch.equal(read[0].score(CHATS), read[1].score(CHATS))
+    files(several)[1].unlink()
+    with pytest.raises(ArtefactError, match="several"):
+        RewardModel.from_pretrained(several)

@@ -129,6 +129,23 @@ def test_host_memory_that_whole_models_do_not_fit_into_is_warned_of():
         assert len(memory_warnings(found, "ppo", memory, 10 * GIB, gpu=True, host=host)) == lines
 
 
+def test_sharded_models_are_read_through_the_room_of_a_layer():
+    """Actor, critic, reference and proxy; below stage 3, and on one rank, all of each."""
+    shape = tiny_shape(vocab_size=2048)
+    layer, whole = 2 * shape.embedding_params, 2 * shape.params
+    assert shape.embedding_params > shape.layer_params and layer < whole
+
+    def read(stage: str, zero: int, frozen: int, ranks: int = 2) -> float:
+        engine = {"processes": ranks, "dtype": "bfloat16", "zero_stage": zero, "frozen_zero_stage": frozen}
+        return memory_of(sizes(shape, ranks, engine=engine, ppo={"lora": None}), stage, None).whole_on_host
+
+    assert [read("ppo", zero, frozen) for zero, frozen in ((3, 3), (3, 0), (2, 0))] == [
+        4 * layer, 2 * layer + 2 * whole, 4 * whole,
+    ]  # fmt: skip
+    assert [read("rm", zero, 0) for zero in (3, 2)] == [layer, whole]
+    assert (read("ppo", 3, 3, ranks=1), read("rm", 3, 3, ranks=1)) == (4 * whole, whole)
+
+
 def test_weights_that_leave_vllm_no_cache_are_warned_of():
     shape = tiny_shape(vocab_size=4_000_000)
     found = sizes(shape, generation={"vllm": {"gpu_memory_utilization": 0.1, "dtype": "bfloat16"}})
