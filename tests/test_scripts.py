@@ -143,6 +143,8 @@ def test_prompts_of_pairs_are_whole_and_each_is_there_once(tmp_path):
     assert made("--number", "4") == whole[:4] and made("--seed", "2") != whole
     failed = subprocess.run([*command[:2], "none.jsonl", "x.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and "none.jsonl" in failed.stderr and "Traceback" not in failed.stderr
+
+
 @pytest.mark.parametrize(
     ("said", "refusal"),
     [

@@ -17,10 +17,12 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.functions import NAME
 from pipelines.shipped.offline_model import EMBEDDER, POLICY, SOURCE_FILE
-from pipelines.stages import STAGES
+from pipelines.stages import STAGES, in_use
 
 SHIPPED = Path(__file__).parent
 DEFAULT = "offline"
+NO_RUNS = ("published",)
+"""Files beside the configurations that are none."""
 FINAL = {"eval": "report"}
 """Stage -> the stage that its target runs too: who measures wants to read the report."""
 
@@ -56,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 def shipped() -> list[str]:
     """Names of the configurations, such as `offline`; those in folders have the folder's name before a slash."""
     folder = SHIPPED / "configs"
-    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    found = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    return sorted(name for name in found if name not in NO_RUNS)
 
 
 def known(name: str) -> str:
@@ -129,7 +132,7 @@ def makefile(files: Sequence[Path], cfg: Config) -> str:
         "FROM ?=",
         "GRM ?= grm",
         "",
-        f"STAGES := {' '.join(STAGES)}",
+        f"STAGES := {' '.join(in_use(cfg))}",
         "FILES = $(addprefix --config ,$(CONFIG))",
         "OPTIONS = $(FILES) $(if $(FROM),--from $(FROM)) $(SET)",
         f"MODELS := {models}".rstrip(),
@@ -139,16 +142,16 @@ def makefile(files: Sequence[Path], cfg: Config) -> str:
         ".NOTPARALLEL: # a stage uses the whole machine",
         "",
     ]
-    for stage in STAGES.values():
+    for stage in map(STAGES.__getitem__, in_use(cfg)):
         also = f", then {FINAL[stage.name]}" if stage.name in FINAL else ""
-        lines.append(f"{stage.name}: {' '.join(stage.inputs)} ## {stage.makes}{also}".replace(":  ", ": "))
-    lines += ["", *_recipes(), "help: ## print this list",
+        lines.append(f"{stage.name}: {' '.join(stage.inputs_in(cfg))} ## {stage.makes}{also}".replace(":  ", ": "))
+    lines += ["", *_recipes(in_use(cfg)), "help: ## print this list",
               "\t@sed -nE 's/^([a-z]+):[^#]*## */\\1\\t/p' $(MAKEFILE_LIST) | expand -t 14"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _recipes() -> Iterator[str]:
-    single = [name for name in STAGES if name not in (*FINAL, *FINAL.values())]
+def _recipes(stages: Sequence[str]) -> Iterator[str]:
+    single = [name for name in stages if name not in (*FINAL, *FINAL.values())]
     yield from (f"{' '.join(single)}: | $(MODELS)", "\t@$(GRM) $@ $(OPTIONS)", "")
     for stage, last in FINAL.items():
         yield from (f"{stage}: | $(MODELS)", f"\t@$(GRM) {stage} $(OPTIONS)", f"\t@$(GRM) {last} $(OPTIONS)", "")
