@@ -1,8 +1,8 @@
 """Stage `rm`: train every variant of the reward model on the same pairs, in the same order, and measure it.
 
-The loop is our own, on the DeepSpeed engine that PPO uses too, and not trl.RewardTrainer, for three reasons: the
-regulariser needs log-probs of chosen responses only, two models that are compared must see identical batches, and
-accelerate with DeepSpeed reports one process on every CPU rank.
+The loop is our own, on the DeepSpeed engine that PPO uses too, and not trl.RewardTrainer, for two reasons: the
+regulariser needs log-probs of chosen responses only, and two models that are compared must see identical batches.
+Without a regulariser it computes what TRL's does (tests/rm/training/test_against_trl.py).
 """
 
 from __future__ import annotations
