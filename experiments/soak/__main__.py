@@ -71,7 +71,7 @@ def soak_ppo(bench: Bench, steps: int) -> tuple[str, list, list[str]]:
     runs = _empty(bench.work / "ppo")
     run = bench.copy(runs, ("prompts", "preferences", "rm"))
     words = [
-        *bench.words("ppo", runs), "engine.processes=2", f"ppo.steps={steps}", "ppo.save_every=20",
+        *bench.words("ppo", runs), "ppo.engine.processes=2", f"ppo.steps={steps}", "ppo.save_every=20",
         f"ppo.checkpoint_every={steps // 4}",
     ]  # fmt: skip
     log = run / "ppo.partial" / "metrics.jsonl"

@@ -14,9 +14,9 @@ TEXT = """# Soak
 
 Does anything grow in a long run? `make soak` runs {parts}, and looks
 every two seconds at what all processes of the command hold together: memory (proportional set size, in which shared
-pages count once), open files and sockets, threads, segments in `/dev/shm`, and files in a folder for temporary files of
-the command's own. The model has two layers and random weights, so that many steps fit into minutes. The code is that of
-every other run.
+pages count once), open files and sockets, threads, segments of `/dev/shm` that they have mapped, and files in a folder
+for temporary files of the command's own. The model has two layers and random weights, so that many steps fit into
+minutes. The code is that of every other run.
 
 ![What is held, over the work]({image})
 
@@ -26,8 +26,8 @@ every other run.
 
 Each cell is the median in the second quarter of the work and in the last one. The first quarter is left out, since
 caches fill in it. `make soak` fails where memory grows by more than 5% between the two, where anything that is counted
-grows by more than one, or where a reward that the server gives is not the one that it gave to the same request when it
-had nothing else to do.
+grows by more than a fifth, or where a reward that the server gives is not the one that it gave to the same request when
+it had nothing else to do.
 
 {machines}
 """

@@ -24,8 +24,8 @@ def test_what_fills_in_the_beginning_and_what_is_noise_is_no_growth():
 
 @pytest.mark.parametrize("name", Held._fields[3:])
 def test_a_slow_leak_is_named(name):
-    assert faults(rows(**{name: lambda share: 40 + int(8 * share)}), 0.05) == [
-        f"{name.replace('_', ' ')} grows from 43 to 47"
+    assert faults(rows(**{name: lambda share: 40 + int(24 * share)}), 0.05) == [
+        f"{name.replace('_', ' ')} grows from 49 to 61"
     ]
 
 
