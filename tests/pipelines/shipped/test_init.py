@@ -12,7 +12,7 @@ from pipelines.shipped.init import SHIPPED, main, named_files, offline_models, s
 from pipelines.stages import ALWAYS
 from tests.builders.command_line import grm
 from tests.builders.processes import ROOT, make
-from tests.builders.twins import TWINS
+from tests.builders.shipped.twins import TWINS
 
 
 def files_below(folder: Path) -> set[str]:

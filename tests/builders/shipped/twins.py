@@ -12,7 +12,7 @@ from typing import Any
 
 from core.config import Config
 from core.config.load import load
-from tests.builders import twin_rows as rows
+from tests.builders.shipped import twin_rows as rows
 from tests.builders.processes import ROOT
 
 MAIN = ("prompts", "preferences", "rm", "bon", "ppo", "eval", "report")
@@ -146,7 +146,7 @@ def paths_of(twin: Twin, tokenizer: Path, folder: Path) -> dict[str, str | None]
     Args:
         tokenizer: folder of SmolLM's tokenizer.
     """
-    from tests.builders import published_families as families  # which imports transformers
+    from tests.builders.shipped import published_families as families  # which imports transformers
 
     cfg = load(twin.paths)
     depth = layers_of(cfg)
