@@ -12,8 +12,8 @@ from typing import Any
 
 from core.config import Config
 from core.config.load import load
-from tests.builders.shipped import twin_rows as rows
 from tests.builders.processes import ROOT
+from tests.builders.shipped import twin_rows as rows
 
 MAIN = ("prompts", "preferences", "rm", "bon", "ppo", "eval", "report")
 IMPORTED = ("prompts", "preferences", "rm")
@@ -54,6 +54,7 @@ MISTRAL_GOLD, LLAMA_GOLD = ("classifier", "mistral"), ("grm", "llama3")
 TWINS = (
     Twin(("offline.yaml",), MAIN),
     Twin(("exact-answer.yaml",), MAIN),
+    Twin(("sft.yaml",), ("prompts", "sft", *MAIN[1:])),
     Twin(("gemma-2b.yaml",), MAIN, policy="gemma", gold=MISTRAL_GOLD),
     Twin(("gold.yaml",), ("gold",), sources=rows.hh),
     Twin(("human.yaml",), IMPORTED, sources=rows.hh),
@@ -81,6 +82,7 @@ PATHS = ("run.dir", "policy.path", "rm.base.path", "gold.path", "data.prompts", 
 SIZES: dict[str, int] = {
     "data.max_prompt_tokens": 160, "generation.max_new_tokens": 8,
     "generation.vllm.max_model_len": 192, "generation.vllm.max_num_seqs": 16,
+    "sft.epochs": 1,
     "preferences.max_train_pairs": 24, "preferences.max_val_pairs": 8, "preferences.max_calibration_prompts": 4,
     "rm.epochs": 2, "rm.global_batch": 8, "rm.micro_batch": 4, "rm.max_tokens": 192,
     "bon.samples": 4, "bon.n_max": 4, "bon.prompts": 8,
@@ -106,6 +108,8 @@ def allowed(key: str) -> bool:
 def get(cfg: Config, key: str) -> Any:
     value: Any = cfg
     for part in key.split("."):
+        if value is None:
+            return None
         value = value[part] if isinstance(value, Mapping) else getattr(value, part)
     return value
 
@@ -119,6 +123,8 @@ def overrides(twin: Twin, paths: Mapping[str, str | None]) -> dict[str, Any]:
     cfg, found = load(twin.paths), dict(paths)
     for key, most in SIZES.items():
         value = get(cfg, key)
+        if value is None and key.startswith("sft."):  # a configuration without that stage
+            continue
         if value in (None, "auto") or value > most:
             found[key] = most
     for key in AXES if twin.commands == STUDY else ():

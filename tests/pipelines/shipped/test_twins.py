@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.config.load import load
-from tests.builders.shipped import twin_rows, twins
 from tests.builders.processes import GRM, ROOT
+from tests.builders.shipped import twin_rows, twins
 from tests.builders.shipped.twins import AXES, CPU, SIZES, TWINS, Twin, allowed, get
 
 PAGE = ROOT / "docs" / "twins.md"
@@ -25,8 +25,9 @@ HEADING = """\
 A configuration that was never run is not shipped. Most of those in `configs/` need a hub or GPUs, so each has a twin,
 which is run in its place: the same files, with other paths and smaller sizes, on a tiny random model of the same
 architecture with the same kind of tokenizer and chat template, and on rows of the same layout. What a twin overrides is
-a fixed list of keys in `tests/builders/shipped/twins.py`, which a test checks. It shows that every option fits the others and
-every stage reaches its end, and nothing about memory, speed or results at full size. Written by `make twins`.
+a fixed list of keys in `tests/builders/shipped/twins.py`, which a test checks. It shows that every option fits the
+others and every stage reaches its end, and nothing about memory, speed or results at full size. Written by
+`make twins`.
 
 | files | model | commands of `grm` | outcome |
 | --- | --- | --- | --- |
