@@ -23,6 +23,8 @@ REFUSALS = (
 )  # fmt: skip
 """Errors of the system that say what is wrong: no space, no permission, no such file."""
 FULL = os.strerror(errno.ENOSPC)
+CUT_SHORT = ("inline_container.cc", "unexpected pos")
+"""What torch says where the system has written less of an archive than it was given, and does not say why."""
 LONGEST = 300
 """Characters of an error's message that are shown."""
 
@@ -30,6 +32,8 @@ LONGEST = 300
 def refusal(error: Exception) -> str | None:
     """What the system refused, with the file; None where that does not say what is wrong."""
     if not isinstance(error, OSError):  # libraries that write in other languages have errors of their own
+        if all(word in str(error) for word in CUT_SHORT):
+            return f"a state could not be written whole: {FULL}"
         return next((line for line in str(error).splitlines() if FULL in line), None)
     if error.errno not in REFUSALS or error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None

@@ -70,7 +70,9 @@ def sound(ended: Ended) -> None:
 
 def quiet(ended: Ended) -> None:
     """Failure where a command that was refused or ended printed other lines than its message and its progress."""
-    lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip() for line in re.split(r"[\n\r]+", ended.said)]
+    # Progress bars leave spaces, and move the cursor before what comes after them.
+    moved = [re.sub(r"^.*\x1b\[[0-9;]*[A-Za-z]", "", line) for line in re.split(r"[\n\r]+", ended.said)]
+    lines = [line.rstrip() for line in moved]
     if noise := [line for line in lines if not EXPECTED.search(line)]:
         raise Failure(f"{ended.words} printed {len(noise)} lines besides its message, such as {noise[0][:200]!r}")
 

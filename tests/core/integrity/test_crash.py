@@ -67,6 +67,8 @@ def test_ordinary_text_is_left_as_it_is():
 def test_what_the_system_refuses_is_told_without_a_crash():
     full = OSError(errno.ENOSPC, "No space left on device")
     assert refusal(full) == "No space left on device"
+    cut = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1554112 vs 1554000")
+    assert refusal(cut) == "a state could not be written whole: No space left on device"
     assert refusal(PermissionError(errno.EACCES, "Permission denied", "/a")) == "Permission denied: /a"
     assert refusal(OSError(errno.EACCES, "Permission denied", "/a", None, "/b")) == "Permission denied: /a -> /b"
     of_a_library = RuntimeError("while writing:\nI/O error: No space left on device (os error 28)\nat 3")
