@@ -11,7 +11,7 @@ from core.config import ENGINE_STAGES, Config, Ensemble, Lora, PreferenceSource,
 from core.config.load import load
 from core.errors import ConfigError
 from tests.builders.processes import ROOT
-from tests.builders.twins import RUN_AS_THEY_ARE, TWINS
+from tests.builders.shipped.twins import RUN_AS_THEY_ARE, TWINS
 
 
 @pytest.mark.parametrize("files", [t.paths for t in TWINS] + [[ROOT / "configs" / f] for f in RUN_AS_THEY_ARE], ids=str)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from core.config.load import load
-from tests.builders import twin_rows, twins
 from tests.builders.processes import GRM, ROOT
-from tests.builders.twins import AXES, CPU, SIZES, TWINS, Twin, allowed, get
+from tests.builders.shipped import twin_rows, twins
+from tests.builders.shipped.twins import AXES, CPU, SIZES, TWINS, Twin, allowed, get
 
 PAGE = ROOT / "docs" / "twins.md"
 TABLE = os.environ.get("RLHF_TWINS_TABLE")
@@ -24,9 +24,10 @@ HEADING = """\
 
 A configuration that was never run is not shipped. Most of those in `configs/` need a hub or GPUs, so each has a twin,
 which is run in its place: the same files, with other paths and smaller sizes, on a tiny random model of the same
-architecture with the same kind of tokenizer and chat template, and on rows of the same layout. What a twin overrides is
-a fixed list of keys in `tests/builders/twins.py`, which a test checks. It shows that every option fits the others and
-every stage reaches its end, and nothing about memory, speed or results at full size. Written by `make twins`.
+architecture with the same kind of tokenizer and chat template, and on rows of the same layout. What a twin overrides
+is a fixed list of keys in `tests/builders/shipped/twins.py`, which a test checks. It shows that every option fits the
+others and every stage reaches its end, and nothing about memory, speed or results at full size. Written by `make
+twins`.
 
 | files | model | commands of `grm` | outcome |
 | --- | --- | --- | --- |
@@ -106,7 +107,7 @@ def test_a_twin_differs_in_paths_and_sizes_alone(twin):
     for key in AXES:
         before, after = get(cfg, key), get(small, key)
         assert key == "study.pairs" or set(after) <= set(before) and bool(after) == bool(before), key
-    changed = {**{key: None for key in (*SIZES, *AXES, *CPU)}, **paths}
+    changed = [*SIZES, *AXES, *CPU, *paths] + ([] if cfg.preferences.sources else ["preferences.sources"])
     plain, full = small.model_dump(mode="json"), cfg.model_dump(mode="json")
     for key in changed:
         _forget(plain, key), _forget(full, key)
