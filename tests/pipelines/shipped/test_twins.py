@@ -22,12 +22,14 @@ WELL, FAILED, NOT_YET = "ran to its end", "FAILED", "not run yet"
 HEADING = """\
 # Twins of the shipped configurations
 
-A configuration that was never run is not shipped. Most of those in `configs/` need a hub or GPUs, so each has a twin,
-which is run in its place: the same files, with other paths and smaller sizes, on a tiny random model of the same
+What a configuration says is tried before it is shipped. Most of those in `configs/` need a hub or GPUs, so each has a
+twin, which is run in its place: the same files, with other paths and smaller sizes, on a tiny random model of the same
 architecture with the same kind of tokenizer and chat template, and on rows of the same layout. What a twin overrides
 is a fixed list of keys in `tests/builders/shipped/twins.py`, which a test checks. It shows that every option fits the
-others and every stage reaches its end, and nothing about memory, speed or results at full size. Written by `make
-twins`.
+others and every stage reaches its end, and nothing about memory, speed or results at full size.
+
+`make twins` runs them and writes this page. A new configuration is not shipped before its twin has run; those that are
+"not run yet" are older than twins are.
 
 | files | model | commands of `grm` | outcome |
 | --- | --- | --- | --- |
