@@ -85,7 +85,7 @@ test-all: | ready browser  ## also the long tests of resuming, servers and the s
 test-models: | ready ## a tiny model of each family through rm, bon, ppo and eval: 10 minutes; writes docs/models.md
 	@RLHF_MODELS_TABLE=docs/models.md $(PYTEST) -m models tests/pipelines/test_models.py
 
-twins: | ready       ## every shipped configuration on a tiny model, all stages: 15 minutes; writes docs/twins.md; ONLY=name
+twins: | ready       ## every shipped configuration on a tiny model, all stages: 20 minutes; writes docs/twins.md; ONLY=name
 	@RLHF_TWINS_TABLE=docs/twins.md $(PYTEST) -m "models or e2e" tests/pipelines/shipped/test_twins.py $(if $(ONLY),-k "$(ONLY)")
 
 browser: # some tests of the study's page drive one

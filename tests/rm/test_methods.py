@@ -32,7 +32,7 @@ def base(tokenizer_path, tmp_path_factory) -> Path:
 def found(base, tmp_path_factory) -> dict[str, dict]:
     """What two ranks of ZeRO-3 made of each method, all in one start."""
     out = tmp_path_factory.mktemp("methods") / "out"
-    run_program("tests/programs/rm/methods.py", base, out, ranks=2, timeout=1800)
+    run_program("tests/programs/training/methods.py", base, out, ranks=2, timeout=1800)
     return json.loads((out / "found.json").read_text())
 
 

@@ -1,0 +1,1 @@
+"""For tests of the shipped configurations and of published models."""

@@ -25,7 +25,7 @@ def _questions(n: int) -> list[str]:
 def unified_feedback(folder: Path) -> Path:
     """As llm-blender/Unified-Feedback: enough for a stride of 20, ties and posts to summarise among them."""
     found = []
-    for i, question in enumerate(_questions(1200)):
+    for i, question in enumerate(_questions(8000)):
         source = "openai/summarize_from_feedback" if i % 3 == 0 else "argilla/ultrafeedback"
         rating = 0 if i % 10 == 9 else i % 2
         found.append(unified(rating, 0 if i % 10 == 9 else 1 - rating, source=source, prompt=question,

@@ -29,7 +29,7 @@ class Twin:
     commands: tuple[str, ...]
     """Of `grm`, in this order: all that the configuration is for."""
     policy: str = "smollm"
-    """A name of `published_families.TOKENIZERS`."""
+    """A name of `families.TOKENIZERS`."""
     base: str = ""
     """The same of rm.base, where that is another model."""
     gold: tuple[str, str] | None = None
@@ -152,7 +152,7 @@ def paths_of(twin: Twin, tokenizer: Path, folder: Path) -> dict[str, str | None]
     Args:
         tokenizer: folder of SmolLM's tokenizer.
     """
-    from tests.builders.shipped import published_families as families  # which imports transformers
+    from tests.builders.shipped import families  # which imports transformers
 
     cfg = load(twin.paths)
     depth = layers_of(cfg)

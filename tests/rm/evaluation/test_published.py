@@ -15,7 +15,7 @@ from rm.evaluation import command
 from rm.evaluation.benchmark_scores import REWARDBENCH_SECTIONS
 from rm.evaluation.published import compare, read_published
 from tests.builders.processes import ROOT
-from tests.builders.shipped.published_families import classifier_rewards, grm_rewards, tiny_classifier, tiny_grm
+from tests.builders.shipped.families import classifier_rewards, grm_rewards, tiny_classifier, tiny_grm
 
 FAMILIES = ("gemma", "gemma2", "llama3", "llama3.2")
 WORDS = ("yes", "no", "pear", "car", "tree", "cloud", "seven", "often", "never", "slowly", "north", "round")

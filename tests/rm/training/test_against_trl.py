@@ -7,7 +7,7 @@ import pytest
 from tests.builders.planted_pairs import write_base
 from tests.builders.processes import ROOT, run_program
 
-PROGRAM = ROOT / "tests" / "programs" / "rm" / "against_trl.py"
+PROGRAM = ROOT / "tests" / "programs" / "training" / "against_trl.py"
 
 
 @pytest.fixture(scope="module")
