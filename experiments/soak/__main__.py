@@ -27,7 +27,7 @@ from experiments.drill.models import PROXY
 from experiments.drill.processes import Command
 from experiments.soak import page
 from experiments.soak.serving import BAD_ONE_IN, Clients, answered, questions
-from experiments.soak.watch import Watch, faults
+from experiments.soak.watch import Held, Watch, faults
 
 MOST_MEMORY = 0.05
 """Share by which memory may be larger in the last quarter than in the second."""
@@ -58,7 +58,7 @@ def main() -> int:
         wrong += faults(rows, MOST_MEMORY)
         found[part] = {
             "what": what, "seconds": round(time.monotonic() - began), "machine": _machine(), "faults": wrong,
-            "rows": [row._asdict() for row in rows],
+            "rows": [_rounded(row) for row in rows],
         }  # fmt: skip
         RESULTS.write_text(json.dumps(found, indent=None, separators=(",", ":")).replace("},{", "},\n{") + "\n")
         page.write(found)
@@ -135,8 +135,15 @@ def _wait_for(port: int, command: Command) -> None:
     raise DataError(f"the server does not answer: see {command.log}")
 
 
+def _rounded(row: Held) -> dict[str, float | None]:
+    return {key: round(value, 1) if isinstance(value, float) else value for key, value in row._asdict().items()}
+
+
 def _machine() -> str:
-    return "; ".join(" ".join(line.split()) for line in describe(device=False))
+    """Commit, processor and libraries, without what is of this machine alone."""
+    lines = [" ".join(line.split()) for line in describe(device=False)]
+    kept = ("code ", "cpu ", "memory ", "package torch", "package vllm", "package deepspeed", "package transformers")
+    return "; ".join(line.removeprefix("package ") for line in lines if line.startswith(kept))
 
 
 def _empty(folder: Path) -> Path:

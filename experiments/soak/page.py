@@ -12,11 +12,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 UNITS = {"ppo": "step", "serve": "request"}
 TEXT = """# Soak
 
-Does anything grow in a long run? `make soak` runs {parts}, and looks
-every two seconds at what all processes of the command hold together: memory (proportional set size, in which shared
-pages count once), open files and sockets, threads, segments of `/dev/shm` that they have mapped, and files in a folder
-for temporary files of the command's own. The model has two layers and random weights, so that many steps fit into
-minutes. The code is that of every other run.
+Does anything grow in a long run? `make soak` runs the parts of the table below. Every two seconds it looks at what all
+processes of the command hold together: memory (proportional set size, in which shared pages count once), open files and
+sockets, threads, files in a folder for temporary files of the command's own, and segments of `/dev/shm` that they have
+mapped. The model has two layers and random weights, so that many steps fit into minutes. The code is that of every
+other run.
 
 ![What is held, over the work]({image})
 
@@ -41,15 +41,15 @@ def write(found: Mapping[str, dict]) -> None:
     lines = []
     for name, part in found.items():
         of = growths(rows[name])
-        cells = [f"{of[n].first:.0f}, {of[n].last:.0f}" for n in names]
+        cells = [f"{of[n].first:.0f}, {of[n].last:.0f}" if n in of else "not counted" for n in names]
         lines.append(f"| {part['what']} | {' | '.join(cells)} | {part['seconds']} |")
         lines += [f"\n**{fault}**" for fault in part["faults"]]
     (DOCS / "soak.md").write_text(
         TEXT.format(
-            parts=" and ".join(part["what"] for part in found.values()), image="images/soak.png",
+            image="images/soak.png",
             columns=" | ".join(["memory, MiB", *(n.replace("_", " ") for n in COUNTED)]),
             rules=" | ".join(["---:"] * len(names)), rows="\n".join(lines),
-            machines="\n".join(f"{part['what']}: {part['machine']}." for part in found.values()),
+            machines="\n\n".join(f"{part['what']}: {part['machine']}." for part in found.values()),
         )
     )  # fmt: skip
 
@@ -63,9 +63,10 @@ def _figure(found: Mapping[str, dict], rows: Mapping[str, list[Held]], file: Pat
         memory.set_ylim(0, 1.15 * max(row.memory_mib for row in of))
         memory.set_title(found[name]["what"], fontsize=9)
         memory.set_ylabel("memory, MiB")
-        for colour, held in zip(COLOURS[1:], COUNTED, strict=False):
+        counted = [held for held in COUNTED if getattr(of[0], held) is not None]
+        for colour, held in zip(COLOURS[1:], counted, strict=False):
             counts.plot(done, [getattr(row, held) for row in of], color=colour, label=held.replace("_", " "))
-        counts.set_ylim(0, 1.25 * max(max(getattr(row, held) for row in of) for held in COUNTED))
+        counts.set_ylim(0, 1.25 * max(max(getattr(row, held) for row in of) for held in counted))
         counts.set_ylabel("number")
         counts.set_xlabel(f"{UNITS[name]}s done")
         counts.legend(fontsize=8, ncols=2, loc="upper left")

@@ -27,12 +27,12 @@ class Held(NamedTuple):
     """Proportional set size: a page that k processes share counts as a k-th in each."""
     handles: int
     threads: int
-    shared_segments: int
-    """Files in /dev/shm that the processes have mapped or open."""
     temporary_files: int
+    shared_segments: int | None = None
+    """Files in /dev/shm that the processes have mapped or open; None where they were not counted."""
 
 
-COUNTED = ("handles", "threads", "shared_segments", "temporary_files")
+COUNTED = ("handles", "threads", "temporary_files", "shared_segments")
 
 
 class Watch:
@@ -67,7 +67,7 @@ class Watch:
                 handles += len(opened)
                 threads += len(os.listdir(folder / "task"))
         temporary = sum(len(files) for _, _, files in os.walk(self._temporary))
-        self.rows.append(Held(now, done, memory / 1024, handles, threads, len(segments), temporary))
+        self.rows.append(Held(now, done, memory / 1024, handles, threads, temporary, len(segments)))
 
 
 def _kib(file: Path, key: str) -> int:
@@ -98,6 +98,8 @@ def growths(rows: Sequence[Held]) -> dict[str, Growth]:
     quarter = np.minimum(4 * done // (done[-1] + 1), 3)
     found = {}
     for name in ("memory_mib", *COUNTED):
+        if getattr(rows[0], name) is None:
+            continue
         values = np.array([getattr(row, name) for row in rows], dtype=float)
         found[name] = Growth(float(np.median(values[quarter == 1])), float(np.median(values[quarter == 3])))
     return found
