@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 EXIT_REFUSED = 2
 """The message names what is wrong with the command, its configuration or its files."""
 EXIT_LOST = 76
@@ -27,28 +24,6 @@ class DataError(ValueError):
 
 class ConfigError(ValueError):
     """Bad configuration; the command line prints the message and exits 2, without a traceback."""
-
-
-@contextmanager
-def made_by_library(what: str) -> Iterator[None]:
-    """Whatever a library raises while it reads or builds something of people's files becomes an ArtefactError.
-
-    Libraries check little of what they read: an odd value in `config.json` may raise any error, anywhere.
-
-    Args:
-        what: begins the message, and names the file or folder.
-    """
-    try:
-        yield
-    except (ArtefactError, DataError, ConfigError, Busy, MemoryError):
-        raise
-    except Exception as error:
-        from core.whereabouts import is_loss
-
-        if "OutOfMemory" in type(error).__name__ or is_loss(error):  # the files are not at fault
-            raise
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ArtefactError(f"{what} ({type(error).__name__}: {said[:300]})") from error
 
 
 class Busy(RuntimeError):

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from core.config import Model
 from core.data.chat import ChatTokenizer
 from core.data.tokenizer_files import save_tokenizer
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.models import CausalLM
 from core.models.agreement import check_agreement, skip_padding
 from core.models.architecture import stack_of, text_config, trunk_of
 from core.models.kernels import attention_kernel, soft_cap
+from core.models.libraries import made_by_library
 from core.models.logits import use_float32_head
 from core.models.tensor_by_tensor import read_in_shards
 from core.models.weight_files import SHARD_BYTES, write_weights

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Lora, Model
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import layers_of, linear_layers, stack_of, trunk_of
+from core.models.libraries import made_by_library
 from core.training.sharding import whole_shape
 
 DEFAULT_TARGETS = Lora().targets

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from core.damage import check_part
 from core.data.chat import ChatTokenizer
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.files import open_tensors, read_json
 from core.models.architecture import text_config
+from core.models.libraries import made_by_library
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONVERT = (

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import hidden_size
 from core.models.kernels import attention_kernel
+from core.models.libraries import made_by_library
 from core.models.loading import load_causal_lm
 from rm.checkpoints.folder import HUB_ID, check_vocabulary, locate, read_config, shapes, tensors, tokens_from
 from rm.checkpoints.foreign_heads import ForeignHead, find_head, head_weights, is_head, plain

@@ -13,10 +13,11 @@ from torch import Tensor
 from core.config import Attention, Dtype, Model
 from core.data.chat import ChatTokenizer
 from core.data.templates import OWN_CLOCK
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.files import read_json, read_tensors, write_json
 from core.models import CausalLM
 from core.models.kernels import soft_cap
+from core.models.libraries import made_by_library
 from core.models.loading import save_lm
 from core.models.weight_files import SHARD_BYTES
 from rm.checkpoints.folder import check_vocabulary, read_config

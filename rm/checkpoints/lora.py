@@ -10,10 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from core.errors import ArtefactError, made_by_library
+from core.errors import ArtefactError
 from core.files import digest, open_tensors
 from core.models import CausalLM
 from core.models.architecture import linear_layers, text_config
+from core.models.libraries import made_by_library
 from core.models.lora import lora_product, merged_lora, out_and_in, out_and_in_features
 from core.training.sharding import changed
 from rm.checkpoints.folder import faults, files, read_config
