@@ -100,7 +100,7 @@ def run(bench: Bench, case: Case, seed: int, *, keep: bool) -> Record:
         shutil.rmtree(place)
     return {
         "number": case.number, "kind": case.kind.name, "stage": found.stage, "what": found.what, "tries": found.tries,
-        "outcome": found.outcome, "why": found.why.replace(str(place), "CASE"),
+        "outcome": found.outcome, "why": found.why.replace(str(place), "CASE").replace(str(bench.work), "WORK"),
         "seconds": round(time.monotonic() - began, 1), "commit": commit(),
     }  # fmt: skip
 
