@@ -22,8 +22,6 @@ SEEN = {
     "advantages": (r"returns are NaN or infinite, on rank 1, of prompt", "advantages", r"\d+ of \d+ returns are NaN"),
     "loss": (r"values of policy_loss are NaN or infinite, on rank 1, of prompt", "loss",
              r"1 of 1 values of policy_loss are NaN"),
-    "gradient": (r"values of grad_norm are NaN or infinite", "gradient",
-                 r"[1-9]\d* of \d+ gradients are NaN or infinite; the norm of all is (nan|inf)"),
     "weights": (r"weights of the critic are NaN", "weights", r"lm\.model\.layers\.\d+\.mlp\.down_proj\.weight: 1 of"),
 }  # fmt: skip
 

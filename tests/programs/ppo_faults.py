@@ -31,13 +31,6 @@ def break_weight(module: torch.nn.Module, part: str) -> None:
         weight.data.view(-1)[0] = math.nan
 
 
-def scale_weights(module: torch.nn.Module, part: str, factor: float) -> None:
-    weights = [w for n, w in module.named_parameters() if part in n and w.requires_grad]
-    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
-        for weight in weights:
-            weight.data.mul_(factor)
-
-
 class Step:
     """What `ppo.train.Trainer` does in a step but for vLLM, with a place for a fault before each phase."""
 
@@ -63,8 +56,6 @@ class Step:
         if name in ("actor", "critic"):
             engine = self.engines.actor if name == "actor" else self.engines.critic
             break_weight(engine.module, "lora_B" if name == "actor" else "mlp.down_proj")
-        if name == "gradient":
-            scale_weights(self.engines.actor.module, "lora_A", 1e12)  # lora_B is 0, so log-probs stay what they are
         rollout = self.collector.collect(1)
         micros = rollout.micros
         try:
@@ -73,8 +64,8 @@ class Step:
                 micros[0].proxy[0] = math.nan
             self.learner.advantages(micros, 0.1)
             guard.check_advantages(1, micros)
-            if last and name in ("loss", "gradient"):
-                self.spoil(rollout.minibatches[0][0], math.nan if name == "loss" else 1e30)
+            if last and name == "loss":
+                self.spoil(rollout.minibatches[0][0])
             self.learner.update(rollout.minibatches, 1, 0.1)
             if name == "weights":
                 break_weight(self.engines.critic.module, "mlp.down_proj")
@@ -87,9 +78,9 @@ class Step:
         return "nothing was noticed"
 
     @staticmethod
-    def spoil(m: Micro, advantage: float) -> None:
+    def spoil(m: Micro) -> None:
         first = tuple(int(i[0]) for i in m.is_response.nonzero(as_tuple=True))
-        m.advantages[first] = advantage
+        m.advantages[first] = math.nan
 
 
 def main(tokenizer: str, out: str) -> None:
@@ -104,7 +95,7 @@ def main(tokenizer: str, out: str) -> None:
         generation=config.Generation(temperature=TEMPERATURE), engine=config.Engine(dtype="float32"),
     )  # fmt: skip
     said = {}
-    for name in ("actor", "critic", "advantages", "loss", "gradient", "weights"):
+    for name in ("actor", "critic", "advantages", "loss", "weights"):
         said[name] = Step(cfg, folder, folder / "rm").run(name)
     if distributed.rank() == 0:
         spoil_reward_model(folder)

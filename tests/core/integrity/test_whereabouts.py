@@ -69,6 +69,7 @@ import os, signal, sys
 from pathlib import Path
 from core import whereabouts
 rank = int(os.environ["RANK"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks of stages answer it when they can
 whereabouts.begin(Path(sys.argv[1]), rank=rank, world=2, timeout=6, name=f"rank {rank}")
 from core.training import distributed
 distributed.init_distributed()
