@@ -61,7 +61,7 @@ drill: | ready       ## kill, damage and hinder real runs; writes docs/drill.md:
 fuzz: | ready        ## odd and damaged input, 20 times as much as the tests try; writes docs/fuzz.md: minutes; RLHF_FUZZ=20
 	@RLHF_FUZZ=$(or $(RLHF_FUZZ),20) RLHF_FUZZ_TABLE=docs/fuzz.md $(PYTHON_BIN) -m pytest -q -k fuzzed
 
-soak: | ready        ## 200 steps of PPO and 100,000 requests to rm-serve: does anything grow? Writes docs/soak.md; quarter of an hour
+soak: | ready        ## 200 steps of PPO and 100,000 requests to rm-serve: does anything grow? Writes docs/soak.md; up to half an hour
 	@$(PYTHON_BIN) -m experiments.soak
 
 verdict-errors: | ready  ## how often the study's verdicts are right, on planted curves: half an hour on two cores
