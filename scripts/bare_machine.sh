@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the project install and pass its tests on a machine with nothing but Debian, Python, a compiler and pip? Makes such
 # a root in a folder, clones HEAD into it, and runs `make setup` and the tests as an ordinary user, in a path with a space.
-# Then it takes things away one by one. Needs root, debootstrap and a Debian mirror. Takes as long as the tests, and a quarter of an hour.
+# Then it takes things away one by one. Needs root, debootstrap and a Debian mirror.
 #
 #   scripts/bare_machine.sh FOLDER [CASE...]
 #   CASE       compiler headers venv python library setup test hindered old-cpu; by default all, in this order

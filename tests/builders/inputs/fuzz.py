@@ -51,7 +51,7 @@ def write_table_of_cases(file: Path) -> None:
         "with bytes put in. Each case must end with a result in which every row is counted, or with one message that",
         "names the file or the row. A traceback, or a row that is dropped without a word, fails the test.",
         "",
-        f"`make fuzz RLHF_FUZZ={TIMES}` tried {sum(tried.values()):,} cases with seed {SEED}, and all of them ended so:",
+        f"`make fuzz RLHF_FUZZ={TIMES}` tried {sum(tried.values()):,} cases with seed {SEED}, and all ended so:",
         "",
         "| input | cases | test |",
         "| --- | ---: | --- |",
