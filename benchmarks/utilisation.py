@@ -1,6 +1,6 @@
 """Training of a reward model of 1.5B parameters: tokens per second, and the share of the GPU's peak that they take.
 
-    python -m benchmarks.utilisation [--pairs 8] [--tokens 512] [--out FILE]
+    python -m benchmarks.utilisation [--pairs 8] [--tokens 512] [--compile] [--out FILE]
 
 The model has the sizes of Qwen2.5-1.5B and random weights, which take as long as trained ones. Pairs are random tokens:
 a prompt and two responses of equal lengths, so that nothing is padded. A step is `rm.train.train_step` with all
@@ -73,12 +73,12 @@ def operations(shape: str, loss: str, pairs: int, tokens: int) -> float:
     return 3 * pairs * (2 * weights * 3 * tokens + 4 * hidden * layers * read + logits)
 
 
-def measure(folder: Path, loss: str, pairs: int, tokens: int, steps: int) -> dict:
+def measure(folder: Path, loss: str, pairs: int, tokens: int, steps: int, compile: bool = False) -> dict:
     """Median seconds of a step, and the most memory that torch held, in GiB."""
     draw = torch.Generator().manual_seed(1)
     ids = lambda: torch.randint(1000, 40_000, (tokens,), generator=draw).tolist()  # noqa: E731
     rm = RewardTraining(base=Model(path=str(folder), attention="sdpa"), global_batch=pairs, micro_batch=pairs)
-    settings = EngineSettings(processes=1, zero_stage=0, dtype="bfloat16")
+    settings = EngineSettings(processes=1, zero_stage=0, dtype="bfloat16", compile=compile)
     model, _ = build(rm, settings, LOSSES[loss], seed=1)
     engine = Engine(model, settings, micro_batch=pairs, optim=Optim(lr=1e-6, schedule="constant"), total_steps=steps)
     seconds = []
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt, and of each response")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="as engine.compile")
     parser.add_argument("--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_model(options.shape, options.tokenizer, Path(folder))
         for loss in LOSSES:
-            row = measure(Path(folder), loss, options.pairs, options.tokens, options.steps)
+            row = measure(Path(folder), loss, options.pairs, options.tokens, options.steps, options.compile)
             rate = operations(options.shape, loss, options.pairs, options.tokens) / row["seconds"]
             tokens = 3 * options.pairs * options.tokens / row["seconds"]
             row |= {"loss": loss, "tokens_per_second": round(tokens), "tflops": round(rate / 1e12, 1)}

@@ -31,13 +31,13 @@ STOP_SECONDS = 1800
 """On SIGTERM the ranks end their step and save; after so long they are killed."""
 
 
-def num_processes(name: str, cfg: Config) -> int:
-    """Ranks of a stage on this machine.
+def num_processes(name: str, cfg: Config, gpus: int | None = None) -> int:
+    """Ranks of a stage on this machine, or on one with so many GPUs.
 
     Raises:
         ConfigError: more ranks that train together than there are GPUs.
     """
-    stage, gpus = stages.STAGES[name], num_gpus()
+    stage, gpus = stages.STAGES[name], num_gpus() if gpus is None else gpus
     if stage.distributed:
         processes = cfg.engine_of(stage.engine).processes
         if processes == "auto":
@@ -45,7 +45,7 @@ def num_processes(name: str, cfg: Config) -> int:
         if gpus and processes > gpus:
             raise ConfigError(
                 f"{stage.engine}.engine.processes (or engine.processes) is {processes}, and every rank needs a GPU of "
-                f"its own: here are {gpus}. Set it to auto"
+                f"its own: there are {gpus}. Set it to auto"
             )
         return processes
     if stage.divided:

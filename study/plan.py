@@ -106,11 +106,11 @@ def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
         f"{device.bandwidth / 1e12:.2f} TB/s; assumed shares of them: forward {ON_GPU.forward:g}, backward "
         f"{ON_GPU.backward:g}, decoding {ON_GPU.bandwidth:g} of the bandwidth"
     )
-    processes = {
-        name: cfg.engine_of(stage.engine).processes if stage.distributed else cfg.generation.processes
-        for name, stage in ALWAYS.items() if stage.distributed or stage.divided
-    }  # fmt: skip
-    ranks = {stage: gpus if count == "auto" else count for stage, count in processes.items()}
+    ranks = {
+        name: launch.num_processes(name, cfg, gpus)
+        for name, stage in ALWAYS.items()
+        if stage.distributed or stage.divided
+    }
     host = None if host_gib is None else host_gib * 2**30
     return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, host)
 

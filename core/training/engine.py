@@ -21,6 +21,7 @@ from core.config.base import merge
 from core.damage import archive_fault
 from core.errors import ArtefactError
 from core.models import CausalLM
+from core.models.compiled import compile_layers
 from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.optimizer import Spikes, adamw, guard
@@ -89,6 +90,8 @@ class Engine:
         module.train()  # gradient checkpointing works in this mode only; dropout is 0 except in adapters
         if cfg.gradient_checkpointing:
             cast(CausalLM, module.lm).gradient_checkpointing_enable({"use_reentrant": False})
+        if cfg.compile:
+            compile_layers(cast(CausalLM, module.lm))
         trained = self._trained()
         optimizer = adamw(trained, optim)
         self._spikes, self._passes, self._own_norm = Spikes(optim.skip_above), 0, math.inf

@@ -32,7 +32,7 @@ def preferences(sizes: Sizes) -> Phases:
     count, shards = preferences_prompts(sizes), shards_of(sizes, "preferences")
     shard, mine = min(sizes.cfg.preferences.shard_prompts, count), share(sizes, shards)
     return {
-        "start": [Start("tokenizer", ranks=sizes.ranks), Start("vllm", ranks=sizes.ranks)],
+        "start": [Start("tokenizer", ranks=sizes.ranks), vllm(sizes)],
         "sample": [sample(sizes, count, 2, shard, mine)],
         "gold": gold(sizes, 2 * count, shards),
         "write": [Write(pool_bytes(sizes, 4 * count))],
@@ -45,7 +45,7 @@ def bon(sizes: Sizes) -> Phases:
     count, n, shards = bon_prompts(sizes), cfg.bon.samples, shards_of(sizes, "bon")
     mine = share(sizes, shards)
     phases: Phases = {
-        "start": [Start("tokenizer", ranks=ranks), Start("vllm", ranks=ranks)],
+        "start": [Start("tokenizer", ranks=ranks), vllm(sizes)],
         "sample": [sample(sizes, count, n, min(cfg.bon.shard_prompts, count), mine)],
     }
     total, length = pool_tokens(sizes)
@@ -84,7 +84,7 @@ def evaluate(sizes: Sizes) -> Phases:
     scored = in_shards(sizes, total * sizes.row(), scored_shards, SCORE_TOKENS)
     return {
         "start": [
-            Start("tokenizer", ranks=ranks), Start("vllm", ranks=ranks), Load(1 + synced, shape.params, ranks),
+            Start("tokenizer", ranks=ranks), vllm(sizes), Load(1 + synced, shape.params, ranks),
         ],
         "sync": [Gather(shape, synced, None, ranks, to_vllm=True)],
         "sample": [sample(sizes, prompts, cfg.eval.samples, shard, mine * (1 + policies))],
@@ -139,12 +139,18 @@ def report(seconds: float | None) -> Phases:
     return {"report": [Fixed(seconds, "a finished report on this machine")]}
 
 
+def vllm(sizes: Sizes) -> Start:
+    """The start of a process's vLLM."""
+    return Start("vllm", ranks=sizes.ranks, graphs=not sizes.cfg.generation.vllm.enforce_eager)
+
+
 def sample(sizes: Sizes, prompts: int, n: int, shard: int, share: float) -> Sample:
     """`n` responses to each of `prompts` prompts, a shard in one call; one process makes a share of the calls."""
     generation, calls = sizes.cfg.generation, share * prompts / shard
     return Sample(
         sizes.policy, calls, shard * n, shard, sizes.lengths.prompt_tokens, sizes.lengths.response_tokens,
         generation.max_new_tokens, generation.vllm.max_num_seqs, generation.vllm.block_size or 128, sizes.ranks,
+        not generation.vllm.enforce_eager,
     )  # fmt: skip
 
 

@@ -69,8 +69,12 @@ class Shares:
     link: float
     layer: float
     """Seconds that one layer takes at least in a forward pass: kernels have to be started."""
+    decoding_layer: float
+    """The same in vLLM's decoding without CUDA graphs."""
     starts: dict[str, float]
-    """Seconds."""
+    """Seconds. Of vLLM: without CUDA graphs."""
+    graphs: float
+    """Seconds more to start vLLM with CUDA graphs."""
     load: float
     """Bytes a second, from disk."""
     write: float
@@ -80,11 +84,12 @@ class Shares:
 
 ON_GPU = Shares(
     forward=0.45, backward=0.4, logits=0.5, bandwidth=0.6, link=0.6, layer=150e-6,
-    starts={"command": 5, "process": 10, "tokenizer": 5, "vllm": 60, "deepspeed": 10, "engine": 3, "judge": 3},
+    decoding_layer=600e-6, graphs=40,  # the first, and vLLM's start: docs/gpu.md
+    starts={"command": 5, "process": 10, "tokenizer": 5, "vllm": 20, "deepspeed": 10, "engine": 3, "judge": 3},
     load=1e9, write=1e9, judge=2000,
 )  # fmt: skip
 ON_CPU = Shares(
-    forward=0.5, backward=0.4, logits=0.25, bandwidth=0.4, link=0.3, layer=300e-6,
+    forward=0.5, backward=0.4, logits=0.25, bandwidth=0.4, link=0.3, layer=300e-6, decoding_layer=300e-6, graphs=0,
     starts={"command": 5, "process": 6, "tokenizer": 4, "vllm": 15, "deepspeed": 6, "engine": 2, "judge": 2},
     load=0.2e9, write=0.5e9, judge=100,
 )  # fmt: skip
@@ -143,7 +148,7 @@ class FromPeaks:
             case work.Load():
                 return item.calls * item.params * size / shares.load * self._side_by_side(item.ranks)
             case work.Start():
-                return item.count * shares.starts[item.what]
+                return item.count * (shares.starts[item.what] + shares.graphs * item.graphs)
             case work.Write():
                 return item.bytes / shares.write
             case work.Fixed():
@@ -170,7 +175,8 @@ class FromPeaks:
         cached = together * context * 2 * shape.layers * shape.kv_heads * shape.head_dim * size
         reading = (shape.params * size + cached) / (shares.bandwidth * device.bandwidth)
         computing = 2 * shape.params * together / (shares.forward * device.flops)
-        step = max(reading, computing) * self._side_by_side(item.ranks) + shape.layers * shares.layer
+        kernels = shape.layers * (shares.layer if item.graphs else shares.decoding_layer)
+        step = max(reading, computing) * self._side_by_side(item.ranks) + kernels
         prefill = 2 * shape.params * item.prefill / (shares.forward * device.flops) * self._side_by_side(item.ranks)
         return item.calls * (item.steps * step + prefill)
 

@@ -53,7 +53,8 @@ def as_text(plan: Plan, *, phases: bool = False) -> str:
     left = sum(stage.times * stage.disk.left for stage in plan.stages)
     total = ["all", duration(plan.seconds), "", "", "", size(left), size(plan.peak_disk)]
     rows.append(total + ([f"{plan.cost(plan.seconds):.2f}"] if plan.price else []) + ([""] if ran else []))
-    lines = [f"plan of {plan.run}" + (f" on {plan.gpus} GPUs" if plan.gpus else ""), *rows_as_text(rows), ""]
+    where = f" on {plan.gpus} GPU" + "s" * (plan.gpus > 1) if plan.gpus else ""
+    lines = [f"plan of {plan.run}{where}", *rows_as_text(rows), ""]
     for title, notes in (("rests on", [plan.basis, *plan.notes]), ("warnings", plan.warnings)):
         if notes:
             lines.append(f"{title}:")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.config import RewardVariant
-from pipelines.plan.pools import SCORE_TOKENS, Phases, checkpoints
+from pipelines.plan.pools import SCORE_TOKENS, Phases, checkpoints, vllm
 from pipelines.plan.sizes import Part, Sizes, batches
 from pipelines.plan.work import Gather, Item, Load, Logits, Pass, Read, Sample, Start, Trained, Update, Write
 from ppo.forward import WIDER
@@ -166,7 +166,7 @@ def _starting(sizes: Sizes) -> list[Item]:
     members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in loaded]
     items = _libraries(sizes)
     if not cfg.vllm_servers:
-        items.append(Start("vllm", ranks=ranks))
+        items.append(vllm(sizes))
     models = [policy, *([sizes.critic] if sizes.critic else []), *members]
     models += [policy] if sizes.shared else []
     models += [] if cfg.lora else [policy]
@@ -179,7 +179,7 @@ def _sampling(sizes: Sizes, calls: float) -> Sample:
     return Sample(
         sizes.policy, calls, sizes.rollouts, sizes.rollouts / cfg.samples_per_prompt, sizes.lengths.prompt_tokens,
         sizes.lengths.response_tokens, generation.max_new_tokens, generation.vllm.max_num_seqs,
-        generation.vllm.block_size or 128, sizes.ranks,
+        generation.vllm.block_size or 128, sizes.ranks, not generation.vllm.enforce_eager,
     )  # fmt: skip
 
 

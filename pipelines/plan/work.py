@@ -95,6 +95,8 @@ class Sample:
     block: int
     """Tokens of a block of the KV cache."""
     ranks: int = 1
+    graphs: bool = False
+    """vLLM compiles the model and captures CUDA graphs (`generation.vllm.enforce_eager: false`)."""
 
     @property
     def steps(self) -> float:
@@ -171,6 +173,8 @@ class Start:
     tokenizer: the first tokenizer, for which transformers is imported."""
     count: float = 1
     ranks: int = 1
+    graphs: bool = False
+    """Of vLLM, as in `Sample`."""
 
 
 @dataclass(frozen=True, slots=True)

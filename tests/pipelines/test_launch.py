@@ -99,7 +99,7 @@ def test_configurations_for_two_cores_fit_a_machine_with_gpus(monkeypatch, name,
     if gpus == 1:
         for stage in ranks:
             launch.check_ranks(stage, cfg, 1)
-    with pytest.raises(ConfigError, match=rf"is {gpus + 1}, and every rank needs a GPU of its own: here are {gpus}"):
+    with pytest.raises(ConfigError, match=rf"is {gpus + 1}, and every rank needs a GPU of its own: there are {gpus}"):
         launch.num_processes(
             "ppo", cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"processes": gpus + 1})})
         )

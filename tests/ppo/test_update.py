@@ -11,7 +11,7 @@ from tests.builders.tiny_lm import OPTIM
 
 pytestmark = pytest.mark.slow
 LAYOUTS = {
-    1: ("3x8", "3x2"),
+    1: ("3x8", "3x2", "2x2+compile"),
     2: ("3x4", "3x1", "2x2", "1x4", "0x4", "3x2+offload", "2x4+offload", "3x4+gradient_checkpointing"),
 }
 CASES = [(ranks, layout) for ranks, layouts in LAYOUTS.items() for layout in layouts]
@@ -101,3 +101,8 @@ def test_it_moved_and_clipped(runs, plain):
     moved = max(float((plain[f"actor.{k}"] - w).detach().abs().max()) for k, w in policy.named_parameters())
     assert moved > 1e-2
     assert any(m["clipfrac"] > 0 for m in runs[1, "3x8"]["metrics"])
+
+
+def test_layers_were_compiled_where_asked_alone(runs):
+    """Torch runs a layer as it is, without a word, where it gives up compiling it."""
+    assert runs[1, "3x2"]["graphs"] == 0 < runs[1, "2x2+compile"]["graphs"]

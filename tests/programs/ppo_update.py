@@ -60,8 +60,9 @@ def train(stage: int, micro: int, **options: bool) -> dict:
                 m.ref_logprobs = m.logprobs + m.ref_logprobs
                 m.critic_outputs = learner.critic_outputs(m)
         metrics.append(learner.advantages(micros, 0.1) | learner.update(minibatches, step, 0.1))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # so far in this process
     weights = {f"{n}.{k}": w for n, e in (("actor", actor), ("critic", critic)) for k, w in e.named_weights(e.module)}
-    return {"metrics": metrics, "weights": {k: w.tolist() for k, w in weights.items()}}
+    return {"metrics": metrics, "graphs": graphs, "weights": {k: w.tolist() for k, w in weights.items()}}
 
 
 def main(out: str, *layouts: str) -> None:

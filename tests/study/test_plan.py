@@ -73,6 +73,14 @@ def test_processes_without_a_shard_are_warned_of(capsys):
         assert any(line.startswith("bon: 3 shards for 8 processes") for line in found["warnings"]) == warned
 
 
+def test_no_more_processes_than_gpus(capsys):
+    """As the stages do: what a configuration sets for a CPU holds at most one process a GPU, and ranks are refused."""
+    found = planned(capsys, "--config", "configs/offline.yaml", "--gpus", "H200", "generation.processes=2")
+    assert {stage["ranks"] for stage in found["stages"]} == {1}
+    assert main(["plan", "--config", "configs/offline.yaml", "--gpus", "H200", "engine.processes=2"]) == 2
+    assert "every rank needs a GPU of its own: there are 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["8xH900", "xxH100", "0xH100"])
 def test_a_gpu_that_is_not_known(capsys, wrong):
     assert main(["plan", *GEMMA, "--gpus", wrong]) == 2
