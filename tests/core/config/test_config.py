@@ -153,6 +153,12 @@ def test_states_are_moved_while_sampling_only_where_they_are_on_the_gpu():
         load([], ["ppo.offload_while_sampling=true", "engine.zero_stage=0"])
 
 
+def test_layers_are_compiled_below_stage_3_only():
+    assert load([], ["engine.compile=true", "engine.zero_stage=2"]).engine_of("rm").compile
+    with pytest.raises(ConfigError, match="compile needs layers whose weights are whole: set zero_stage to 2 or less"):
+        load([], ["ppo.engine.compile=true"])
+
+
 @pytest.mark.parametrize("stage", ENGINE_STAGES)
 def test_a_wrong_key_of_a_stages_engine_is_named_with_the_nearest(stage):
     with pytest.raises(ConfigError, match=rf"{stage}.engine.zero_stag: no such key .*{stage}.engine.zero_stage"):
