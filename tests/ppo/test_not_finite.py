@@ -32,3 +32,17 @@ def test_an_adapter_that_becomes_nan_stops_the_run_and_spoils_nothing(small_poli
         assert all(weight.isfinite().all() for weight in adapter.values())
     rows = read_rows(tmp_path / "ppo" / "metrics.jsonl")
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_too_large_is_named_and_seen_again(small_policy, tmp_path, capsys):
+    """Nothing is wrong in any forward pass: the fault is in the gradients alone."""
+    run_program("tests/programs/ppo_not_finite.py", small_policy, tmp_path, "overflow", ranks=1)
+    said = json.loads((tmp_path / "found.json").read_text())["said"]
+    bundle = tmp_path / "faults" / "ppo-step-0001"
+    assert "ppo step 1, on a minibatch: 1 of 1 values of actor_grad_norm are NaN or infinite" in said
+    assert f"`grm replay {bundle}`" in said
+    assert json.loads((bundle / "bundle.json").read_text())["phase"] == "gradient"
+    assert grm("replay", bundle) == 0
+    shown = capsys.readouterr().out
+    assert "seen again" in shown and "the norm of all is inf" in shown

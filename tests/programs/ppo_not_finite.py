@@ -1,4 +1,7 @@
-"""PPO on the ranks of torchrun whose adapter becomes NaN after the first step, and its resumption from that step."""
+"""PPO on the ranks of torchrun whose adapter becomes NaN after the first step, and its resumption from that step.
+
+With `overflow`, PPO of a policy whose passes are finite and whose gradients are too large for their norm.
+"""
 
 import json
 import math
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from transformers import AutoTokenizer
 
 from core import config
 from core.data.chat import ChatTokenizer
@@ -33,6 +37,18 @@ def make_inputs(policy: config.Model, folder: Path) -> None:
     save_reward_model(folder / "rm" / "grm", model, model.lm.named_parameters(), model.head.state_dict())
 
 
+def overflowing(path: str, folder: Path) -> config.Model:
+    """A copy of a policy whose last layer multiplies what it attends to by 1e25, and then by 0."""
+    lm, tokenizer = load_causal_lm(config.Model(path=path), dtype="float32"), AutoTokenizer.from_pretrained(path)
+    attention = lm.get_decoder().layers[-1].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight.mul_(1e25)
+        attention.o_proj.weight.zero_()
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config.Model(path=str(folder), attention="eager")
+
+
 def poison(trainer: Trainer) -> None:
     """One number of one adapter."""
     weight = next(w for name, w in trainer.actor.module.named_parameters() if "lora_B" in name)
@@ -49,20 +65,30 @@ def left(out: Path) -> dict:
     }
 
 
-def main(path: str, folder: str) -> None:
+def main(path: str, folder: str, kind: str = "") -> None:
     policy, where = config.Model(path=path, attention="eager"), Path(folder)
     distributed.init_distributed()
+    if kind == "overflow":
+        policy = overflowing(path, where / "policy")
     if distributed.rank() == 0:
         make_inputs(policy, where)
     torch.distributed.barrier()
     cfg = config.Config(
-        policy=policy, data=config.Data(max_prompt_tokens=64), engine=config.Engine(dtype="float32"),
+        policy=policy, data=config.Data(max_prompt_tokens=64),
+        engine=config.Engine(dtype="float32", zero_stage=0 if kind else 3),
         generation=config.Generation(max_new_tokens=8, vllm=config.Vllm(max_model_len=128)),
         ppo=config.Ppo(lora=config.Lora(rank=4, top_layers=2), steps=4, rollouts=8, micro_batch=1, minibatches=2,
                        critic_trainable_layers=1, save_every=1, checkpoint_every=1),
     )  # fmt: skip
     out = where / "ppo"
     trainer = Trainer(cfg, {name: where / name for name in ("prompts", "rm")}, out)
+    if kind == "overflow":
+        try:
+            found = {"said": str(trainer.step(trainer.resume()))}
+        except DataError as error:
+            found = {"said": str(error)}
+        (where / "found.json").write_text(json.dumps(found))
+        os._exit(0)
     trainer.step(trainer.resume())
     poison(trainer)
     try:
