@@ -12,10 +12,10 @@ import pytest
 from core.files import read_table
 from tests.builders.processes import ROOT
 
-SOURCES = ("core", "rm", "bon", "ppo", "pipelines", "study", "configs", "data", "examples")
+SOURCES = ("core", "rm", "sft", "bon", "ppo", "pipelines", "study", "configs", "data", "examples")
 WHERE = """
-import bon, core, pipelines, ppo, rm, study
-print(*(package.__file__ for package in (bon, core, pipelines, ppo, rm, study)))
+import bon, core, pipelines, ppo, rm, sft, study
+print(*(package.__file__ for package in (bon, core, pipelines, ppo, rm, sft, study)))
 """
 
 
