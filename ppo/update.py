@@ -188,13 +188,14 @@ class Learner:
         self.minibatch, where = minibatch, f"ppo step {step}, on a minibatch"
         trained = {"actor": self.actor if train_policy else None, "critic": self.critic}
         engines = {name: engine for name, engine in trained.items() if engine}
-        passes: list[dict[str, float]] = []
+        passes: list[dict[str, torch.Tensor]] = []
         for m in minibatch:
             stats = self.policy_pass(m, tokens, sequences, kl_coef) if train_policy else {}
             stats |= self.critic_pass(m, tokens) if self.critic else {}
-            passes.append({name: float(value.detach()) for name, value in stats.items()})
-            columns = {name: [stats[name] for stats in passes] for name in passes[0]}
+            passes.append({name: value.detach() for name, value in stats.items()})
             if m is minibatch[-1]:  # the next call updates the weights, which a bundle must have as they are now
+                read = distributed.numbers(passes)
+                columns = {name: [values[name] for values in read] for name in read[0]}
                 losses = {f"values of {name}": column for name, column in columns.items()}
                 check_finite(where, losses, ADVICE, [m.prompt_ids for m in minibatch])
             for engine in engines.values():

@@ -226,14 +226,15 @@ def train_step(
     """
     parts = divided(model, batch, distributed.world_size() * engine.accumulation)
     mine = [[batch[i] for i in part] for part in parts[distributed.rank() :: distributed.world_size()]]
-    found: list[dict[str, float]] = []
+    passes: list[dict[str, torch.Tensor]] = []
     check = lambda values, ids=(): distributed.check_finite(where, values, NOT_FINITE, ids)  # noqa: E731
     for pairs, correlations in zip(mine, batch_correlations(engine, model, mine, cache), strict=True):
         losses = pair_losses(engine, model, variant, pairs, cache, correlations)
         # DeepSpeed averages over passes and ranks, which hold different numbers of pairs.
         engine.backward(losses["loss"] * (len(pairs) * len(parts) / len(batch)))
-        found.append({key: float(value.detach()) for key, value in losses.items()})
-        if len(found) == len(mine):  # the next call updates the weights, which a bundle must have as they are now
+        passes.append({key: value.detach() for key, value in losses.items()})
+        if len(passes) == len(mine):  # the next call updates the weights, which a bundle must have as they are now
+            found = distributed.numbers(passes)
             ids = [[pair.prompt_id for pair in part if pair.prompt_id] for part in mine]
             check({f"values of {key}": [row[key] for row in found] for key in losses}, ids)
         engine.step()

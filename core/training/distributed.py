@@ -66,6 +66,13 @@ def global_sum(*values: float) -> list[float]:
     return total.tolist()
 
 
+def numbers(rows: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Scalars on the device as Python numbers, all read at once, since each reading waits for the GPU."""
+    flat = [value.detach().double() for row in rows for value in row.values()]
+    read = iter(torch.stack(flat).tolist() if flat else ())
+    return [{name: next(read) for name in row} for row in rows]
+
+
 def global_max(value: float) -> float:
     """The largest of all ranks' values, in float64. Every rank must call it; the values must be finite."""
     largest = torch.tensor(value, dtype=torch.float64, device=device())
@@ -111,15 +118,14 @@ def check_finite(
     Raises:
         NotFinite: on every rank; tells the first of `values` that is not finite, the rank, and the prompts.
     """
-    bad, sizes, parts_of = [], [], {}
-    for name, tensors in values.items():
-        parts = parts_of[name] = [torch.as_tensor(tensor) for tensor in tensors]
-        bad.append(float(sum(map(_not_finite, parts))))
-        sizes.append(sum(part.numel() for part in parts))
-    totals = global_sum(*bad, *sizes)
+    parts_of = {name: [torch.as_tensor(tensor) for tensor in tensors] for name, tensors in values.items()}
+    counts = iter(_not_finite([part for parts in parts_of.values() for part in parts]))
+    counts_of = {name: [next(counts) for _ in parts] for name, parts in parts_of.items()}
+    bad = [float(sum(found)) for found in counts_of.values()]
+    totals = global_sum(*bad, *(sum(part.numel() for part in parts) for parts in parts_of.values()))
     for i, (name, count, size) in enumerate(zip(values, totals, totals[len(bad) :], strict=False)):
         if count:
-            mine = [k for k, part in enumerate(parts_of[name]) if _not_finite(part)]
+            mine = [k for k, found in enumerate(counts_of[name]) if found]
             ids = [p for k in mine if k < len(prompts) for p in _prompts(parts_of[name][k], prompts[k])]
             ranks = gather_rows([(rank(), mine, ids)] if bad[i] else [])
             named = list(dict.fromkeys(p for _, _, found in ranks for p in found))
@@ -131,11 +137,13 @@ def check_finite(
             )  # fmt: skip
 
 
-def _not_finite(part: torch.Tensor) -> int:
-    """How many numbers are not. One pass over them where all are: their sum then is, unless it overflows."""
-    if not part.is_floating_point() or part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).isfinite():
-        return 0
-    return int((~part.isfinite()).sum())
+def _not_finite(parts: list[torch.Tensor]) -> list[int]:
+    """How many numbers of each are not. One pass over them where all are: their sum then is, unless it overflows."""
+    sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).isfinite() for part in parts]
+    on_gpu = [fine for fine in sums if fine.is_cuda]
+    read = iter(torch.stack(on_gpu).tolist() if on_gpu else ())  # all at once: each reading waits for the GPU
+    whole = [next(read) if fine.is_cuda else bool(fine) for fine in sums]
+    return [0 if fine else int((~part.isfinite()).sum()) for fine, part in zip(whole, parts, strict=True)]
 
 
 def _prompts(part: torch.Tensor, ids: Sequence[str]) -> list[str]:
