@@ -162,7 +162,8 @@ class Sizes:
 
     def padded(self, rows: int, parts: int, *, responses: int = 1) -> float:
         """Mean tokens of one of `parts` micro-batches into which `rows` rows are balanced, padding included where it is
-        computed."""
+        computed. More parts than rows, of which a plan warns, have a row each."""
+        rows = max(rows, parts)
         if self.gpu_memory is None:
             prompt, response = self.lengths.prompt_tokens, self.lengths.response_tokens
             return rows / parts * (prompt + responses * response)

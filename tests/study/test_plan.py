@@ -65,6 +65,8 @@ def test_it_refuses_nothing_that_will_not_fit(capsys):
     found = planned(capsys, *GEMMA, "--gpus", "3xRTX4090", "ppo.lora=null")
     assert any("a rank needs" in line and "22.4 GiB" in line for line in found["warnings"])
     assert any("rm.global_batch 32 is not divisible by 3 ranks" in line for line in found["warnings"])
+    found = planned(capsys, *GEMMA, "--gpus", "64xH100")
+    assert any("rm.global_batch 32 is not divisible by 64 ranks" in line for line in found["warnings"])
 
 
 def test_processes_without_a_shard_are_warned_of(capsys):
