@@ -81,6 +81,7 @@ class Generator:
             options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
         elif vllm.enforce_eager:
             options |= fused_kernels()
+        preloaded = os.environ.get("LD_PRELOAD")
         self._llm = LLM(
             model.path,
             revision=model.revision,
@@ -98,6 +99,12 @@ class Generator:
             disable_log_stats=True,
             **options,
         )
+        # vLLM names libraries for workers, of which there are none here. Other programs that this process starts would
+        # load them too, or complain on stderr where the path of one has a space.
+        if preloaded is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preloaded
         self._llm.apply_model(separate_classes)
 
     def generate(

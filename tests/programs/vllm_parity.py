@@ -68,6 +68,7 @@ def main(path: str) -> None:
         generator.greedy(prompts[:1], 2)
     ran = {event.key for event in profile.key_averages()}
     found["fused"] = sorted(ran & {f"_C::{name}" for name in ("rms_norm", "fused_add_rms_norm", "silu_and_mul")})
+    found["preloaded"] = os.environ.get("LD_PRELOAD")
     found["compiled"] = sum(counters["frames"].values())
     print(json.dumps(found), flush=True)
     os._exit(0)

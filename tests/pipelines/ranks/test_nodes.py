@@ -16,7 +16,7 @@ from core.ranks import free_port
 from tests.builders.inputs.tiny_run import copy_of, same
 from tests.builders.processes import GRM, ROOT, background, wait_for
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 def agents(config: Path, stack: ExitStack) -> list:
