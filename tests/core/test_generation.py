@@ -1,6 +1,7 @@
 """vLLM against transformers, on the first layers of the real model."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -35,8 +36,10 @@ def test_adapters_beside_the_weights_replace_each_other(small_policy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_the_same_class_loads_beside_vllm():
+def test_a_model_of_the_same_class_loads_beside_vllm(monkeypatch):
     """For families without an implementation of its own, vLLM changes the class of transformers."""
+    for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE"):  # vLLM sets them in this process, whose children would see them
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     from transformers import GPTNeoXConfig, GPTNeoXModel
     from vllm.compilation.decorators import support_torch_compile
     from vllm.config import VllmConfig, set_current_vllm_config
