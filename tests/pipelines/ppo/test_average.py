@@ -1,12 +1,15 @@
 """A run with `ppo.ema`: the average of its weights is evaluated. Some five minutes."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 
 from core.artefacts import read_manifest
 from core.data.rows import EvaluationRow
 from core.files import read_table
-from tests.builders.processes import GRM, run_program
+from tests.builders.processes import GRM, ROOT
 
 
 @pytest.mark.long
@@ -16,7 +19,8 @@ def test_the_average_lies_between_the_reference_and_the_last_policy(run_dir):
     options = ["-c", "configs/smoke.yaml", "--from", run_dir, f"run.dir={run_dir.parent}", "run.name=average",
                "ppo.ema=0.7", "ppo.actor.lr=1e-3"]  # fmt: skip
     for stage in ("ppo", "eval"):
-        run_program(*GRM[1:], stage, *options, timeout=1800)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([*GRM, stage, *options], cwd=ROOT, env=environment, check=True, timeout=1800)
     folder = run_dir.with_name("average") / "eval"
     rows, average = (read_table(folder / f"{name}.parquet", EvaluationRow) for name in ("rl_eval", "rl_eval_average"))
     last = [row for row in rows if row["step"] == 3]
