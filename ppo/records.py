@@ -44,7 +44,7 @@ class Micro:
     values: Tensor = field(init=False)  # the same in units of the normalised reward
     advantages: Tensor = field(init=False)
     returns: Tensor = field(init=False)
-    is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
+    is_weight: Tensor | None = None  # of `ppo.methods.correction`; None: no correction
     frozen: FrozenStates | None = None  # of the frozen layers that several models share
     prompt_ids: tuple[str, ...] = ()  # [B], for messages
 

@@ -17,7 +17,8 @@ from core.generation.remote import ServerGenerator
 from core.models.layers import states_at
 from core.training import distributed
 from ppo.forward import Forward, Wide
-from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
+from ppo.math import clustered_se, kl_k1, kl_k3
+from ppo.methods.correction import correction_metrics, importance_weights
 from ppo.methods.dynamic import Scored, chosen, facts, is_enough, more_prompts
 from ppo.models import Engines
 from ppo.probe import SyncProbe
@@ -92,6 +93,7 @@ class Collector:
             micro.proxy = rewards.to(micro.rows.device)[micro.rows]
         clock.lap("score")
         self._evaluate(forward)
+        found |= correction_metrics(self._ppo.clip, micros)
         clock.lap("logprobs")
         samples, behind = rows_of(step, sampled, rewards, parts), step - 1 - sampled.policy
         return Rollout(minibatches, samples, sampled.policy, behind, responses=read, seconds=clock.seconds, facts=found)
@@ -146,11 +148,12 @@ class Collector:
     @torch.no_grad()
     def _evaluate(self, forward: Forward) -> None:
         """Fill in the log-probs of actor and reference, the critic's outputs and the importance weights."""
-        engines, cap = self._engines, self._ppo.clip.importance_weight
+        engines, clip = self._engines, self._ppo.clip
         for micro in forward.micros:
             inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
             micro.logprobs = engines.actor(*inputs, frozen=states_at(micro.frozen, engines.actor.continues))[0]
-            micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+            corrected = importance_weights(clip, micro.logprobs, micro.sampler_logprobs, micro.is_response)
+            micro.is_weight = corrected.weights if corrected else None
         forward.fill("ref_logprobs", self._of_reference)
         if engines.critic:
             forward.fill("critic_outputs", self._learner.critic_outputs)

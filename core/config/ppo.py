@@ -30,6 +30,23 @@ class Kl(Section):
     token (k3). null: never. 0.02 is a usual limit."""
 
 
+class ImportanceMask(Section):
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio is looked at, as in clip.importance_level: that of each token, or of the response, all of whose
+    tokens then get weight 0."""
+    low: float = Field(default=0.5, ge=0)
+    """Weight 0 where the ratio is lower than this. 0: no such bound."""
+    high: float = Field(default=5.0, gt=0)
+    """Weight 0 where the ratio is higher. The range [0.5, 5] is that of IcePop, for tokens. Products over long
+    responses need a wider one, geometric means one that is much nearer to 1."""
+
+    @model_validator(mode="after")
+    def _range(self) -> ImportanceMask:
+        if self.low >= self.high:
+            raise ValueError(f"importance_mask accepts no ratio: low {self.low:g} is not below high {self.high:g}")
+        return self
+
+
 class Clip(Section):
     low: float = Field(default=0.2, gt=0, lt=1)
     """A token's probability ratio pi_new / pi_old is clipped from below at 1 - low."""
@@ -42,7 +59,13 @@ class Clip(Section):
     """Where the advantage A is negative, a token's objective does not fall below dual * A, however large its ratio
     (arXiv 1912.09729, which uses 3). null: no such bound."""
     importance_weight: float | None = Field(default=2.0, gt=0)
-    """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no correction)."""
+    """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no weights)."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio the weight of a token is: its own, that of its response (the product over its tokens: unbiased, of a
+    variance that grows with length), or the geometric mean over the response."""
+    importance_mask: ImportanceMask | None = None
+    """Besides, weight 0 where the ratio is outside a range: IcePop (arXiv 2510.18855), with importance_weight no lower
+    than the upper end of the range. With importance_weight null the other weights are 1 (null: no mask)."""
 
 
 class Ensemble(Section):
@@ -255,10 +278,10 @@ class Ppo(Section):
             raise ValueError("weight_transfer nccl is for vllm_servers; an engine in each rank needs no transfer")
         if self.server_retries and (self.weight_transfer == "nccl" or len(self.vllm_servers) < 2):
             raise ValueError("server_retries needs two vllm_servers or more, and weight_transfer file")
-        if self.overlap and not (self.vllm_servers and self.clip.importance_weight):
+        if self.overlap and not (self.vllm_servers and (self.clip.importance_weight or self.clip.importance_mask)):
             raise ValueError(
-                "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "
-                "samples are those of the policy before the last update"
+                "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight or "
+                "clip.importance_mask, since the samples are those of an earlier policy"
             )
         if self.watch_gold and not self.eval_every:
             raise ValueError("watch_gold measures gold at the evaluations of eval_every: set it too")
