@@ -144,9 +144,11 @@ class Rollout:
     samples: list[dict]
     """One for each response, by its number: rows of the rollout's table, which `ppo.measured.rollouts` completes."""
     policy: int
-    """The step whose weights sampled it; 0 is the reference."""
+    """The step whose weights sampled it, the earliest one of all ranks; 0 is the reference."""
     behind: int
-    """How many steps older those weights are than the actor's: 0, or 1 with ppo.overlap."""
+    """How many steps older than the actor's the weights of `policy` are: 0 without ppo.overlap."""
+    of_one_policy: bool = True
+    """Whether that policy sampled it on all ranks."""
     responses: list[ResponseRow] = field(default_factory=list)
     """What the proxy has read, one row for each response."""
     seconds: dict[str, float] = field(default_factory=dict)

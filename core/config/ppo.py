@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -164,9 +164,10 @@ class Ppo(Section):
     checkpoint_kl: float | None = Field(default=None, gt=0)
     """Besides those, keep a policy whose KL from the reference, measured on the rollout that it sampled, is this many
     nats from that of the last one that was kept (null: none). So a policy that moves fast is evaluated as densely as
-    one that moves slowly. With overlap it is the policy one step after the one that was measured."""
+    one that moves slowly. With overlap it is a policy some steps after the one that was measured."""
     keep_policies: int | None = Field(default=None, ge=1)
-    """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all)."""
+    """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all).
+    With an overlap above 1, a policy may have no rollout of its own."""
     save_every: int = Field(default=4, ge=1, json_schema_extra={"decides_result": False})
     """Steps between states to resume from (weights, optimisers, KL coefficient, reward statistics)."""
     keep_state: bool = Field(default=True, json_schema_extra={"decides_result": False})
@@ -188,9 +189,9 @@ class Ppo(Section):
     samples are not seeded, so such a run does not repeat bit for bit."""
     weight_transfer: Literal["file", "nccl"] = "file"
     """How the servers get new weights: from a file in the run directory, or from GPU to GPU."""
-    overlap: bool = False
-    """Let the servers sample the next step's responses while this one trains. They are then one step off-policy, which
-    clip.importance_weight corrects for."""
+    overlap: bool | Annotated[int, Field(ge=0)] = False
+    """Let the servers sample the responses of later steps while this one trains, at most so many steps ahead (true: 1).
+    They are then at most so many steps off-policy, which clip.importance_weight or importance_mask corrects for."""
     sync: Literal["weights", "adapter"] = "weights"
     """What vLLM gets after each step. weights: all weights, with adapters merged. adapter: the adapter alone, which
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
@@ -227,6 +228,11 @@ class Ppo(Section):
     def combine(self) -> str | None:
         """How; None for a single one."""
         return self.ensemble.combine if self.ensemble else None
+
+    @property
+    def ahead(self) -> int:
+        """By how many steps rollouts may be off-policy."""
+        return int(self.overlap)
 
     @property
     def compares(self) -> bool:

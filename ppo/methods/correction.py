@@ -1,18 +1,18 @@
 """Correction for responses that another policy than the actor sampled: importance weights and masks, in pure torch.
 
-vLLM's log-probs differ from the actor's by rounding, and with `ppo.overlap` by updates too. Masks and units are those of
-`ppo.math`. The ratio r is pi_actor / pi_sampler, with the actor before the updates of the step:
+vLLM's log-probs differ from the actor's by rounding, and with `ppo.overlap` by updates too. Masks and units are those
+of `ppo.math`. The ratio r is pi_actor / pi_sampler, with the actor before the updates of the step:
 
     token       r_t, of each token
     sequence    prod_t r_t, one for all tokens of a response
     geometric   (prod_t r_t) ** (1 / |y|), likewise
 
-The weights of tokens and of sequences, cut off at a cap, are the token-level and the sequence-level truncated importance
-sampling of Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), and Liu et al.,
-"When speed kills stability" (2025). The product is unbiased and has a variance that grows with the length. The geometric
-mean is biased: it is used for masks (verl, docs/algo/rollout_corr_math.md, section 3.3.3) and by slime also as a weight.
-A mask takes the place of truncation in IcePop (Ring-1T, 2510.18855; INTELLECT-3, 2512.16144, eq. 1): M(r) = r inside
-[low, high] and 0 outside. By response it is the masked importance sampling of Liu et al.
+The weights of tokens and of sequences, cut off at a cap, are the token-level and the sequence-level truncated
+importance sampling of Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), and
+Liu et al., "When speed kills stability" (2025). The product is unbiased and has a variance that grows with the length.
+The geometric mean is biased: verl uses it for masks (docs/algo/rollout_corr_math.md, section 3.3.3), and slime as a
+weight too. A mask takes the place of truncation in IcePop (Ring-1T, 2510.18855; INTELLECT-3, 2512.16144, eq. 1):
+M(r) is r inside [low, high] and 0 outside. By response it is the masked importance sampling of Liu et al.
 """
 
 from __future__ import annotations

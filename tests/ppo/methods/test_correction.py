@@ -53,8 +53,8 @@ def brute_force(clip: Clip, logp: torch.Tensor, sampler: torch.Tensor) -> tuple[
     return weights, masked, truncated
 
 
-MASKS = [None, *(ImportanceMask(level=level, low=low, high=high) for level, low, high in
-                 [("token", 0.5, 1.5), ("sequence", 0.4, 2.0), ("geometric", 0.8, 1.1), ("sequence", 0.0, 1.2)])]  # fmt: skip
+RANGES = [("token", 0.5, 1.5), ("sequence", 0.4, 2.0), ("geometric", 0.8, 1.1), ("sequence", 0.0, 1.2)]
+MASKS = [None, *(ImportanceMask(level=level, low=low, high=high) for level, low, high in RANGES)]
 
 
 @pytest.mark.parametrize(("level", "cap", "mask"), list(itertools.product(LEVELS, [None, 1.3, 50.0], MASKS)))
