@@ -167,9 +167,10 @@ class Sampled:
 
     rows: list[PromptRow]  # of the prompts
     prompts: list[list[int]]  # token ids of the prompts
-    policy: int  # the step whose weights sampled them; 0 is the reference
+    policy: int  # the step whose weights sampled them, or their first tokens; 0 is the reference
     groups: list[int]  # equal for responses to one prompt
     completions: list[Completion]
+    carried: bool = False  # newer weights arrived while they were sampled
 
 
 class Clock:

@@ -55,7 +55,7 @@ class Collector:
         self._prompts, self._seed = prompts, seed
         # Now, since a tokenizer finds them out when they are first asked for, and a thread may be using it then.
         self._pad_id, self._fingerprint = generator.tokenizer.pad_id, generator.tokenizer.fingerprint
-        self.ahead = Ahead(self._sample, most=ppo.ahead, last=ppo.steps)
+        self.ahead = Ahead(self._sample, most=ppo.ahead, last=ppo.steps, carry=ppo.partial_rollouts)
 
     def collect(self, step: int) -> Rollout:
         """Sample, score and evaluate this rank's responses of `step`, with the weights as they are.
@@ -75,7 +75,7 @@ class Collector:
         micros = [micro for minibatch in minibatches for micro in minibatch]
         for micro in micros:
             micro.prompt_ids = tuple(sampled.rows[i]["prompt_id"] for i in micro.rows.tolist())
-        self._probe.sampled(micros, current=sampled.policy == self.ahead.policy)
+        self._probe.sampled(micros, current=sampled.policy == self.ahead.policy and not sampled.carried)
         self.ahead.fill(step + 1)
         self._generator.sleep()
         clock.lap("generate")
@@ -97,8 +97,11 @@ class Collector:
         samples, policy, alike = rows_of(step, sampled, rewards, parts), sampled.policy, True
         if self._ppo.ahead:  # then ranks may have begun this step on two sides of a sync
             policy = -int(distributed.global_max(-sampled.policy))
-            alike = policy == distributed.global_max(sampled.policy)
+            alike = policy == distributed.global_max(sampled.policy) and not distributed.global_max(sampled.carried)
             found |= staleness(samples)
+        if self._ppo.partial_rollouts:
+            carried, rows = distributed.global_sum(len(samples) * sampled.carried, len(samples))
+            found["carried_share"] = carried / rows
         return Rollout(
             minibatches, samples, policy, behind=step - 1 - policy, of_one_policy=alike, responses=read,
             seconds=clock.seconds, facts=found,
@@ -135,7 +138,8 @@ class Collector:
         of_prompts = generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
         groups = [i for i, completions in enumerate(of_prompts) for _ in completions]
         completions = [c for completions in of_prompts for c in completions]
-        return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions)
+        carried = self.ahead.newest != policy
+        return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions, carried)
 
     @torch.no_grad()
     def _evaluate(self, forward: Forward) -> None:

@@ -213,6 +213,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         """Measure the policy after `step` on held-out prompts, if it is its turn."""
         if self.held_out and self.cfg.ppo.eval_every and step % self.cfg.ppo.eval_every == 0:
+            self.collector.ahead.drain()
             self.generator.wake()
             stats = self.held_out.evaluate(step)
             if self.log:
@@ -233,18 +234,17 @@ class Trainer:
 
     def _sync(self, step: int) -> None:
         """Give vLLM the weights after `step`, as `ppo.sync` says: whole weights, or the adapter."""
-        self.collector.ahead.hold()
-        self.collector.ahead.policy = step
-        lm = self.actor.module.lm
-        if self.cfg.ppo.sync == "weights":
-            return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
-        folder = self.out / "sync"
-        self.actor.settle()
-        save_adapter(folder, lm)
-        torch.distributed.barrier()
-        assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
-        self.generator.load_adapter(folder)
-        torch.distributed.barrier()  # until then the files must not be overwritten
+        with self.collector.ahead.renewed(step):
+            lm = self.actor.module.lm
+            if self.cfg.ppo.sync == "weights":
+                return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
+            folder = self.out / "sync"
+            self.actor.settle()
+            save_adapter(folder, lm)
+            torch.distributed.barrier()
+            assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
+            self.generator.load_adapter(folder)
+            torch.distributed.barrier()  # until then the files must not be overwritten
 
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps

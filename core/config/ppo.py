@@ -192,6 +192,9 @@ class Ppo(Section):
     overlap: bool | Annotated[int, Field(ge=0)] = False
     """Let the servers sample the responses of later steps while this one trains, at most so many steps ahead (true: 1).
     They are then at most so many steps off-policy, which clip.importance_weight or importance_mask corrects for."""
+    partial_rollouts: bool = False
+    """With overlap: new weights do not wait for responses that are being sampled. These go on under the new weights,
+    and each token keeps the log-prob of the policy that sampled it. They are as old as their first token."""
     sync: Literal["weights", "adapter"] = "weights"
     """What vLLM gets after each step. weights: all weights, with adapters merged. adapter: the adapter alone, which
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
@@ -289,6 +292,8 @@ class Ppo(Section):
                 "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight or "
                 "clip.importance_mask, since the samples are those of an earlier policy"
             )
+        if self.partial_rollouts and not self.overlap:
+            raise ValueError("partial_rollouts are of responses that are sampled during training: set overlap too")
         if self.watch_gold and not self.eval_every:
             raise ValueError("watch_gold measures gold at the evaluations of eval_every: set it too")
         if self.critic_warmup_steps >= self.steps:

@@ -3,13 +3,15 @@
 The staleness of a rollout is the number of steps between the policy that sampled it and the one that it trains. It is
 bounded as in AReaL (2505.24298, section 5.1), whose eta is `most` here: rollout n may be begun with the weights
 after step i only if n - 1 - i <= eta. With eta = 1 this is the one-step off-policy RLHF of Noukhovitch et al.
-(2410.18252).
+(2410.18252). Rollouts that go on under new weights are the partial rollouts of Kimi k1.5 (2501.12599) and the in-flight
+weight updates of PipelineRL (2509.19128).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
@@ -24,16 +26,18 @@ class Ahead(Generic[T]):
         sample: (step, policy) -> the rollout of `step`, by the weights that the sampler has: those after step `policy`.
         most: by how many steps a rollout may be off-policy. 0: each is sampled when it is asked for.
         last: the last step of the run.
+        carry: whether a rollout that is being sampled goes on under new weights, or these wait for it.
 
     Attributes:
-        policy: the step whose weights the sampler has, 0 for the reference; whoever gives it new ones sets it.
+        policy: the step whose weights the sampler has, 0 for the reference: at least that step, where others are on
+            their way.
     """
 
-    def __init__(self, sample: Callable[[int, int], T], *, most: int, last: int):
-        self._sample, self._most, self._last = sample, most, last
+    def __init__(self, sample: Callable[[int, int], T], *, most: int, last: int, carry: bool = False):
+        self._sample, self._most, self._last, self._carry = sample, most, last, carry
         self._thread = ThreadPoolExecutor(1)
         self._rollouts: dict[int, Future[T]] = {}
-        self.policy = 0
+        self._coming = self.policy = 0
 
     def take(self, step: int) -> T:
         """The rollout of `step`: one that was begun ahead, once it is complete, or else one that is sampled now.
@@ -54,18 +58,30 @@ class Ahead(Generic[T]):
     def _begin(self, step: int) -> T:
         return self._sample(step, self.policy)  # the weights may be newer than when the step was put into the queue
 
-    def hold(self) -> None:
-        """Before the sampler gets new weights: wait for the rollout that is being sampled, on all ranks.
+    @property
+    def newest(self) -> int:
+        """The last step whose weights the sampler may have."""
+        return max(self.policy, self._coming)
 
-        Those that are not begun yet are left to the next `fill`, so all of a rank's responses of a step come from one
-        policy, and from a later one. Every rank must call it.
+    @contextmanager
+    def renewed(self, step: int) -> Iterator[None]:
+        """Around giving the sampler the weights after `step`. Every rank must enter it.
+
+        Without `carry`, all of a rank's responses of a step come from one policy.
         """
-        if not self._most:
-            return
-        self._rollouts = {step: rollout for step, rollout in self._rollouts.items() if not rollout.cancel()}
-        wait(self._rollouts.values())  # what they raised is for `take`
-        if dist.is_initialized():
-            dist.barrier()
+        if not self._carry:
+            self.drain()
+        self._coming = step
+        yield
+        self.policy = step
+
+    def drain(self) -> None:
+        """Wait for the rollout that is being sampled, on all ranks; those that are not begun are left to `fill`."""
+        if self._most:
+            self._rollouts = {step: rollout for step, rollout in self._rollouts.items() if not rollout.cancel()}
+            wait(self._rollouts.values())  # what they raised is for `take`
+            if dist.is_initialized():
+                dist.barrier()
 
     def close(self) -> None:
         """Begin nothing more, so that a run that fails does not sample what nobody trains on."""

@@ -47,10 +47,9 @@ def trained(sampler: Sampler, most: int, train, *, first: int = 1, last: int = S
         found.append(step - 1 - policy)
         ahead.fill(step + 1)
         train(step)
-        ahead.hold()
-        sampler.weights = step
-        time.sleep(0.001)  # a rollout that was begun too early would see both weights
-        ahead.policy = step
+        with ahead.renewed(step):
+            sampler.weights = step
+            time.sleep(0.001)  # a rollout that was begun too early would see both weights
     ahead.close()
     return found
 
@@ -114,7 +113,7 @@ def test_an_error_is_that_of_its_own_step_and_nothing_more_is_begun():
     ahead = Ahead(sample, most=4, last=9)
     ahead.fill(1)
     assert ahead.take(1) == 1
-    ahead.hold()  # the error is not raised here, where other ranks wait
+    ahead.drain()  # the error is not raised here, where other ranks wait
     with pytest.raises(OSError, match="no answer"):
         ahead.take(2)
     ahead.fill(3)
