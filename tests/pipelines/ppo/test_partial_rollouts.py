@@ -67,7 +67,7 @@ def test_each_token_has_the_log_prob_of_the_policy_that_sampled_it(served, tmp_p
             count = len(given)
             fits = [s for s in range(count + 1) if (by_old[:s] < CLOSE).all() and (by_new[s:] < CLOSE).all()]
             assert fits, (by_old.tolist(), by_new.tolist())
-            switches.append(0 < min(fits) and max(fits) < count)
+            switches.append(min(fits) > 0 and max(fits) < count)
         if sum(switches) >= ROWS // 2:
             break
     assert sum(switches) >= ROWS // 2, "no sync came in the middle of the responses"
