@@ -100,6 +100,40 @@ def test_a_resumed_run_samples_again_what_was_in_flight():
     assert sampler.asked == list(range(8, STEPS + 1)) and found == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rollouts_that_go_on_under_new_weights_are_as_old_as_their_first_token(seed):
+    rng, found = random.Random(seed), []
+    sampler = Sampler(lambda: time.sleep(rng.choice([0.0, 0.001, 0.006])))
+    ahead = Ahead(sampler, most=2, last=STEPS, carry=True)
+    for step in range(1, STEPS + 1):
+        of, policy = ahead.take(step)
+        found.append(step - 1 - policy)
+        assert of == step and ahead.newest == ahead.policy == step - 1
+        ahead.fill(step + 1)
+        time.sleep(rng.choice([0.0, 0.002, 0.008]))
+        with ahead.renewed(step):
+            assert (ahead.policy, ahead.newest) == (step - 1, step)
+            sampler.weights = step
+    assert sampler.asked == list(range(1, STEPS + 1)) and all(0 <= age <= 2 for age in found)
+
+
+def test_new_weights_do_not_wait_for_rollouts_that_go_on_under_them():
+    release, begun = threading.Event(), threading.Event()
+
+    def sample(step: int, policy: int) -> tuple[int, int]:
+        begun.set()
+        assert release.wait(30)
+        return policy, ahead.newest
+
+    ahead = Ahead(sample, most=1, last=9, carry=True)
+    ahead.fill(1)
+    assert begun.wait(30)
+    with ahead.renewed(1):  # would hang here
+        pass
+    release.set()
+    assert ahead.take(1) == (0, 1)
+
+
 def test_an_error_is_that_of_its_own_step_and_nothing_more_is_begun():
     asked = []
 
