@@ -191,10 +191,11 @@ class Ppo(Section):
     """How the servers get new weights: from a file in the run directory, or from GPU to GPU."""
     overlap: bool | Annotated[int, Field(ge=0)] = False
     """Let the servers sample the responses of later steps while this one trains, at most so many steps ahead (true: 1).
-    They are then at most so many steps off-policy, which clip.importance_weight or importance_mask corrects for."""
+    They are then at most so many steps off-policy, which clip.importance_weight or importance_mask corrects for. More
+    than 1 saves time with partial_rollouts only."""
     partial_rollouts: bool = False
-    """With overlap: new weights do not wait for responses that are being sampled. These go on under the new weights,
-    and each token keeps the log-prob of the policy that sampled it. They are as old as their first token."""
+    """With overlap: new weights do not wait for responses that are being sampled. These go on under them, and each
+    token keeps the log-prob of the policy that sampled it. A response is as old as its first token."""
     sync: Literal["weights", "adapter"] = "weights"
     """What vLLM gets after each step. weights: all weights, with adapters merged. adapter: the adapter alone, which
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
