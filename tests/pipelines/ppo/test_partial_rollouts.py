@@ -25,12 +25,10 @@ CLOSE = 2e-3
 def served(tokenizer_path, tmp_path_factory):
     """A configuration whose responses are long, and the address of a server with its policy."""
     folder, port = tmp_path_factory.mktemp("served"), free_port()
-    config = tiny_run(tokenizer_path, folder)
-    url = f"http://127.0.0.1:{port}"
-    longer = ["generation.vllm.max_model_len=256", f"generation.max_new_tokens={TOKENS}", "data.max_prompt_tokens=64"]
-    with background(*GRM, "vllm-serve", "-c", config, *longer, "--port", port, log=folder / "server") as server:
+    config, url = tiny_run(tokenizer_path, folder, new_tokens=TOKENS), f"http://127.0.0.1:{port}"
+    with background(*GRM, "vllm-serve", "-c", config, "--port", port, log=folder / "server") as server:
         wait_for(lambda: answers(f"{url}/v1/models"), server)
-        yield config, longer, url
+        yield config, url
 
 
 @torch.no_grad()
@@ -42,8 +40,8 @@ def of_model(lm, prompt: list[int], response: list[int]) -> torch.Tensor:
 @pytest.mark.long
 def test_each_token_has_the_log_prob_of_the_policy_that_sampled_it(served, tmp_path):
     """Up to some token of a response that of the old weights, from there on that of the new ones on the whole text."""
-    config, longer, url = served
-    cfg = load([config], longer)
+    config, url = served
+    cfg = load([config], [])
     sampler = ServerGenerator([url], cfg.policy, cfg.generation, ChatTokenizer(cfg.policy), folder=tmp_path,
                               timeout=120, carry=True)  # fmt: skip
     old, new = (load_causal_lm(cfg.policy, dtype="float32") for _ in range(2))
@@ -78,9 +76,9 @@ def test_each_token_has_the_log_prob_of_the_policy_that_sampled_it(served, tmp_p
 
 @pytest.mark.long
 def test_ppo_with_partial_rollouts(served):
-    config, longer, url = served
+    config, url = served
     run_program(
-        "-m", "pipelines", "ppo", "-c", config, *longer, f"ppo.vllm_servers=[{url}]", "ppo.overlap=2",
+        "-m", "pipelines", "ppo", "-c", config, f"ppo.vllm_servers=[{url}]", "ppo.overlap=2",
         "ppo.partial_rollouts=true", "ppo.steps=8", "ppo.eval_every=4", "ppo.eval_prompts=4",
         "ppo.clip.importance_level=sequence",
     )  # fmt: skip
