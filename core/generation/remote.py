@@ -121,7 +121,7 @@ class ServerGenerator:
         if not self._carry:
             yield
             return
-        self._each(lambda url: self._ask(url, "/pause?mode=keep", {}))
+        self._each(lambda url: self._ask(url, "/pause?mode=keep&clear_cache=false", {}))
         try:
             yield
         finally:
