@@ -295,6 +295,8 @@ class Ppo(Section):
             )
         if self.partial_rollouts and not self.overlap:
             raise ValueError("partial_rollouts are of responses that are sampled during training: set overlap too")
+        if self.partial_rollouts and self.keep_policies:
+            raise ValueError("keep_policies needs rollouts of one policy each, which partial_rollouts are not")
         if self.watch_gold and not self.eval_every:
             raise ValueError("watch_gold measures gold at the evaluations of eval_every: set it too")
         if self.critic_warmup_steps >= self.steps:

@@ -168,6 +168,10 @@ def test_the_option_is_a_number_of_steps_or_true():
     assert Ppo(overlap=True, **servers).model_dump()["overlap"] is True, "manifests of earlier runs say true"
     with pytest.raises(ValueError):
         Ppo(overlap=-1, **servers)
+    with pytest.raises(ValueError, match="set overlap too"):
+        Ppo(partial_rollouts=True)
+    with pytest.raises(ValueError, match="keep_policies needs rollouts of one policy"):
+        Ppo(overlap=1, partial_rollouts=True, keep_policies=2, **servers)
     with pytest.raises(ValueError, match=r"overlap needs vllm_servers.*importance"):
         Ppo(overlap=2)
     with pytest.raises(ValueError, match=r"overlap needs vllm_servers.*importance"):
