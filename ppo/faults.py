@@ -23,7 +23,7 @@ from core.training.bundles import Bundle, faults_folder, put_weights, save_bundl
 from core.training.distributed import NotFinite
 from core.training.weights import named_weights
 from ppo.guard import METRIC, OF_ADVANTAGES, OF_ROLLOUT, WEIGHTS_OF
-from ppo.math import importance_weight
+from ppo.methods.correction import importance_weights
 from ppo.models import make_critic, make_policy
 from ppo.policy import PolicyModule
 from ppo.records import Micro, Rollout
@@ -184,8 +184,9 @@ class _Again:
                 else:
                     reference = {"reference": True} if field == "ref_logprobs" and self._ppo.lora else {}
                     found = module(m.input_ids, m.attention_mask, m.is_response, **reference)[0]
-                if field == "is_weight" and self._ppo.clip.importance_weight:
-                    found = importance_weight(found, m.sampler_logprobs, self._ppo.clip.importance_weight)
+                if field == "is_weight":
+                    corrected = importance_weights(self._ppo.clip, found, m.sampler_logprobs, m.is_response)
+                    found = corrected.weights if corrected else found
                 bad, size = bad + int((~found.isfinite()).sum()), size + found.numel()
         return bad > 0, [*lines, f"{bad} of {size} {self.name} are NaN or infinite", *_where(trace, bad > 0)]
 

@@ -185,7 +185,7 @@ def policy_loss(
         advantages: [B, T].
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: c, which bounds the gain from below by c * A where the advantage A is negative (1912.09729).
-        is_weight: [B, T] of `importance_weight`, by which the loss of each token is multiplied.
+        is_weight: [B, T] of `ppo.methods.correction`, by which the loss of each token is multiplied.
         denominator: as in `masked_mean`.
         loss_denominator: the same of the loss alone, where its tokens are weighed otherwise than in the metrics.
 
@@ -232,14 +232,6 @@ def value_loss(
     plain, clipped = (values - target).square(), (near - target).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask, denominator)
     return loss, masked_mean((clipped > plain).float(), mask, denominator).detach()
-
-
-def importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(pi_actor / pi_sampler, cap), elementwise and without gradient.
-
-    Corrects for sampling from a policy that differs from the actor by rounding, or by one update.
-    """
-    return (logp - sampler_logp).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Micro:
     values: Tensor = field(init=False)  # the same in units of the normalised reward
     advantages: Tensor = field(init=False)
     returns: Tensor = field(init=False)
-    is_weight: Tensor | None = None  # `ppo.math.importance_weight`; None: no correction
+    is_weight: Tensor | None = None  # of `ppo.methods.correction`; None: no correction
     frozen: FrozenStates | None = None  # of the frozen layers that several models share
     prompt_ids: tuple[str, ...] = ()  # [B], for messages
 
@@ -144,9 +144,11 @@ class Rollout:
     samples: list[dict]
     """One for each response, by its number: rows of the rollout's table, which `ppo.measured.rollouts` completes."""
     policy: int
-    """The step whose weights sampled it; 0 is the reference."""
+    """The step whose weights sampled it, the earliest one of all ranks; 0 is the reference."""
     behind: int
-    """How many steps older those weights are than the actor's: 0, or 1 with ppo.overlap."""
+    """How many steps older than the actor's the weights of `policy` are: 0 without ppo.overlap."""
+    of_one_policy: bool = True
+    """Whether that policy sampled it on all ranks."""
     responses: list[ResponseRow] = field(default_factory=list)
     """What the proxy has read, one row for each response."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -165,9 +167,10 @@ class Sampled:
 
     rows: list[PromptRow]  # of the prompts
     prompts: list[list[int]]  # token ids of the prompts
-    policy: int  # the step whose weights sampled them; 0 is the reference
+    policy: int  # the step whose weights sampled them, or their first tokens; 0 is the reference
     groups: list[int]  # equal for responses to one prompt
     completions: list[Completion]
+    carried: bool = False  # newer weights arrived while they were sampled
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from core.generation.remote import ServerGenerator
 from core.models.layers import states_at
 from core.training import distributed
 from ppo.forward import Forward, Wide
-from ppo.math import clustered_se, importance_weight, kl_k1, kl_k3
+from ppo.math import clustered_se, kl_k1, kl_k3
+from ppo.methods.ahead import Ahead
+from ppo.methods.correction import correction_metrics, importance_weights
 from ppo.methods.dynamic import Scored, chosen, facts, is_enough, more_prompts
 from ppo.models import Engines
 from ppo.probe import SyncProbe
@@ -30,8 +32,8 @@ from ppo.update import Learner
 class Collector:
     """Collects one rank's rollout of each step.
 
-    With `ppo.overlap` the responses of the next step are sampled in a thread while this step trains, so they come from
-    the policy before the last update.
+    With `ppo.overlap` the responses of later steps are sampled in a thread while this step trains, so they come from an
+    earlier policy.
 
     Args:
         learner: reads the critic.
@@ -41,7 +43,7 @@ class Collector:
         seed: of the order of the prompts and of the samples.
 
     Attributes:
-        policy: the step whose weights vLLM has, 0 for the reference; whoever syncs vLLM sets it.
+        ahead: the rollouts, and the step whose weights vLLM has; whoever syncs vLLM sets it.
     """
 
     def __init__(
@@ -53,9 +55,7 @@ class Collector:
         self._prompts, self._seed = prompts, seed
         # Now, since a tokenizer finds them out when they are first asked for, and a thread may be using it then.
         self._pad_id, self._fingerprint = generator.tokenizer.pad_id, generator.tokenizer.fingerprint
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: Future[Sampled] | None = None
-        self.policy = 0
+        self.ahead = Ahead(self._sample, most=ppo.ahead, last=ppo.steps, carry=ppo.partial_rollouts)
 
     def collect(self, step: int) -> Rollout:
         """Sample, score and evaluate this rank's responses of `step`, with the weights as they are.
@@ -66,7 +66,7 @@ class Collector:
         clock = Clock()
         self._generator.wake()
         scored, found = self._sample_and_score(step) if self._ppo.dynamic_sampling else (None, {})
-        sampled = scored.sampled if scored else self._ahead.result() if self._ahead else self._sample(step, self.policy)
+        sampled = scored.sampled if scored else self.ahead.take(step)
         minibatches = make_minibatches(
             sampled.prompts, sampled.completions, sampled.groups, self._pad_id,
             minibatches=self._ppo.minibatches, micro_batch=self._ppo.micro_batch,
@@ -75,8 +75,8 @@ class Collector:
         micros = [micro for minibatch in minibatches for micro in minibatch]
         for micro in micros:
             micro.prompt_ids = tuple(sampled.rows[i]["prompt_id"] for i in micro.rows.tolist())
-        self._probe.sampled(micros, current=sampled.policy == self.policy)
-        self._sample_ahead(step + 1)
+        self._probe.sampled(micros, current=sampled.policy == self.ahead.policy and not sampled.carried)
+        self.ahead.fill(step + 1)
         self._generator.sleep()
         clock.lap("generate")
         forward = Forward(micros)
@@ -92,23 +92,20 @@ class Collector:
             micro.proxy = rewards.to(micro.rows.device)[micro.rows]
         clock.lap("score")
         self._evaluate(forward)
+        found |= correction_metrics(self._ppo.clip, micros)
         clock.lap("logprobs")
-        samples, behind = rows_of(step, sampled, rewards, parts), step - 1 - sampled.policy
-        return Rollout(minibatches, samples, sampled.policy, behind, responses=read, seconds=clock.seconds, facts=found)
-
-    def wait(self) -> None:
-        """Until the responses that were begun ahead are there, on all ranks: call it before vLLM gets new weights.
-
-        All responses of a step then come from one policy, whichever rank they belong to.
-        """
-        if self._ahead:
-            wait([self._ahead])
-            torch.distributed.barrier()
-
-    def _sample_ahead(self, step: int) -> None:
-        """With `ppo.overlap`, begin the responses of `step` with the weights that vLLM has now."""
-        more = self._ppo.overlap and step <= self._ppo.steps
-        self._ahead = self._thread.submit(self._sample, step, self.policy) if more else None
+        samples, policy, alike = rows_of(step, sampled, rewards, parts), sampled.policy, True
+        if self._ppo.ahead:  # then ranks may have begun this step on two sides of a sync
+            policy = -int(distributed.global_max(-sampled.policy))
+            alike = policy == distributed.global_max(sampled.policy) and not distributed.global_max(sampled.carried)
+            found |= staleness(samples)
+        if self._ppo.partial_rollouts:
+            carried, rows = distributed.global_sum(len(samples) * sampled.carried, len(samples))
+            found["carried_share"] = carried / rows
+        return Rollout(
+            minibatches, samples, policy, behind=step - 1 - policy, of_one_policy=alike, responses=read,
+            seconds=clock.seconds, facts=found,
+        )  # fmt: skip
 
     def _sample_and_score(self, step: int) -> tuple[Scored, dict[str, float]]:
         """This rank's responses of `step`, to prompts whose samples differ in reward, and metrics of the search."""
@@ -120,7 +117,7 @@ class Collector:
                 rows = more_prompts(self._prompts, used, step, number, ppo.prompts_per_step, self._seed)
             if not rows:
                 break
-            sampled = self._responses(rows, self.policy, step, *([number] if number else []))
+            sampled = self._responses(rows, self.ahead.policy, step, *([number] if number else []))
             self._generator.sleep()
             rounds.append(Scored(sampled, *self._reward.score(responses(sampled, self._fingerprint))))
             self._generator.wake()
@@ -141,16 +138,18 @@ class Collector:
         of_prompts = generator.generate(prompts, n=ppo.samples_per_prompt, seed=seed)
         groups = [i for i, completions in enumerate(of_prompts) for _ in completions]
         completions = [c for completions in of_prompts for c in completions]
-        return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions)
+        carried = self.ahead.newest != policy
+        return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions, carried)
 
     @torch.no_grad()
     def _evaluate(self, forward: Forward) -> None:
         """Fill in the log-probs of actor and reference, the critic's outputs and the importance weights."""
-        engines, cap = self._engines, self._ppo.clip.importance_weight
+        engines, clip = self._engines, self._ppo.clip
         for micro in forward.micros:
             inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
             micro.logprobs = engines.actor(*inputs, frozen=states_at(micro.frozen, engines.actor.continues))[0]
-            micro.is_weight = importance_weight(micro.logprobs, micro.sampler_logprobs, cap) if cap else None
+            corrected = importance_weights(clip, micro.logprobs, micro.sampler_logprobs, micro.is_response)
+            micro.is_weight = corrected.weights if corrected else None
         forward.fill("ref_logprobs", self._of_reference)
         if engines.critic:
             forward.fill("critic_outputs", self._learner.critic_outputs)
@@ -196,6 +195,14 @@ def rows_of(step: int, sampled: Sampled, rewards: Tensor, parts: dict[str, Tenso
         }
         for i, (row, c) in enumerate(zip(sampled.rows, sampled.completions, strict=True))
     ]
+
+
+def staleness(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`staleness_mean` and `staleness_max` of the responses of all ranks: steps from the policy that sampled them to
+    the one that they train."""
+    steps = [row["step"] - 1 - row["policy"] for row in samples]
+    total, rows = distributed.global_sum(sum(steps), len(steps))
+    return {"staleness_mean": total / rows, "staleness_max": distributed.global_max(max(steps))}
 
 
 def statistics(rollout: Rollout) -> dict[str, float]:

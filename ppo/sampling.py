@@ -57,5 +57,5 @@ def make_generator(
     return ServerGenerator(
         ppo.vllm_servers, policy, generation, tokenizer,
         folder=sync_folder if ppo.weight_transfer == "file" else None, timeout=ppo.server_timeout,
-        retries=ppo.server_retries,
+        retries=ppo.server_retries, carry=ppo.partial_rollouts,
     )  # fmt: skip

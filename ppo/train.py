@@ -10,6 +10,7 @@ samples its own prompts with its own vLLM, or from a server. Gold is not among t
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -66,16 +67,18 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     first, stop = trainer.resume(), StopSignal()
     steps = range(first, cfg.ppo.steps + 1)
     starting.working()
-    for step in tqdm(
+    progress = tqdm(
         steps, desc="ppo", unit="step", initial=first - 1, total=cfg.ppo.steps, disable=distributed.rank() != 0
-    ):
-        trainer.step(step)
-        if (who := stop.requested()) and step < cfg.ppo.steps:
-            trainer.save_state(step)
-            if distributed.rank() == 0:
-                (out / MARK).write_text(f"after step {step}\n")
-            torch.distributed.barrier()
-            raise Stopped(f"stopped after step {step} of {cfg.ppo.steps} ({who}); the same command resumes there")
+    )
+    with closing(trainer.collector.ahead):
+        for step in progress:
+            trainer.step(step)
+            if (who := stop.requested()) and step < cfg.ppo.steps:
+                trainer.save_state(step)
+                if distributed.rank() == 0:
+                    (out / MARK).write_text(f"after step {step}\n")
+                torch.distributed.barrier()
+                raise Stopped(f"stopped after step {step} of {cfg.ppo.steps} ({who}); the same command resumes there")
     trainer.finish()
     return summary(out / "metrics.jsonl") if distributed.rank() == 0 else {}
 
@@ -159,7 +162,7 @@ class Trainer:
         """What a step does with its rollout."""
         guard.check_rollout(step, rollout)
         stats = statistics(rollout)
-        if not rollout.behind:  # with ppo.overlap, vLLM and the actor differ by an update too
+        if not rollout.behind:  # with ppo.overlap, vLLM and the actor differ by updates too
             guard.check_mismatch(step, stats["mismatch_mean_abs"])
         if self.spacing.measured(step - 1, stats["kl_nats_per_response"]):
             self._save_policy(self.policies.folder(step - 1))
@@ -210,6 +213,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         """Measure the policy after `step` on held-out prompts, if it is its turn."""
         if self.held_out and self.cfg.ppo.eval_every and step % self.cfg.ppo.eval_every == 0:
+            self.collector.ahead.drain()
             self.generator.wake()
             stats = self.held_out.evaluate(step)
             if self.log:
@@ -225,22 +229,22 @@ class Trainer:
         if self.log:
             self.log.step(step, stats, rows)
             penalty = stats["kl_coef"] * stats["kl_nats_per_response"]
-            self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
+            if rollout.of_one_policy:
+                self.policies.scored(rollout.policy, stats["reward_mean"] - penalty)
 
     def _sync(self, step: int) -> None:
         """Give vLLM the weights after `step`, as `ppo.sync` says: whole weights, or the adapter."""
-        self.collector.wait()
-        self.collector.policy = step
-        lm = self.actor.module.lm
-        if self.cfg.ppo.sync == "weights":
-            return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
-        folder = self.out / "sync"
-        self.actor.settle()
-        save_adapter(folder, lm)
-        torch.distributed.barrier()
-        assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
-        self.generator.load_adapter(folder)
-        torch.distributed.barrier()  # until then the files must not be overwritten
+        with self.collector.ahead.renewed(step):
+            lm = self.actor.module.lm
+            if self.cfg.ppo.sync == "weights":
+                return self.generator.sync(self.actor.named_weights(lm, watch=self.probe.watch))
+            folder = self.out / "sync"
+            self.actor.settle()
+            save_adapter(folder, lm)
+            torch.distributed.barrier()
+            assert isinstance(self.generator, Generator), "the configuration refuses ppo.sync=adapter with servers"
+            self.generator.load_adapter(folder)
+            torch.distributed.barrier()  # until then the files must not be overwritten
 
     def _checkpoint(self, step: int) -> None:
         ppo, last = self.cfg.ppo, step == self.cfg.ppo.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,23 @@ class Kl(Section):
     token (k3). null: never. 0.02 is a usual limit."""
 
 
+class ImportanceMask(Section):
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio is looked at, as in clip.importance_level: that of each token, or of the response, all of whose
+    tokens then get weight 0."""
+    low: float = Field(default=0.5, ge=0)
+    """Weight 0 where the ratio is lower than this. 0: no such bound."""
+    high: float = Field(default=5.0, gt=0)
+    """Weight 0 where the ratio is higher. The range [0.5, 5] is that of IcePop, for tokens. Products over long
+    responses need a wider one, geometric means one that is much nearer to 1."""
+
+    @model_validator(mode="after")
+    def _range(self) -> ImportanceMask:
+        if self.low >= self.high:
+            raise ValueError(f"importance_mask accepts no ratio: low {self.low:g} is not below high {self.high:g}")
+        return self
+
+
 class Clip(Section):
     low: float = Field(default=0.2, gt=0, lt=1)
     """A token's probability ratio pi_new / pi_old is clipped from below at 1 - low."""
@@ -42,7 +59,13 @@ class Clip(Section):
     """Where the advantage A is negative, a token's objective does not fall below dual * A, however large its ratio
     (arXiv 1912.09729, which uses 3). null: no such bound."""
     importance_weight: float | None = Field(default=2.0, gt=0)
-    """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no correction)."""
+    """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no weights)."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio the weight of a token is: its own, that of its response (the product over its tokens: unbiased, of a
+    variance that grows with length), or the geometric mean over the response."""
+    importance_mask: ImportanceMask | None = None
+    """Besides, weight 0 where the ratio is outside a range: IcePop (arXiv 2510.18855), with importance_weight no lower
+    than the upper end of the range. With importance_weight null the other weights are 1 (null: no mask)."""
 
 
 class Ensemble(Section):
@@ -141,9 +164,10 @@ class Ppo(Section):
     checkpoint_kl: float | None = Field(default=None, gt=0)
     """Besides those, keep a policy whose KL from the reference, measured on the rollout that it sampled, is this many
     nats from that of the last one that was kept (null: none). So a policy that moves fast is evaluated as densely as
-    one that moves slowly. With overlap it is the policy one step after the one that was measured."""
+    one that moves slowly. With overlap it is a policy some steps after the one that was measured."""
     keep_policies: int | None = Field(default=None, ge=1)
-    """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all)."""
+    """Keep only the last n of these policies, and the best by reward less KL penalty on its own rollout (null: all).
+    With an overlap above 1, a policy may have no rollout of its own."""
     save_every: int = Field(default=4, ge=1, json_schema_extra={"decides_result": False})
     """Steps between states to resume from (weights, optimisers, KL coefficient, reward statistics)."""
     keep_state: bool = Field(default=True, json_schema_extra={"decides_result": False})
@@ -165,9 +189,13 @@ class Ppo(Section):
     samples are not seeded, so such a run does not repeat bit for bit."""
     weight_transfer: Literal["file", "nccl"] = "file"
     """How the servers get new weights: from a file in the run directory, or from GPU to GPU."""
-    overlap: bool = False
-    """Let the servers sample the next step's responses while this one trains. They are then one step off-policy, which
-    clip.importance_weight corrects for."""
+    overlap: bool | Annotated[int, Field(ge=0)] = False
+    """Let the servers sample the responses of later steps while this one trains, at most so many steps ahead (true: 1).
+    They are then at most so many steps off-policy, which clip.importance_weight or importance_mask corrects for. More
+    than 1 saves time with partial_rollouts only."""
+    partial_rollouts: bool = False
+    """With overlap: new weights do not wait for responses that are being sampled. These go on under them, and each
+    token keeps the log-prob of the policy that sampled it. A response is as old as its first token."""
     sync: Literal["weights", "adapter"] = "weights"
     """What vLLM gets after each step. weights: all weights, with adapters merged. adapter: the adapter alone, which
     rounds nothing away and moves little data, but slows sampling down (on CPU by a factor of three)."""
@@ -204,6 +232,11 @@ class Ppo(Section):
     def combine(self) -> str | None:
         """How; None for a single one."""
         return self.ensemble.combine if self.ensemble else None
+
+    @property
+    def ahead(self) -> int:
+        """By how many steps rollouts may be off-policy."""
+        return int(self.overlap)
 
     @property
     def compares(self) -> bool:
@@ -255,11 +288,15 @@ class Ppo(Section):
             raise ValueError("weight_transfer nccl is for vllm_servers; an engine in each rank needs no transfer")
         if self.server_retries and (self.weight_transfer == "nccl" or len(self.vllm_servers) < 2):
             raise ValueError("server_retries needs two vllm_servers or more, and weight_transfer file")
-        if self.overlap and not (self.vllm_servers and self.clip.importance_weight):
+        if self.overlap and not (self.vllm_servers and (self.clip.importance_weight or self.clip.importance_mask)):
             raise ValueError(
-                "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight, since the "
-                "samples are those of the policy before the last update"
+                "overlap needs vllm_servers, which sample beside the trainer, and clip.importance_weight or "
+                "clip.importance_mask, since the samples are those of an earlier policy"
             )
+        if self.partial_rollouts and not self.overlap:
+            raise ValueError("partial_rollouts are of responses that are sampled during training: set overlap too")
+        if self.partial_rollouts and self.keep_policies:
+            raise ValueError("keep_policies needs rollouts of one policy each, which partial_rollouts are not")
         if self.watch_gold and not self.eval_every:
             raise ValueError("watch_gold measures gold at the evaluations of eval_every: set it too")
         if self.critic_warmup_steps >= self.steps:

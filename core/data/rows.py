@@ -143,7 +143,7 @@ class RolloutRow(TypedDict):
 
     step: int
     policy: int
-    """The step whose weights sampled it; 0 is the reference."""
+    """The step whose weights sampled it, or its first token with `ppo.partial_rollouts`; 0 is the reference."""
     prompt_id: str
     prompt: list[Message]
     response: str

@@ -10,7 +10,8 @@ import http.client
 import logging
 import time
 import urllib.error
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class ServerGenerator:
         timeout: seconds within which a server must answer.
         retries: how often a request that a server did not answer is sent to another one, which has the same weights.
             With any, a server that does not answer is left out from then on; it may have missed a sync.
+        carry: whether responses that are being sampled go on under new weights. Otherwise there must be none.
 
     Attributes:
         lost: the servers that are left out, and why.
@@ -51,14 +53,14 @@ class ServerGenerator:
 
     def __init__(
         self, urls: Sequence[str], model: Model, cfg: Generation, tokenizer: ChatTokenizer, *,
-        folder: Path | None, timeout: float, retries: int = 0,
+        folder: Path | None, timeout: float, retries: int = 0, carry: bool = False,
     ):  # fmt: skip
         from transformers import AutoConfig
 
         self.urls, self.cfg, self.tokenizer = [u.rstrip("/") for u in urls], cfg, tokenizer
         self._folder, self._timeout = folder and folder.absolute(), timeout
         self._nccl: NcclTransfer | None = None
-        self._retries, self._headers = retries, with_token(token_of(None))
+        self._retries, self._carry, self._headers = retries, carry, with_token(token_of(None))
         self.lost: dict[str, str] = {}
         about = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -102,20 +104,36 @@ class ServerGenerator:
     def sync(self, named_tensors: NamedWeights) -> None:
         """As `Generator.sync`, for all servers. Every rank must call it, since weights are gathered from all ranks."""
         self._agree()
-        if self._folder:
-            self._through_file(self._folder, named_tensors)
-        else:
-            skipped = ["lm_head.weight"] if self._tied else []
-            self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
-            self._nccl.send(named_tensors)
-        if distributed.rank() == 0:
+        file = self._written(self._folder, named_tensors) if self._folder else None
+        with self._paused():
+            if file:
+                self._each(lambda url: self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [file]}))
+            else:
+                skipped = ["lm_head.weight"] if self._tied else []
+                self._nccl = self._nccl or NcclTransfer(self.urls, self._ask, skipped=skipped, timeout=self._timeout)
+                self._nccl.send(named_tensors)
             self._each(self._drop_prefixes)
         self._agree()
 
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """With `carry`, let the servers sample nothing meanwhile: responses keep the tokens that they have."""
+        if not self._carry:
+            yield
+            return
+        self._each(lambda url: self._ask(url, "/pause?mode=keep&clear_cache=false", {}))
+        try:
+            yield
+        finally:
+            self._each(lambda url: self._ask(url, "/resume", {}))
+
     def _drop_prefixes(self, url: str) -> None:
-        """Drop the server's prefix cache. vLLM refuses while it answers a request, which may be another program's."""
+        """Drop what the server has cached by the old weights, with `carry` that of unfinished responses too.
+
+        Otherwise vLLM refuses while it answers a request, which may be another program's.
+        """
         deadline = time.monotonic() + self._timeout
-        while not self._ask(url, "/reset_prefix_cache", {})["success"]:
+        while not self._ask(url, f"/reset_prefix_cache?reset_running_requests={self._carry}", {})["success"]:
             if time.monotonic() > deadline:
                 raise DataError(
                     f"vLLM server {url} did not drop its prefix cache within {self._timeout:g} s (ppo.server_timeout): "
@@ -123,7 +141,8 @@ class ServerGenerator:
                 )
             time.sleep(0.2)
 
-    def _through_file(self, folder: Path, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _written(self, folder: Path, named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+        """The file with these weights, which the first rank writes."""
         from safetensors.torch import save_file
 
         file, weights = folder / "model.safetensors", {}
@@ -133,7 +152,7 @@ class ServerGenerator:
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, file)
-            self._each(lambda url: self._ask(url, "/collective_rpc", {"method": "reload_from", "args": [str(file)]}))
+        return str(file)
 
     def sleep(self) -> None:
         """Does nothing: the server has its memory to itself."""
@@ -175,8 +194,8 @@ class ServerGenerator:
         raise AssertionError("the last attempt returns or raises")
 
     def _each(self, request: Callable[[str], Any]) -> None:
-        """Ask every server that is in use; with retries, leave those out that do not answer."""
-        for url in self.left:
+        """Ask every server that is in use, from the first rank; with retries, leave those out that do not answer."""
+        for url in self.left if distributed.rank() == 0 else ():
             try:
                 request(url)
             except NoAnswer as error:

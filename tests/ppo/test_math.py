@@ -13,7 +13,6 @@ from ppo.math import (
     explained_variance,
     gae,
     grpo,
-    importance_weight,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -179,12 +178,6 @@ def test_whitening():
 @pytest.mark.slow
 def test_whitening_on_two_ranks_is_that_of_the_concatenation():
     assert run_program("tests/programs/whiten.py", ranks=2).count("equal") == 2
-
-
-def test_importance_weight_is_capped_and_has_no_gradient():
-    logp = torch.tensor([0.0, 5.0], requires_grad=True)
-    weight = importance_weight(logp, torch.tensor([math.log(2.0), 0.0]), 2.0)
-    assert weight.tolist() == pytest.approx([0.5, 2.0]) and not weight.requires_grad
 
 
 def test_explained_variance():

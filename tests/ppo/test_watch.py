@@ -36,3 +36,14 @@ def test_each_warning_is_given_once(name):
     rows = [HEALTHY] * 5 + [HEALTHY | SICK[name]] * 4
     given = [text for n in range(1, len(rows) + 1) for text in warnings_of(rows[:n])]
     assert given == [CHECKS[name][1]]
+
+
+def test_a_mismatch_that_comes_with_staleness_is_none():
+    """With ppo.overlap=4 the sampler falls behind step by step; from then on its distance may not double again."""
+    ages = [0, 1, 2, 3, 4, 4, 4, 4]
+    rows = [HEALTHY | {"staleness_max": float(age), "mismatch_mean_abs": 0.04 + 0.05 * age} for age in ages]
+    assert all(warnings_of(rows[:n]) == [] for n in range(1, len(rows) + 1))
+    worse = [*rows, HEALTHY | {"staleness_max": 4.0, "mismatch_mean_abs": 0.6}]
+    assert warnings_of(worse) == [CHECKS["mismatch"][1]]
+    unaware = [{k: v for k, v in row.items() if k != "staleness_max"} for row in rows]
+    assert any(warnings_of(unaware[:n]) for n in range(1, len(rows) + 1)), "the test must be one of staleness"

@@ -114,7 +114,7 @@ def train(policy: config.Model, folder: Path, trained: int, frozen: int, shared:
     depths = [engines.actor.continues, engines.critic.continues]
     found = {"depths": depths, "shared": engines.frozen_layers is not None, "rows": [], "metrics": []}
     for step in (1, 2):
-        collector.policy = step - 1
+        collector.ahead.policy = step - 1
         rollout = collector.collect(step)
         probe.before()
         for m in rollout.micros:

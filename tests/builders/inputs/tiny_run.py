@@ -22,17 +22,17 @@ from tests.builders.policies import tiny_policy
 from tests.builders.processes import ROOT
 
 
-def tiny_run(tokenizer: Path, folder: Path, **ppo: object) -> Path:
-    """The configuration file of a run in `folder`; `ppo` are options besides those here."""
+def tiny_run(tokenizer: Path, folder: Path, *, new_tokens: int = 8, **ppo: object) -> Path:
+    """The configuration file of a run in `folder`, with responses of at most `new_tokens`; `ppo` are more options."""
     policy, config = tiny_policy("llama", tokenizer, folder / "policy"), folder / "config.yaml"
     lines = (ROOT / "data" / "prompts.jsonl").read_text().splitlines()
     (folder / "prompts.jsonl").write_text("\n".join(sorted(lines, key=len)[:200]))
-    vllm = {"max_model_len": 192, "max_num_seqs": 16, "dtype": "float32", "cpu_kvcache_gib": 1}
+    vllm = {"max_model_len": 184 + new_tokens, "max_num_seqs": 16, "dtype": "float32", "cpu_kvcache_gib": 1}
     model = {"path": str(policy), "attention": "eager"}
     config.write_text(yaml.safe_dump({
         "run": {"name": "tiny", "dir": str(folder)}, "policy": model, "rm": {"base": model, "variants": {"bt": {}}},
         "data": {"prompts": str(folder / "prompts.jsonl"), "max_prompt_tokens": 160},
-        "generation": {"max_new_tokens": 8, "vllm": vllm},
+        "generation": {"max_new_tokens": new_tokens, "vllm": vllm},
         "ppo": {
             "proxy": "bt", "lora": {"rank": 4, "alpha": 8}, "steps": 8, "rollouts": 4, "micro_batch": 1,
             "minibatches": 2, "critic_trainable_layers": 1, "checkpoint_every": 4, "save_every": 1,

@@ -1,0 +1,116 @@
+"""Correction for responses that another policy than the actor sampled: importance weights and masks, in pure torch.
+
+vLLM's log-probs differ from the actor's by rounding, and with `ppo.overlap` by updates too. Masks and units are those
+of `ppo.math`. The ratio r is pi_actor / pi_sampler, with the actor before the updates of the step:
+
+    token       r_t, of each token
+    sequence    prod_t r_t, one for all tokens of a response
+    geometric   (prod_t r_t) ** (1 / |y|), likewise
+
+The weights of tokens and of sequences, cut off at a cap, are the token-level and the sequence-level truncated
+importance sampling of Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), and
+Liu et al., "When speed kills stability" (2025). The product is unbiased and has a variance that grows with the length.
+The geometric mean is biased: verl uses it for masks (docs/algo/rollout_corr_math.md, section 3.3.3), and slime as a
+weight too. A mask takes the place of truncation in IcePop (Ring-1T, 2510.18855; INTELLECT-3, 2512.16144, eq. 1):
+M(r) is r inside [low, high] and 0 outside. By response it is the masked importance sampling of Liu et al.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.config import Clip
+from core.training import distributed
+from ppo.math import MAX_LOG_RATIO
+from ppo.records import Micro
+
+Level = Literal["token", "sequence", "geometric"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Importance weights of a micro-batch; all are [B, T] and without gradient."""
+
+    weights: Tensor  # what the loss of each token is multiplied by
+    ratio: Tensor  # the same before truncation and mask
+    truncated: Tensor  # bool, where the ratio is above the cap
+    masked: Tensor  # bool, where the weight is 0 by the mask
+
+
+def ratios(level: Level, logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Tensor:
+    """r [B, T] of each token: its own, or that of its response."""
+    log_ratio = (logp - sampler_logp).detach()
+    if level != "token":
+        whole = torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True)
+        if level == "geometric":
+            whole = whole / mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = whole.expand_as(log_ratio)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def importance_weights(clip: Clip, logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Weights | None:
+    """Weights by `clip.importance_weight`, `importance_level` and `importance_mask`; None where there is no correction.
+
+    A masked token stays in the denominator of the loss, as in eq. 1 of INTELLECT-3.
+
+    Args:
+        logp: [B, T] of the actor.
+        sampler_logp: [B, T] of vLLM.
+        mask: [B, T].
+    """
+    cap, outside = clip.importance_weight, clip.importance_mask
+    if cap is None and outside is None:
+        return None
+    ratio = ratios(clip.importance_level, logp, sampler_logp, mask)
+    weights = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
+    truncated, masked = torch.zeros_like(mask) if cap is None else ratio > cap, torch.zeros_like(mask)
+    if outside is not None:
+        of_mask = ratios(outside.level, logp, sampler_logp, mask)
+        # Not the negation of "inside": NaN must stay NaN, for `ppo.guard` to see.
+        masked = (of_mask < outside.low) | (of_mask > outside.high)
+        weights = torch.where(masked, 0.0, weights)
+    return Weights(weights, ratio, truncated & ~masked, masked)
+
+
+def correction_metrics(clip: Clip, micros: Sequence[Micro]) -> dict[str, float]:
+    """What the correction did to the response tokens of all ranks; {} where there is none. Every rank must call it.
+
+    Returns:
+        `is_weight_mean` and `is_weight_max` of the weights as the loss has them, masked ones among them,
+        `is_ratio_max` before truncation and mask, and `is_truncated_share` and `is_masked_share`: of the tokens at
+        level token, else of the responses.
+    """
+    found = [(m.is_response, importance_weights(clip, m.logprobs, m.sampler_logprobs, m.is_response)) for m in micros]
+    if found[0][1] is None:
+        return {}
+    tokens = rows = total = truncated = masked = 0.0
+    largest, largest_ratio = 0.0, 0.0
+    of_mask = clip.importance_mask.level if clip.importance_mask else "token"
+    for mask, w in found:
+        assert w is not None
+        tokens, rows = tokens + float(mask.sum()), rows + len(mask)
+        total += float(w.weights[mask].double().sum())
+        truncated += _count(w.truncated, mask, clip.importance_level)
+        masked += _count(w.masked, mask, of_mask)
+        largest = max(largest, float(w.weights[mask].max()))
+        largest_ratio = max(largest_ratio, float(w.ratio[mask].max()))
+    tokens, rows, total, truncated, masked = distributed.global_sum(tokens, rows, total, truncated, masked)
+    of = {"token": tokens}
+    result = {
+        "is_weight_mean": total / tokens,
+        "is_weight_max": distributed.global_max(largest),
+        "is_ratio_max": distributed.global_max(largest_ratio),
+        "is_truncated_share": truncated / of.get(clip.importance_level, rows),
+    }
+    return result | ({"is_masked_share": masked / of.get(of_mask, rows)} if clip.importance_mask else {})
+
+
+def _count(chosen: Tensor, mask: Tensor, level: Level) -> int:
+    """Of tokens or, where all tokens of a response are alike, of responses."""
+    chosen = chosen & mask
+    return int((chosen if level == "token" else chosen.any(-1)).sum())
