@@ -74,8 +74,8 @@ def test_a_rank_that_crashes_names_itself_and_exits_70(tmp_path):
 
 def test_a_reader_that_ends_early_is_no_fault(tmp_path):
     done = subprocess.run(
-        f"{shlex.quote(sys.executable)} -m pipelines config --explain | head -1", shell=True, cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+        f"{shlex.quote(sys.executable)} -m pipelines config --explain | head -1", shell=True, cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
     )  # fmt: skip
     assert done.stdout.count("\n") == 1 and not done.stderr
 
