@@ -194,7 +194,7 @@ class _Again:
         for name in self._ppo.members:
             model = RewardModel.from_pretrained(
                 Path(self.about["reward_models"]) / name, dtype=self.cfg.engine_of("ppo").dtype,
-                attention=self.cfg.policy.attention,
+                attention=self.cfg.policy.attention, lm_head=False,
             )  # fmt: skip
             rows = [model.reader.row(row) for row in self.about["responses"]]
             with traced(model) as trace:

@@ -17,6 +17,7 @@ from core.errors import DataError
 from core.models import CausalLM
 from core.models.layers import FrozenLayers, frozen_layers_of, frozen_levels_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
+from core.models.logits import leave_out_lm_head
 from core.models.lora import add_lora
 from core.training import distributed
 from core.training.engine import Engine, frozen_zero_stage, shards
@@ -128,11 +129,13 @@ class _RewardModels:
     tokenizer: ChatTokenizer
 
     def load(self, name: str, shards: Shards | None) -> RewardModel:
-        """In host memory, where an engine puts it on the GPU; or divided among the ranks by `shards`."""
+        """In host memory, where an engine puts it on the GPU; or divided among the ranks by `shards`. It has no LM head
+        of its own, which neither rewards nor values need."""
         path = self.folder / name
         model = RewardModel.from_pretrained(
-            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
-        )
+            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards,
+            lm_head=False,
+        )  # fmt: skip
         self._check(path, model)
         return model
 
@@ -160,12 +163,13 @@ class _RewardModels:
 
 
 def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels) -> RewardModel:
-    """The layers of the proxy or of the policy under a value head."""
+    """The layers of the proxy or of the policy under a value head, without an LM head of their own."""
     divided = shards(settings, settings.zero_stage)
     if ppo.critic_init == "proxy":
         critic = reward_models.load(ppo.proxy, divided)
     else:
         lm = load_causal_lm(policy, dtype=settings.dtype, shards=divided)
+        leave_out_lm_head(lm)
         critic = RewardModel(lm, "mlp", reward_models.tokenizer)
         critic.head.to(dtype=lm.dtype)
     if ppo.critic_head == "zero":
