@@ -148,7 +148,7 @@ class _Again:
         folder = Path(self.about["reward_models"])
         module: nn.Module
         if self.model == "critic":
-            module = make_critic(self._ppo, self.cfg.policy, settings, folder, tokenizer)
+            module = make_critic(self._ppo, self.cfg.policy, settings, folder, tokenizer, self.about["seed"])
         else:
             lm = make_policy(self._ppo, self.cfg.policy, settings, self.about["seed"])
             module = PolicyModule(lm, self.cfg.generation.temperature)

@@ -45,7 +45,7 @@ class Shards:
                 holder = nn.Module()
                 holder.first = nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
                 deepspeed.zero.Init(module=holder, config_dict_or_path=self._settings)
-                self._convert = holder.first.convert_to_zero_parameters  # type: ignore[union-attr]
+                self._convert = holder.first.convert_to_zero_parameters  # type: ignore[attr-defined]
             self._convert(param_list=[parameter])
 
     @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bon.scores import CACHED_STATES
 from core.config import Engine
 from core.models.logprobs import KEPT_LOGITS
+from pipelines.plan.backbones import saved_params
 from pipelines.plan.pools import SCORE_TOKENS
 from pipelines.plan.shapes import Shape
 from pipelines.plan.sizes import Part, Sizes
@@ -180,24 +181,26 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     parts: Parts = {"process": PROCESS}
     adapters = sizes.actor_trained if cfg.lora else 0
     parts["actor"] = held(sizes.policy.params + adapters, size, sizes.actor_zero, ranks)
-    frozen = sizes.frozen_zero
+    frozen, elsewhere = sizes.frozen_zero, saved_params(sizes)
     if not cfg.lora:
-        parts["reference"] = held(sizes.policy.params, size, frozen, ranks)
+        parts["reference"] = held(sizes.policy.params - elsewhere["reference"], size, frozen, ranks)
     trained = trained_bytes(sizes.actor_trained, settings, ranks, gpu=bool(gpu_memory))
     tokens = ppo_micro(sizes)
     kept = activations(sizes, sizes.policy, sizes.actor_part, tokens, sizes.row(), settings)
     if sizes.critic:
-        parts["critic"] = held(sizes.critic.trunk_params, size, sizes.actor_zero, ranks)
+        own = sizes.critic.trunk_params - elsewhere["critic"] + (sizes.critic_trained if cfg.critic_lora else 0)
+        parts["critic"] = held(own, size, sizes.actor_zero, ranks)
         of_critic = trained_bytes(sizes.critic_trained, settings, ranks, gpu=bool(gpu_memory))
         trained = {name: value + of_critic[name] for name, value in trained.items()}
         kept = max(kept, activations(sizes, sizes.critic, sizes.critic_part, tokens, sizes.row(), settings))
     members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.held_members]
     if members:
-        parts["proxies"] = sum(held(member.trunk_params, size, frozen, ranks) for member in members)
+        own = sum(member.trunk_params for member in members) - elsewhere["proxies"]
+        parts["proxies"] = held(own, size, frozen, ranks)
     parts |= trained
     if sizes.shared:
         below = sizes.shared * sizes.policy.layer_params + sizes.policy.embedding_params
-        parts["frozen layers"] = held(below, size, frozen, ranks)
+        parts["frozen layers"] = held(below - elsewhere["frozen layers"], size, frozen, ranks)
         levels = len({sizes.actor_shared, sizes.critic_shared} - {0})
         parts["states of frozen layers"] = levels * sizes.rollouts * sizes.row() * sizes.policy.hidden * size
     parts["activations"] = kept

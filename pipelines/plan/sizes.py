@@ -119,7 +119,10 @@ class Sizes:
     @property
     def critic_part(self) -> Part:
         assert self.critic is not None
-        layers = self.critic.layers
+        layers, lora = self.critic.layers, self.cfg.ppo.critic_lora
+        if lora:
+            top = min(lora.top_layers or layers, layers)
+            return Part(layers - top, top, "lora")
         count = min(self.cfg.ppo.critic_trainable_layers or layers, layers)
         return Part(layers - count, count, "weights")
 
@@ -127,6 +130,8 @@ class Sizes:
     def critic_trained(self) -> int:
         assert self.critic is not None
         part = self.critic_part
+        if self.cfg.ppo.critic_lora:
+            return self.critic.lora_params(self.cfg.ppo.critic_lora)
         return part.trained * self.critic.layer_params if part.frozen else self.critic.trunk_params
 
     @property

@@ -73,7 +73,7 @@ def critic(cfg: Config, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     def made() -> Engine:
         torch.manual_seed(3)
-        module = ppo.models.make_critic(cfg.ppo, cfg.policy, cfg.engine, folder, tokenizer)
+        module = ppo.models.make_critic(cfg.ppo, cfg.policy, cfg.engine, folder, tokenizer, 0)
         return Engine(module, cfg.engine, micro_batch=2, optim=cfg.ppo.critic, total_steps=3)
 
     def update(engine: Engine, step: int) -> None:
