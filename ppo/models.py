@@ -72,8 +72,8 @@ def make_engines(
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
     value_model = None
     if ppo.estimator == "gae":
-        if ppo.critic_lora and settings.zero_stage == 3:
-            logging.getLogger(__name__).info(
+        if ppo.critic_lora and settings.zero_stage == 3 and distributed.rank() == 0:
+            logging.getLogger(__name__).warning(
                 "ppo.critic_lora: at engine.zero_stage 3 the critic has a backbone of its own, divided among the "
                 "ranks, since two ZeRO-3 engines cannot gather one backbone (docs/scale.md)"
             )
@@ -183,9 +183,10 @@ class _RewardModels:
         if not paths:
             return [], None
         if not one_base(paths):
-            members = [self.load(name, shards) for name in ppo.held_members]
-            for member in members:
-                once.frozen(member.lm)
+            members = []
+            for name in ppo.held_members:
+                members.append(self.load(name, shards))
+                once.frozen(members[-1].lm)
             return members, None
         ensemble = AdapterEnsemble.from_pretrained(
             paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
