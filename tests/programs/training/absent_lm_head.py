@@ -6,7 +6,6 @@ A layout is STAGE:TYPE. Each trains a reward model without a text regulariser, a
 import gc
 import json
 import os
-import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -19,6 +18,7 @@ import rm.variants
 from core.config import Config
 from core.config.load import load
 from core.data.chat import ChatTokenizer
+from core.errors import ArtefactError
 from core.files import file_digest
 from core.models.logits import LmHead, leave_out_lm_head
 from core.training import distributed
@@ -67,7 +67,16 @@ def reward_model(cfg: Config, folder: Path) -> dict:
     return {"params": params(engine), "files": files}
 
 
-def critic(cfg: Config, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def refused(engine: Engine, state: Path) -> str:
+    """What is said of a state that another model has saved."""
+    try:
+        engine.load(state)
+    except ArtefactError as error:
+        return str(error)
+    return ""
+
+
+def critic(cfg: Config, folder: Path, earlier: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """After three updates, with those of another one that went on from its saved state after two."""
     tokenizer = ChatTokenizer(cfg.policy)
 
@@ -93,7 +102,10 @@ def critic(cfg: Config, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     update(resumed, 2)
     one, other = values(engine), values(resumed)
     same = one.keys() == other.keys() and all(torch.equal(w, other[k]) for k, w in one.items())
-    return {"params": params(engine), "resumed": same, "grad_norm": engine.grad_norm}, one
+    found = {"params": params(engine), "resumed": same, "grad_norm": engine.grad_norm}
+    if earlier.is_dir() and earlier != folder:
+        found["refused"] = refused(made(), earlier / "state")
+    return found, one
 
 
 def main(base: str, out: str, *layouts: str) -> None:
@@ -109,10 +121,10 @@ def main(base: str, out: str, *layouts: str) -> None:
             row["kept" if kept else "left out"] = of = {}
             of["rm"] = reward_model(configuration(base, int(stage), dtype, "proxy"), folder)
             for start in ("proxy", "policy"):
-                of[start], weights = critic(configuration(base, int(stage), dtype, start), folder)
+                # Each start overwrites the state of the one before.
+                earlier = Path(out) / layout / "kept"
+                of[start], weights = critic(configuration(base, int(stage), dtype, start), folder, earlier)
                 critics.append(weights)
-                torch.distributed.barrier()
-                shutil.rmtree(folder / "state", ignore_errors=True)
                 torch.distributed.barrier()
         pairs = list(zip(critics[:2], critics[2:], strict=True))
         row["critics equal"] = all(torch.equal(w, a[name]) for a, b in pairs for name, w in b.items())

@@ -54,6 +54,7 @@ def test_what_is_trained_and_saved_is_the_same(found, layout):
     assert kept["rm"]["files"] == without["rm"]["files"]
     assert found[layout]["critics equal"]
     for model in ("proxy", "policy"):
+        assert "state of another model, or by an earlier version" in without[model]["refused"]
         assert without[model]["resumed"] and without[model]["grad_norm"] == pytest.approx(
             kept[model]["grad_norm"], rel=1e-6
         )
