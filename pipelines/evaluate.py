@@ -134,7 +134,7 @@ def score_proxies(cfg: Config, reward_models: Path, pool: SampledPool, out: Path
     tables = {name: out / f"{name}.parquet" for name in cfg.ppo.members}
     for name, table in tables.items():
         if pool.share.missing(table, pool.count):
-            model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention)
+            model = RewardModel.from_pretrained(reward_models / name, attention=cfg.policy.attention, lm_head=False)
             score = lambda shard, bar: model.score_rows(shard, progress=bar).tolist()  # noqa: B023, E731
             score_shards(table, pool, score, title=f"eval: {name}", write=_write_scores)
     return list(tables.values())

@@ -148,7 +148,7 @@ class _Again:
         folder = Path(self.about["reward_models"])
         module: nn.Module
         if self.model == "critic":
-            module = make_critic(self._ppo, self.cfg.policy, settings, folder, tokenizer)
+            module = make_critic(self._ppo, self.cfg.policy, settings, folder, tokenizer, self.about["seed"])
         else:
             lm = make_policy(self._ppo, self.cfg.policy, settings, self.about["seed"])
             module = PolicyModule(lm, self.cfg.generation.temperature)
@@ -195,7 +195,7 @@ class _Again:
         for name in self._ppo.members:
             model = RewardModel.from_pretrained(
                 Path(self.about["reward_models"]) / name, dtype=self.cfg.engine_of("ppo").dtype,
-                attention=self.cfg.policy.attention,
+                attention=self.cfg.policy.attention, lm_head=False,
             )  # fmt: skip
             rows = [model.reader.row(row) for row in self.about["responses"]]
             with traced(model) as trace:

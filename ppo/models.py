@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,9 @@ from core.errors import DataError
 from core.models import CausalLM
 from core.models.layers import FrozenLayers, frozen_layers_of, frozen_levels_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
+from core.models.logits import leave_out_lm_head
 from core.models.lora import add_lora
+from core.models.shared_weights import SharedWeights
 from core.training import distributed
 from core.training.engine import Engine, frozen_zero_stage, shards
 from core.training.sharding import Shards, num_bytes
@@ -64,17 +67,26 @@ def make_engines(
     rows = distributed.world_size() * micro * ppo.minibatches
     accumulation = exact_div(ppo.rollouts, rows, "ppo.rollouts by ranks x ppo.micro_batch x ppo.minibatches")
     trained = {"micro_batch": micro, "accumulation": accumulation}
-    lm = make_policy(ppo, policy, settings, seed)
+    once = _InMemoryOnce(settings)
+    lm = once.trained(make_policy(ppo, policy, settings, seed))
     loader = _RewardModels(reward_models, policy, settings, tokenizer)
-    value_model = _critic(ppo, policy, settings, loader) if ppo.estimator == "gae" else None
+    value_model = None
+    if ppo.estimator == "gae":
+        if ppo.critic_lora and settings.zero_stage == 3 and distributed.rank() == 0:
+            logging.getLogger(__name__).warning(
+                "ppo.critic_lora: at engine.zero_stage 3 the critic has a backbone of its own, divided among the "
+                "ranks, since two ZeRO-3 engines cannot gather one backbone (docs/scale.md)"
+            )
+        value_model = _critic(ppo, policy, settings, loader, seed)
+        once.trained(value_model.lm)
     shares = ppo.reuse_frozen_layers and any(map(shared_depth, [lm, *([value_model.lm] if value_model else [])]))
     alike = len(ppo.held_members) + (ppo.lora is None) + shares
     # The frozen models are taken to be as large as the policy: they are not there yet.
     of_frozen = shards(settings, frozen_zero_stage(settings, alike * num_bytes(lm)))
-    members, base_of_members = loader.members(ppo, of_frozen)
+    members, base_of_members = loader.members(ppo, of_frozen, once)
     layers, depths = None, _Depths(0, 0, [0] * len(members))
     if shares:  # this runs layers apart from their models, so it comes before engines run them
-        layers, depths = _frozen_layers(policy, settings, lm, value_model, members, of_frozen)
+        layers, depths = _frozen_layers(policy, settings, lm, value_model, members, of_frozen, once)
     steps = ppo.steps - ppo.critic_warmup_steps
     actor = Engine(PolicyModule(lm, temperature), settings, optim=ppo.actor, total_steps=steps * updates, **trained)
     actor.continues = depths.actor
@@ -90,7 +102,7 @@ def make_engines(
     reference = actor
     if not ppo.lora:
         base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head, shards=of_frozen)
-        reference = frozen(PolicyModule(base, temperature))
+        reference = frozen(PolicyModule(once.frozen(base), temperature))
         reference.continues = depths.actor
     if ppo.reward_server:
         proxy: LocalProxy | RemoteProxy | None = RemoteProxy(ppo.reward_server, loader.load(ppo.proxy, of_frozen))
@@ -112,10 +124,34 @@ def make_policy(ppo: Ppo, policy: Model, settings: config.Engine, seed: int) -> 
 
 
 def make_critic(
-    ppo: Ppo, policy: Model, settings: config.Engine, reward_models: Path, tokenizer: ChatTokenizer
+    ppo: Ppo, policy: Model, settings: config.Engine, reward_models: Path, tokenizer: ChatTokenizer, seed: int
 ) -> RewardModel:
     """The critic as its training begins; the arguments are those of `make_engines`."""
-    return _critic(ppo, policy, settings, _RewardModels(reward_models, policy, settings, tokenizer))
+    return _critic(ppo, policy, settings, _RewardModels(reward_models, policy, settings, tokenizer), seed)
+
+
+class _InMemoryOnce:
+    """Lets the models of a run share their equal frozen weights, each as soon as it is read.
+
+    Models that ZeRO-3 divides, or may divide, keep their own (`core.models.shared_weights`).
+    """
+
+    def __init__(self, settings: config.Engine):
+        self._weights = SharedWeights()
+        self._of_trained = settings.zero_stage < 3
+        self._of_frozen = settings.frozen_zero_stage == 0 or (self._of_trained and settings.frozen_zero_stage == "auto")
+
+    def trained(self, lm: CausalLM) -> CausalLM:
+        """A model of which a part is trained."""
+        if self._of_trained:
+            self._weights.take(lm)
+        return lm
+
+    def frozen(self, lm: CausalLM) -> CausalLM:
+        lm.requires_grad_(False)
+        if self._of_frozen:
+            self._weights.take(lm)
+        return lm
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,27 +164,36 @@ class _RewardModels:
     tokenizer: ChatTokenizer
 
     def load(self, name: str, shards: Shards | None) -> RewardModel:
-        """In host memory, where an engine puts it on the GPU; or divided among the ranks by `shards`."""
+        """In host memory, where an engine puts it on the GPU; or divided among the ranks by `shards`. It has no LM head
+        of its own, which neither rewards nor values need."""
         path = self.folder / name
         model = RewardModel.from_pretrained(
-            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
-        )
+            path, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards,
+            lm_head=False,
+        )  # fmt: skip
         self._check(path, model)
         return model
 
-    def members(self, ppo: Ppo, shards: Shards | None) -> tuple[list[RewardModel], AdapterEnsemble | None]:
+    def members(
+        self, ppo: Ppo, shards: Shards | None, once: _InMemoryOnce
+    ) -> tuple[list[RewardModel], AdapterEnsemble | None]:
         """The reward models that the ranks hold as the proxy, and what holds them where they are adapters of one
         base."""
         paths = [self.folder / name for name in ppo.held_members]
         if not paths:
             return [], None
         if not one_base(paths):
-            return [self.load(name, shards) for name in ppo.held_members], None
+            members = []
+            for name in ppo.held_members:
+                members.append(self.load(name, shards))
+                once.frozen(members[-1].lm)
+            return members, None
         ensemble = AdapterEnsemble.from_pretrained(
             paths, dtype=self.settings.dtype, attention=self.policy.attention, where="cpu", shards=shards
         )
         for path, member in zip(paths, ensemble.members, strict=True):
             self._check(path, member)
+        once.frozen(ensemble.lm)
         return list(ensemble.members), ensemble
 
     def _check(self, path: Path, model: RewardModel) -> None:
@@ -159,18 +204,23 @@ class _RewardModels:
             )
 
 
-def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels) -> RewardModel:
-    """The layers of the proxy or of the policy under a value head."""
+def _critic(ppo: Ppo, policy: Model, settings: config.Engine, reward_models: _RewardModels, seed: int) -> RewardModel:
+    """The layers of the proxy or of the policy under a value head, without an LM head of their own."""
     divided = shards(settings, settings.zero_stage)
     if ppo.critic_init == "proxy":
         critic = reward_models.load(ppo.proxy, divided)
     else:
         lm = load_causal_lm(policy, dtype=settings.dtype, shards=divided)
+        leave_out_lm_head(lm)
         critic = RewardModel(lm, "mlp", reward_models.tokenizer)
         critic.head.to(dtype=lm.dtype)
     if ppo.critic_head == "zero":
         critic.zero_head()
-    train_top_layers(critic.lm, ppo.critic_trainable_layers)
+    if ppo.critic_lora:
+        torch.manual_seed(stream_seed(seed, "ppo", "critic adapter"))
+        critic.lm = add_lora(critic.lm, ppo.critic_lora)
+    else:
+        train_top_layers(critic.lm, ppo.critic_trainable_layers)
     return critic
 
 
@@ -184,7 +234,7 @@ class _Depths(NamedTuple):
 
 def _frozen_layers(
     policy: Model, settings: config.Engine, lm: CausalLM, critic: RewardModel | None, members: list[RewardModel],
-    of_frozen: Shards | None,
+    of_frozen: Shards | None, once: _InMemoryOnce,
 ) -> tuple[FrozenLayers | None, _Depths]:  # fmt: skip
     """The layers of the policy that actor and critic keep frozen, and where each model continues them.
 
@@ -192,7 +242,7 @@ def _frozen_layers(
     them too and reads the tokens that were sampled and no others.
     """
     nobody = _Depths(0, 0, [0] * len(members))
-    base = load_causal_lm(policy, dtype=settings.dtype, shards=of_frozen).requires_grad_(False)
+    base = once.frozen(load_causal_lm(policy, dtype=settings.dtype, shards=of_frozen))
     if base.config._attn_implementation.startswith("flash"):  # a kernel of GPUs only: they must hold the whole models
         for model in (base, lm, *([critic.lm] if critic else []), *(member.lm for member in members)):
             model.to(distributed.device())

@@ -13,6 +13,7 @@ from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.architecture import hidden_size, layers_of
 from core.models.layers import FrozenLayers, frozen_layers_of
+from core.models.logits import leave_out_lm_head
 from core.models.state_cache import FrozenStateCache
 from core.training import distributed
 from core.training.sharding import Shards
@@ -54,7 +55,8 @@ class AdapterMember(RewardModel):
 
 
 class AdapterEnsemble(nn.Module):
-    """k reward models that are adapters and heads on one base, which is in memory once. For inference.
+    """k reward models that are adapters and heads on one base, which is in memory once. For rewards alone: the base
+    has no LM head of its own.
 
     The adapters are not merged, so rewards equal those of `RewardModel.from_pretrained` up to rounding.
 
@@ -98,6 +100,7 @@ class AdapterEnsemble(nn.Module):
             raise ArtefactError(f"{other[0]} has another base, type or number of layers than {adapters[0].folder}")
         first = adapters[0]
         lm = first.load_base(kept_kernel(first.folder, first.about) if attention == "auto" else attention, shards)
+        leave_out_lm_head(lm)
         for adapter in adapters:
             adapter.check(lm)
         lm, members = cast(lm, dtype), []

@@ -128,7 +128,7 @@ class TrainedGold:
 
     def __init__(self, path: str, batch_tokens: int):
         self.batch_tokens = batch_tokens
-        self.model = RewardModel.from_pretrained(path)
+        self.model = RewardModel.from_pretrained(path, lm_head=False)
 
     def score(self, conversations: Sequence[Conversation]) -> np.ndarray:
         scores = self.model.score(conversations, batch_tokens=self.batch_tokens)

@@ -23,7 +23,7 @@ from core.models.agreement import can_share_prompts, skip_padding
 from core.models.architecture import hidden_size, max_positions
 from core.models.layers import FrozenStates, hidden_states, skips_padding
 from core.models.loading import load_causal_lm
-from core.models.logits import LmHead
+from core.models.logits import LmHead, leave_out_lm_head
 from core.models.logprobs import token_logprobs
 from core.training.distributed import device
 from core.training.sharding import Shards
@@ -42,7 +42,7 @@ class RewardModel(nn.Module):
     """A causal LM with a reward head. B conversations of L tokens, hidden size H.
 
     Attributes:
-        lm: the causal LM; its LM head is used only where log-probs are requested.
+        lm: the causal LM; its LM head is used only where log-probs are requested, and may be left out elsewhere.
         head_kind: as in `rm.heads.make_head`.
         head: maps hidden states [M, H] to rewards [M, 1], in float32.
         tokenizer: of the LM.
@@ -205,6 +205,7 @@ class RewardModel(nn.Module):
         reads: Reads | None = None,
         where: str | None = None,
         shards: Shards | None = None,
+        lm_head: bool = True,
     ) -> RewardModel:
         """A reward model from a folder or the hub: of stage `rm` (whole or an adapter), or written by other code.
 
@@ -216,6 +217,7 @@ class RewardModel(nn.Module):
             reads: which tokens it reads, in place of what its folder or its layout says (`rm.reading`).
             where: the device; None for this rank's.
             shards: as in `core.models.loading.load_causal_lm`, for models that this project wrote; `where` is not used.
+            lm_head: False leaves out an LM head with weights of its own, for a model that only gives rewards.
 
         Returns:
             The model in eval mode.
@@ -228,6 +230,8 @@ class RewardModel(nn.Module):
             parts = _read_own(folder, dtype=dtype, attention=attention, base=base, shards=shards)
         else:
             parts = foreign.read(folder, dtype=dtype, attention=attention, base=base)
+        if not lm_head:
+            leave_out_lm_head(parts.lm)
         model = cls(
             parts.lm, parts.head_kind, parts.tokenizer, mean=parts.mean, std=parts.std, reads=reads or parts.reads
         )

@@ -113,7 +113,7 @@ def pair_losses(
     batch, first, second = packed(model, pairs)
     kind = variant.text_regulariser
     targets = None
-    if kind != "none" and variant.alpha > 0:  # no logits of rejected responses unless the loss reads them
+    if variant.regularises:  # no logits of rejected responses unless the loss reads them
         wanted = first if kind.startswith("sft") else [*first, *second]
         targets = batch.targets(wanted, [p.turns for p in pairs] * (len(wanted) // len(pairs)))
     rewards, logps, terms = _forward(forward, batch, frozen, targets=targets, head_terms=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from core.config import Config, RewardTraining, RewardVariant
 from core.data.rows import CalibrationRow, PairRow
 from core.data.streams import stream_seed
 from core.files import read_json, read_table, write_json
+from core.models.logits import has_lm_head
 from core.models.state_cache import FrozenStateCache
 from core.models.weight_files import SHARD_BYTES
 from core.parts import seal
@@ -35,7 +37,7 @@ from rm.model import RewardModel
 from rm.objective import batch_correlations, divided, pair_logprobs, pair_losses
 from rm.pairs import Pair, batch_plan, seed_name, tokenise
 from rm.score import check_lengths
-from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, num_layers
+from rm.variants import arm_rows, build, fits_cache, frozen_state_cache, lm_head_of, num_layers
 
 NOT_FINITE = (
     "Nothing of this reward model is saved. Lower rm.optim.lr, or the variant's own lr, or set engine.dtype=float32; "
@@ -147,7 +149,7 @@ def fit(
         model, settings, micro_batch=rm.micro_batch, optim=rm.optim_of(variant), total_steps=len(batches),
         accumulation=rm.global_batch // (rm.micro_batch * distributed.world_size()),
     )  # fmt: skip
-    if variant.text_regulariser == "dpo" and variant.alpha > 0:
+    if variant.text_regulariser == "dpo" and variant.regularises:
         pairs = with_reference(engine, model, pairs, rm.micro_batch, cache)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "train.jsonl").open("w") if distributed.rank() == 0 else None
@@ -253,6 +255,8 @@ def save(
 ) -> None:  # fmt: skip
     """Write the model's folder, whole or as an adapter (`rm.save`). Every rank must call it; the first one writes.
 
+    A model that was trained without the LM head of its base gets it in its files all the same.
+
     Args:
         shard_bytes: as in `core.models.weight_files.write_weights`.
     """
@@ -267,6 +271,7 @@ def save(
         return
     weights = engine.named_weights(model.lm)
     if distributed.rank() == 0:
-        save_reward_model(out, model, weights, head, shard_bytes=shard_bytes, base=rm.base.path, **about)
+        absent = () if has_lm_head(model.lm) else lm_head_of(rm.base, next(model.lm.parameters()).dtype)
+        save_reward_model(out, model, chain(weights, absent), head, shard_bytes=shard_bytes, base=rm.base.path, **about)
     else:
         weights.take_part()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from core import config
-from core.config import RewardTraining, RewardVariant
+from core.config import Model, RewardTraining, RewardVariant
 from core.data.chat import ChatTokenizer
 from core.data.labels import flip_labels, repeated
 from core.data.rows import PairRow
@@ -15,6 +18,7 @@ from core.errors import ArtefactError
 from core.models.architecture import layers_of
 from core.models.layers import FrozenLayers, train_top_layers
 from core.models.loading import load_causal_lm
+from core.models.logits import leave_out_lm_head
 from core.models.lora import add_lora
 from core.models.state_cache import FrozenStateCache
 from core.training import distributed
@@ -51,7 +55,8 @@ def build(
 ) -> tuple[RewardModel, ChatTokenizer]:
     """The untrained model and its tokenizer; variants with the same `variant.seed` start from the same head.
 
-    Every rank must make it. With several ranks at ZeRO stage 3 the weights of its LM are divided among them.
+    Every rank must make it. With several ranks at ZeRO stage 3 the weights of its LM are divided among them. It has an
+    LM head of its own only where the loss reads one.
 
     Args:
         seed: `run.seed`.
@@ -62,6 +67,8 @@ def build(
         rm.base, dtype=settings.dtype, num_layers=num_layers(rm, variant), float32_head=settings.float32_head,
         shards=shards(settings, settings.zero_stage),
     )  # fmt: skip
+    if not variant.regularises:
+        leave_out_lm_head(lm)  # `lm_head_of` gives it to the files
     torch.manual_seed(stream_seed(seed, "rm", "head", *seed_name(variant)))
     if rm.lora and variant.trainable_layers is None:
         lm = add_lora(lm, rm.lora)
@@ -70,6 +77,15 @@ def build(
     model = RewardModel(lm, variant.head, tokenizer)
     model.head_dropout = variant.head_dropout
     return model, tokenizer
+
+
+def lm_head_of(base: Model, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of each weight of the LM head of `base`, which is read with one layer only."""
+    lm = load_causal_lm(base, dtype=str(dtype).removeprefix("torch."), num_layers=1)
+    inside = {id(p) for p in lm.get_output_embeddings().parameters()}
+    for name, weight in lm.named_parameters():
+        if id(weight) in inside:
+            yield name, weight.detach()
 
 
 def num_layers(rm: RewardTraining, variant: RewardVariant) -> int | None:

@@ -148,6 +148,10 @@ class Ppo(Section):
     """Optimiser of the critic, with estimator gae."""
     critic_trainable_layers: int | None = Field(default=None, ge=1)
     """Train only the last n layers of the critic and its head (null: everything)."""
+    critic_lora: Lora | None = None
+    """Adapters of the critic, which are trained with its head in place of its own layers (null: critic_trainable_layers
+    says what is trained). Their learning rate is critic.lr: adapters need a larger one than whole weights. Below ZeRO
+    stage 3 its frozen weights are in memory once with those of the policy or of the proxy that they equal."""
     critic_init: Literal["proxy", "policy"] = "proxy"
     """Whose layers the critic starts with."""
     critic_head: Literal["zero", "reward"] = "zero"
@@ -278,6 +282,10 @@ class Ppo(Section):
             raise ValueError(f"estimator {self.estimator} has no critic to warm up: set critic_warmup_steps to 0")
         if self.lora and self.lora.dropout:
             raise ValueError(f"lora.dropout {self.lora.dropout} would make the PPO ratio differ from 1: set it to 0")
+        if self.critic_lora and self.critic_trainable_layers:
+            raise ValueError("critic_lora and critic_trainable_layers exclude each other: set one of them to null")
+        if self.critic_lora and self.critic_lora.dropout:
+            raise ValueError(f"critic_lora.dropout {self.critic_lora.dropout} would make values random: set it to 0")
         if self.sync == "adapter" and (self.lora is None or self.vllm_servers or self.lora.rank > 512):
             raise ValueError("sync adapter needs lora of rank 512 at most, and no vllm_servers")
         if any("@" in server for server in self.vllm_servers):

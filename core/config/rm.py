@@ -67,6 +67,11 @@ class RewardVariant(Section):
     data_seed: int = Field(default=0, ge=0)
     """Another one draws other pairs, where `pairs` leaves a choice, and flips other labels. 0: the first pairs."""
 
+    @property
+    def regularises(self) -> bool:
+        """Whether the loss has a text regulariser, which reads the LM head."""
+        return self.text_regulariser != "none" and self.alpha > 0
+
     @model_validator(mode="after")
     def _one_correction(self) -> RewardVariant:
         if self.noise_rate and self.label_smoothing:

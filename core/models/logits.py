@@ -64,6 +64,42 @@ def _first(config: Any, names: tuple[str, ...]) -> float | None:
     return next((float(value) for value in values if value is not None), None)
 
 
+class AbsentLmHead(nn.Module):
+    """In place of an LM head that is not there; computing log-probs with it is an ArtefactError.
+
+    Args:
+        why: there is none; the end of a sentence about the model.
+    """
+
+    out_features = 1  # the size of no vocabulary
+
+    def __init__(self, why: str):
+        super().__init__()
+        self.why = why
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise ArtefactError(f"this model {self.why}, so it has no log-probs")
+
+
+def has_lm_head(lm: CausalLM) -> bool:
+    return not isinstance(without_adapters(lm).get_output_embeddings(), AbsentLmHead)
+
+
+def leave_out_lm_head(lm: CausalLM) -> None:
+    """Free the LM head of a model that is read for its hidden states alone, divided among ranks or not.
+
+    A head that is tied to the embeddings takes no memory and stays.
+    """
+    base = without_adapters(lm)
+    head = base.get_output_embeddings()
+    if isinstance(head, AbsentLmHead):
+        return
+    inside = set(head.modules())
+    elsewhere = {id(p) for part in base.modules() if part not in inside for p in part.parameters(recurse=False)}
+    if not any(id(p) in elsewhere for p in head.parameters()):
+        base.set_output_embeddings(AbsentLmHead("was loaded without its LM head"))
+
+
 class Float32Head(nn.Linear):
     """An LM head whose logits are float32, whatever the type of its weights.
 

@@ -198,11 +198,20 @@ class Engine:
         """Resume from what `save` wrote, on the same number of ranks.
 
         Raises:
-            ArtefactError: a file of the state is damaged.
+            ArtefactError: a file of the state is damaged, or it is that of another model.
             RuntimeError: `folder` holds no state.
         """
         check_state(folder)
-        path, kept = self._deepspeed.load_checkpoint(str(folder), tag="state")
+        try:
+            path, kept = self._deepspeed.load_checkpoint(str(folder), tag="state")
+        except RuntimeError as error:
+            if "in loading state_dict" not in str(error):
+                raise
+            said = " ".join(str(error).split())[:300]
+            raise ArtefactError(
+                f"{folder} is the state of another model, or by an earlier version ({said}): delete "
+                f"{folder.parent.parent} to start the stage again"
+            ) from None
         if path is None:
             raise RuntimeError(f"no engine state in {folder}; delete it and run the stage again")
         if spikes := (kept or {}).get(SPIKES):  # earlier versions kept none

@@ -41,12 +41,12 @@ class Shards:
             if is_divided(parameter):
                 continue
             if self._convert is None:  # it is DeepSpeed that adds the method to each parameter which it has divided
+                # One of no model, since all that are divided later hold on to the first.
                 holder = nn.Module()
-                holder._parameters["first"] = parameter
+                holder.first = nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
                 deepspeed.zero.Init(module=holder, config_dict_or_path=self._settings)
-                self._convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
-            else:
-                self._convert(param_list=[parameter])
+                self._convert = holder.first.convert_to_zero_parameters  # type: ignore[attr-defined]
+            self._convert(param_list=[parameter])
 
     @contextmanager
     def reading(self, whole: set[tuple[int, ...]]) -> Iterator[None]:

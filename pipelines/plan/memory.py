@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bon.scores import CACHED_STATES
 from core.config import Engine
 from core.models.logprobs import KEPT_LOGITS
+from pipelines.plan.backbones import saved_params
 from pipelines.plan.pools import SCORE_TOKENS
 from pipelines.plan.shapes import Shape
 from pipelines.plan.sizes import Part, Sizes
@@ -131,7 +132,7 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
         return Memory((first,), sizes.policy.params * size)
     second = {
         "process": PROCESS,
-        "reward models": min(2, len(members)) * sizes.base.params * size,
+        "reward models": min(2, len(members)) * sizes.base.trunk_params * size,
         "passes": 4 * SCORE_TOKENS * (sizes.base.hidden + sizes.base.intermediate) * size,
     }
     if stage == "bon" and len(members) > 1:
@@ -140,7 +141,7 @@ def of_pools(sizes: Sizes, stage: str, gpu_memory: float | None) -> Memory:
         most = CACHED_STATES if not gpu_memory else 0.0
         second["states of shared layers"] = min(most, states) / sizes.ranks
     if sizes.gold:
-        second["gold"] = sizes.gold.params * size
+        second["gold"] = sizes.gold.trunk_params * size
     return Memory((first, second), 2 * sizes.policy.params * size)
 
 
@@ -152,10 +153,10 @@ def of_rm(sizes: Sizes, gpu_memory: float | None) -> Memory:
         shape, part = sizes.variant_shape(variant), sizes.rm_part(variant)
         passes = cfg.global_batch // (cfg.micro_batch * ranks) or 1
         tokens = sizes.pair_batch(cfg.global_batch, ranks * passes)
-        parts = {"process": PROCESS, "weights": held(shape.params, size, sizes.rm_zero, ranks)}
+        parts = {"process": PROCESS, "weights": held(sizes.rm_params(variant), size, sizes.rm_zero, ranks)}
         parts |= trained_bytes(sizes.rm_trained(variant), settings, ranks, gpu=bool(gpu_memory))
         parts["activations"] = activations(sizes, shape, part, tokens, sizes.pair_length, settings)
-        if variant.text_regulariser != "none":
+        if variant.regularises:
             read = cfg.micro_batch * sizes.lengths.pair_tokens[1]
             parts["logits"] = logit_bytes(shape, read, float32=settings.float32_head, backward=True)
         states = 0.0
@@ -180,24 +181,26 @@ def of_ppo(sizes: Sizes, gpu_memory: float | None) -> Memory:
     parts: Parts = {"process": PROCESS}
     adapters = sizes.actor_trained if cfg.lora else 0
     parts["actor"] = held(sizes.policy.params + adapters, size, sizes.actor_zero, ranks)
-    frozen = sizes.frozen_zero
+    frozen, elsewhere = sizes.frozen_zero, saved_params(sizes)
     if not cfg.lora:
-        parts["reference"] = held(sizes.policy.params, size, frozen, ranks)
+        parts["reference"] = held(sizes.policy.params - elsewhere["reference"], size, frozen, ranks)
     trained = trained_bytes(sizes.actor_trained, settings, ranks, gpu=bool(gpu_memory))
     tokens = ppo_micro(sizes)
     kept = activations(sizes, sizes.policy, sizes.actor_part, tokens, sizes.row(), settings)
     if sizes.critic:
-        parts["critic"] = held(sizes.critic.params, size, sizes.actor_zero, ranks)
+        own = sizes.critic.trunk_params - elsewhere["critic"] + (sizes.critic_trained if cfg.critic_lora else 0)
+        parts["critic"] = held(own, size, sizes.actor_zero, ranks)
         of_critic = trained_bytes(sizes.critic_trained, settings, ranks, gpu=bool(gpu_memory))
         trained = {name: value + of_critic[name] for name, value in trained.items()}
         kept = max(kept, activations(sizes, sizes.critic, sizes.critic_part, tokens, sizes.row(), settings))
     members = [sizes.variant_shape(sizes.cfg.rm.variants[name]) for name in cfg.held_members]
     if members:
-        parts["proxies"] = sum(held(member.params, size, frozen, ranks) for member in members)
+        own = sum(member.trunk_params for member in members) - elsewhere["proxies"]
+        parts["proxies"] = held(own, size, frozen, ranks)
     parts |= trained
     if sizes.shared:
         below = sizes.shared * sizes.policy.layer_params + sizes.policy.embedding_params
-        parts["frozen layers"] = held(below, size, frozen, ranks)
+        parts["frozen layers"] = held(below - elsewhere["frozen layers"], size, frozen, ranks)
         levels = len({sizes.actor_shared, sizes.critic_shared} - {0})
         parts["states of frozen layers"] = levels * sizes.rollouts * sizes.row() * sizes.policy.hidden * size
     parts["activations"] = kept

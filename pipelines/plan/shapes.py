@@ -96,6 +96,11 @@ class Shape:
         """Of the embedding and what else stands outside the layers, without an LM head of its own."""
         return self.other_params - (0 if self.tied else self.head_params)
 
+    @property
+    def trunk_params(self) -> int:
+        """Of a model that gives rewards or values alone, which is held without an LM head of its own."""
+        return self.layers * self.layer_params + self.embedding_params
+
     def cut(self, layers: int | None) -> Shape:
         """With the lowest `layers` layers only; None keeps all."""
         return self if layers is None else replace(self, layers=min(layers, self.layers))

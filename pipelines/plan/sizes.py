@@ -63,7 +63,8 @@ class Sizes:
         """Of the models of stage ppo that are not trained: 3 or None for whole ones."""
         ppo = self.cfg.ppo
         shapes = [self.variant_shape(self.cfg.rm.variants[name]) for name in ppo.held_members]
-        together = sum(shape.params for shape in shapes) + self.policy.params * ((not ppo.lora) + (self.shared > 0))
+        together = sum(shape.trunk_params for shape in shapes)
+        together += self.policy.params * ((not ppo.lora) + (self.shared > 0))
         stage = frozen_zero(self.cfg.engine_of("ppo"), together * self.bytes_per_weight, self.gpu_memory)
         return 3 if stage == 3 else None
 
@@ -87,7 +88,12 @@ class Sizes:
             assert self.cfg.rm.lora is not None
             return shape.lora_params(self.cfg.rm.lora)
         whole = part.frozen == 0 and self.cfg.rm.trainable_layers is None and variant.trainable_layers is None
-        return shape.params if whole else part.trained * shape.layer_params
+        return self.rm_params(variant) if whole else part.trained * shape.layer_params
+
+    def rm_params(self, variant: RewardVariant) -> int:
+        """Parameters that stage `rm` holds of a variant, its head and adapters left out."""
+        shape = self.variant_shape(variant)
+        return shape.params if variant.regularises else shape.trunk_params
 
     @property
     def actor_part(self) -> Part:
@@ -113,7 +119,10 @@ class Sizes:
     @property
     def critic_part(self) -> Part:
         assert self.critic is not None
-        layers = self.critic.layers
+        layers, lora = self.critic.layers, self.cfg.ppo.critic_lora
+        if lora:
+            top = min(lora.top_layers or layers, layers)
+            return Part(layers - top, top, "lora")
         count = min(self.cfg.ppo.critic_trainable_layers or layers, layers)
         return Part(layers - count, count, "weights")
 
@@ -121,7 +130,9 @@ class Sizes:
     def critic_trained(self) -> int:
         assert self.critic is not None
         part = self.critic_part
-        return part.trained * self.critic.layer_params if part.frozen else self.critic.params
+        if self.cfg.ppo.critic_lora:
+            return self.critic.lora_params(self.cfg.ppo.critic_lora)
+        return part.trained * self.critic.layer_params if part.frozen else self.critic.trunk_params
 
     @property
     def actor_shared(self) -> int:

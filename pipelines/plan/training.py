@@ -91,7 +91,7 @@ def _training(sizes: Sizes, variant: RewardVariant, part: Part, *, orders: int, 
     if between:
         items.append(Pass(shape, calls, tokens, length, between, zero=zero, ranks=ranks))
     items.append(Pass(shape, calls, tokens, length, part.trained, part.kind, zero, ranks))
-    if variant.text_regulariser != "none" and variant.alpha > 0:
+    if variant.regularises:
         sides = 1 if variant.text_regulariser.startswith("sft") else 2
         read = cfg.micro_batch * sides * sizes.lengths.pair_tokens[1]
         head_trained = sizes.rm_trained(variant) == shape.params
@@ -155,7 +155,8 @@ def state_bytes(sizes: Sizes) -> float:
     cfg, zero, half = sizes.cfg.ppo, sizes.actor_zero, sizes.bytes_per_weight == 2
     trained = sizes.actor_trained + (sizes.critic_trained if sizes.critic else 0)
     weights = sizes.policy.params + (sizes.actor_trained if cfg.lora else 0)
-    weights += sizes.critic.params if sizes.critic else 0
+    if sizes.critic:
+        weights += sizes.critic.trunk_params + (sizes.critic_trained if cfg.critic_lora else 0)
     states = 12 if half or zero else 8
     return states * trained + (weights - (trained if zero == 3 else 0)) * sizes.bytes_per_weight
 
@@ -232,7 +233,7 @@ def _updating(sizes: Sizes, steps: float) -> list[Item]:
     items.append(Logits(sizes.policy, calls * policy, _responses(sizes), True, head, zero, ranks))
     items.append(Update(updates * policy, sizes.actor_trained, zero, ranks))
     if sizes.critic:
-        items += _trunk(sizes, calls, ppo_micro(sizes), "critic", "weights")
+        items += _trunk(sizes, calls, ppo_micro(sizes), "critic", sizes.critic_part.kind)
         items.append(Update(updates, sizes.critic_trained, zero, ranks))
     return items
 

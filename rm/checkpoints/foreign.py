@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from core.config import NATIVE_DTYPE, Attention, Model
 from core.data.chat import ChatTokenizer
@@ -34,24 +33,12 @@ from core.models.architecture import hidden_size
 from core.models.kernels import attention_kernel
 from core.models.libraries import made_by_library
 from core.models.loading import load_causal_lm
+from core.models.logits import AbsentLmHead
 from rm.checkpoints.folder import HUB_ID, check_vocabulary, locate, read_config, shapes, tensors, tokens_from
 from rm.checkpoints.foreign_heads import ForeignHead, find_head, head_weights, is_head, plain
 from rm.checkpoints.layout import Parts
 from rm.checkpoints.lora import SAME_BASE, adapted, adapter_config, check_factors, check_settings, merge
 from rm.reading import Reads
-
-
-class AbsentLmHead(nn.Module):
-    """In place of an LM head that a checkpoint does not have; computing log-probs with it is an ArtefactError."""
-
-    out_features = 1  # the size of no vocabulary
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        raise ArtefactError("this reward model was saved without an LM head: it has rewards, but no log-probs")
-
-
-def has_lm_head(lm: CausalLM) -> bool:
-    return not isinstance(lm.get_output_embeddings(), AbsentLmHead)
 
 
 def read(
@@ -139,7 +126,7 @@ def _read_lm(folder: Path, names: Mapping[str, str], head: ForeignHead, dtype: s
     # The embeddings of a classifier were never an LM head, even if its configuration still ties the two.
     tied = lm.config.tie_word_embeddings and head.is_authors
     if lm_head not in names and not tied:
-        lm.set_output_embeddings(AbsentLmHead())
+        lm.set_output_embeddings(AbsentLmHead("was saved without an LM head"))
         lm.config.tie_word_embeddings = False
     return lm
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, dict] = {}
     units_of: dict[str, dict[str, Units]] = {s.name: {} for s in sets}
     for name, path in zip(names, options.models, strict=True):
-        model = RewardModel.from_pretrained(path, dtype=options.dtype, reads=options.reads)
+        model = RewardModel.from_pretrained(path, dtype=options.dtype, reads=options.reads, lm_head=False)
         results[name] = {"path": path, "dtype": options.dtype, "reads": model.reads, "sets": {}}
         for evalset in sets:
             rows, long = score_set(model, evalset, batch_tokens=options.batch_tokens, max_tokens=options.max_tokens,

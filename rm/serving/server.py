@@ -22,7 +22,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import uvicorn
@@ -74,7 +74,8 @@ def load(
 ) -> tuple[Sequence[RewardModel], Callable[[Sequence[Tokens]], FrozenStateCache | None] | None]:
     """The models, and `frozen` of `Ensemble`: adapters of one base share it in memory, and its frozen layers."""
     if not one_base(paths):
-        return [RewardModel.from_pretrained(path, dtype=dtype, base=base, reads=reads) for path in paths], None
+        options: Any = {"dtype": dtype, "base": base, "reads": reads, "lm_head": False}
+        return [RewardModel.from_pretrained(path, **options) for path in paths], None
     shared = AdapterEnsemble.from_pretrained(paths, dtype=dtype, base=base)
     for member in shared.members:
         member.reads = reads or member.reads

@@ -17,9 +17,9 @@ from core.errors import ArtefactError
 from core.files import read_json, write_json
 from core.models import CausalLM
 from core.models.loading import save_lm
+from core.models.logits import has_lm_head
 from core.training.weights import named_weights
 from rm.checkpoints.folder import faults, locate
-from rm.checkpoints.foreign import has_lm_head
 from rm.checkpoints.foreign_heads import V_HEAD
 from rm.checkpoints.layout import ABOUT_FILE, save_reward_model
 from rm.model import RewardModel

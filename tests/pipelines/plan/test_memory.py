@@ -167,3 +167,23 @@ def test_weights_that_leave_vllm_no_cache_are_warned_of():
 )
 def test_frozen_models_are_sharded_by_the_rule_of_engines(settings, together, gpu_memory, stage):
     assert frozen_zero(settings, together, gpu_memory) == stage
+
+
+def test_an_lm_head_that_nothing_reads_is_not_counted():
+    """Untied, it is there in the policy and under a text regulariser; not in critic, proxy and other reward models."""
+    untied, tied = (tiny_shape(vocab_size=2048, tie_word_embeddings=tied) for tied in (False, True))
+    head = 2048 * TINY["hidden_size"]
+    assert untied.params - untied.trunk_params == head and tied.params == tied.trunk_params == untied.trunk_params
+    engine = {"processes": 1, "dtype": "bfloat16", "zero_stage": 0}
+
+    def parts(shape, stage: str, **variant) -> dict[str, float]:
+        rm = {"variants": {"it": variant}, "trainable_layers": None, "lora": None}
+        of_ppo = {"proxy": "it", "critic_trainable_layers": None}
+        return memory_of(sizes(shape, 1, engine=engine, rm=rm, ppo=of_ppo), stage, None).parts
+
+    for part in ("critic", "proxies", "optimiser states"):
+        assert parts(untied, "ppo")[part] == parts(tied, "ppo")[part] > 0
+    assert parts(untied, "ppo")["actor"] - parts(tied, "ppo")["actor"] == 2 * head
+    for part, size in (("weights", 2), ("optimiser states", 12)):
+        of = lambda shape, **variant: parts(shape, "rm", **variant)[part]  # noqa: B023, E731
+        assert of(untied) == of(tied) and of(untied, text_regulariser="sft") - of(tied) == size * head
