@@ -52,3 +52,20 @@ def test_a_model_of_the_same_class_loads_beside_vllm():
     assert beside(torch.arange(4)[None]).last_hidden_state.shape == (1, 4, 64)
     assert type(of_vllm[0]) is not type(beside) and isinstance(of_vllm[0], GPTNeoXModel)
     assert of_vllm[0].do_not_compile is not None and "__call__" in vars(type(of_vllm[0]))
+
+
+@pytest.mark.slow
+def test_overrides_reach_vllm_and_its_server(small_policy):
+    found = json.loads(run_program("tests/programs/vllm_overrides.py", small_policy).splitlines()[-1])
+    assert found["here"] == {
+        "max_num_batched_tokens": 192,
+        "enable_prefix_caching": False,
+        "block_size": 128,  # vLLM's own, since null takes ours away
+        "tensor_parallel_size": 1,  # this process is alone
+        "log_stats": True,
+        "autotune": False,
+        "priority": ["grm_cpu", "native"],  # what the project sets beside it stays
+        "responses": 2,
+    }
+    assert found["server"] == {}
+    assert "vLLM refuses generation.vllm.overrides" in found["refused"] and "fp9" in found["refused"]
