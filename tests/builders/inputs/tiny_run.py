@@ -27,7 +27,13 @@ def tiny_run(tokenizer: Path, folder: Path, *, overrides: dict | None = None, **
     policy, config = tiny_policy("llama", tokenizer, folder / "policy"), folder / "config.yaml"
     lines = (ROOT / "data" / "prompts.jsonl").read_text().splitlines()
     (folder / "prompts.jsonl").write_text("\n".join(sorted(lines, key=len)[:200]))
-    vllm = {"max_model_len": 192, "max_num_seqs": 16, "dtype": "float32", "cpu_kvcache_gib": 1, "overrides": overrides or {}}
+    vllm = {
+        "max_model_len": 192,
+        "max_num_seqs": 16,
+        "dtype": "float32",
+        "cpu_kvcache_gib": 1,
+        "overrides": overrides or {},
+    }
     model = {"path": str(policy), "attention": "eager"}
     config.write_text(yaml.safe_dump({
         "run": {"name": "tiny", "dir": str(folder)}, "policy": model, "rm": {"base": model, "variants": {"bt": {}}},
