@@ -21,7 +21,7 @@ FLAGS = ("disable_log_stats", "aggregate_engine_logging", "data_parallel_multi_p
 """Options of vLLM's command line that have no opposite: false is to leave them out."""
 
 
-def engine_options(model: Model, vllm: Vllm, *, adapter: Lora | None, ranks: int) -> dict[str, Any]:
+def engine_options(model: Model, vllm: Vllm, *, adapter: Lora | None, ranks: int | None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for an engine in this process.
 
     Args:

@@ -188,7 +188,7 @@ class ServerGenerator:
 
     def _each(self, request: Callable[[str], Any]) -> None:
         """Ask every server that is in use, all at once; with retries, leave those out that do not answer."""
-        urls, silent = self.left, {}
+        urls, silent = self.left, dict[str, NoAnswer]()
         with ThreadPoolExecutor(len(urls)) as pool:
             asked = {url: pool.submit(request, url) for url in urls}
         for url, answer in asked.items():  # all have answered or failed, so that no server is left behind at work
@@ -198,9 +198,9 @@ class ServerGenerator:
                 if not self._retries:
                     raise
                 silent[url] = error
-        for url, error in silent.items():
-            self._leave_out(url, error)
-            _log.warning("%s; goes on with %s (ppo.server_retries)", error, ", ".join(self.left))
+        for url, fault in silent.items():
+            self._leave_out(url, fault)
+            _log.warning("%s; goes on with %s (ppo.server_retries)", fault, ", ".join(self.left))
 
     def _leave_out(self, url: str, error: NoAnswer) -> None:
         self.lost[url] = str(error)

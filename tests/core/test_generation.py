@@ -57,7 +57,7 @@ def test_a_model_of_the_same_class_loads_beside_vllm():
 
 @pytest.mark.slow
 def test_overrides_reach_vllm_and_its_server(small_policy):
-    found = json.loads(run_program("tests/programs/vllm_overrides.py", small_policy).splitlines()[-1])
+    found = json.loads(run_program("tests/programs/sampling/vllm_overrides.py", small_policy).splitlines()[-1])
     assert found["here"] == {
         "max_num_batched_tokens": 192,
         "enable_prefix_caching": False,
@@ -77,7 +77,7 @@ def test_overrides_reach_vllm_and_its_server(small_policy):
 def test_two_ranks_hold_one_engine(tokenizer_path, tmp_path, family):
     """Both give it the prompts of both, and each gets the responses to its own: those of an engine in one process."""
     policy = tiny_policy(family, tokenizer_path, tmp_path / "policy")
-    run = lambda ranks: run_program("tests/programs/tensor_parallel.py", policy, ranks or 1, ranks=ranks)  # noqa: E731
+    run = lambda ranks: run_program("tests/programs/sampling/tensor_parallel.py", policy, ranks or 1, ranks=ranks)  # noqa: E731
     ((alone,), ranks) = (json.loads(run(number).splitlines()[-1]) for number in (None, 2))
     assert [rank["heads"] for rank in ranks] == [2, 2] and alone["heads"] == 4
     assert [len(rank["greedy"]) for rank in ranks] == [1, 4] and [rank["none"] for rank in ranks] == [1, []]

@@ -12,7 +12,7 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.generation.remote import ONCE, NoAnswer, ServerGenerator
 from core.generation.weight_transfer import Fleet
-from tests.builders.vllm_server import fake_vllm
+from tests.builders.servers.vllm import fake_vllm
 
 
 @pytest.fixture

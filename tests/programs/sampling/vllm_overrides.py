@@ -1,4 +1,4 @@
-"""What of `generation.vllm.overrides` vLLM has: `vllm_overrides.py MODEL`. In this process, and as a server reads it."""
+"""What of `generation.vllm.overrides` vLLM has, in this process and as a server reads it: `vllm_overrides.py MODEL`."""
 
 import json
 import os
