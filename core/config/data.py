@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.config.base import NATIVE_DTYPE, Dtype, Fraction, Section
 from core.config.vllm_arguments import name_faults
@@ -85,11 +85,12 @@ class Vllm(Section):
     for the engines of the stages and for `grm vllm-serve` alike: `{kv_cache_dtype: fp8, max_num_batched_tokens: 4096}`.
     null: vLLM's own default. Those that the stages rely on are refused ([scale.md](scale.md#vllms-own-arguments))."""
 
-    @model_validator(mode="after")
-    def _known_arguments(self) -> Vllm:
-        if self.overrides and (faults := name_faults(self.overrides)):
+    @field_validator("overrides")
+    @classmethod
+    def _known_arguments(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if overrides and (faults := name_faults(overrides)):
             raise ValueError("; ".join(faults))
-        return self
+        return overrides
 
 
 class Generation(Section):

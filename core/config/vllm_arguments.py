@@ -70,13 +70,13 @@ def name_faults(overrides: Mapping[str, Any]) -> list[str]:
     known, found = engine_arguments(), []
     for name in overrides:
         if name in OWN_KEYS:
-            found.append(f"overrides.{name} follows from {OWN_KEYS[name]}: set that")
+            found.append(f"{name} follows from {OWN_KEYS[name]}: set that")
         elif name in RELIED_ON:
-            found.append(f"overrides.{name} cannot be changed: {RELIED_ON[name]}")
+            found.append(f"{name} cannot be changed: {RELIED_ON[name]}")
         elif known and name not in known:
             near = nearest_name(name.replace("-", "_"), sorted(known))
             hint = f": the nearest is {near}" if near else ""
-            found.append(f"overrides.{name} is no argument of vLLM's engine{hint}")
+            found.append(f"{name} is no argument of vLLM's engine{hint}")
     return found
 
 

@@ -27,7 +27,7 @@ KEY = "generation.vllm.overrides"
     ],
 )
 def test_unknown_arguments_are_refused_with_the_nearest(wrong, meant):
-    with pytest.raises(ConfigError, match=f"overrides.{wrong} is no argument of vLLM's engine") as refused:
+    with pytest.raises(ConfigError, match=f"{KEY}: {wrong} is no argument of vLLM's engine") as refused:
         load([], [f"{KEY}={{max_num_batched_tokens: 64, {wrong}: 1}}"])
     assert ("the nearest is" in str(refused.value)) == bool(meant)
     assert not meant or str(refused.value).endswith(f"the nearest is {meant}")
@@ -39,7 +39,16 @@ def test_every_fault_is_told_at_once():
     lines = str(refused.value).splitlines()[1:]
     assert len(lines) == 4 and "ppo.rollout" in "".join(lines)
     assert any("logprobs_mode cannot be changed: log-probs must be those of" in line for line in lines)
-    assert any("overrides.dtype follows from generation.vllm.dtype: set that" in line for line in lines)
+    assert any(f"{KEY}: dtype follows from generation.vllm.dtype: set that" in line for line in lines)
+
+
+def test_a_typo_brings_no_other_fault():
+    """The rest of the section stays as it is while the other rules are checked."""
+    longer = ["data.max_prompt_tokens=2000", "generation.vllm.max_model_len=4096"]
+    with pytest.raises(ConfigError) as refused:
+        load([], [*longer, f"{KEY}={{kv_cache_type: fp8}}"])
+    assert len(str(refused.value).splitlines()) == 2
+    assert load([], longer)
 
 
 def test_what_is_refused_is_an_argument_and_what_it_follows_from_a_key():
@@ -48,7 +57,7 @@ def test_what_is_refused_is_an_argument_and_what_it_follows_from_a_key():
     assert all(field_of(key) for key in vllm_arguments.OWN_KEYS.values())
     assert not set(vllm_arguments.OWN_KEYS) & set(vllm_arguments.RELIED_ON)
     for name in [*vllm_arguments.OWN_KEYS, *vllm_arguments.RELIED_ON]:
-        with pytest.raises(ValueError, match=f"overrides.{name} (follows from|cannot be changed)"):
+        with pytest.raises(ValueError, match=f"{name} (follows from|cannot be changed)"):
             Vllm(overrides={name: None})
 
 
