@@ -58,8 +58,6 @@ class Generator:
     def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
         # vLLM warns of what a CPU lacks before it has read its own level.
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
-        _leave_out_token_ranks()
-        gc.freeze()  # vLLM collects garbage five times as it starts, among millions of objects that stay
         self._adapter, self._loaded = None, 0
         self.cfg, self.tokenizer = cfg, tokenizer
         self.seconds = {"generate": 0.0, "sync": 0.0}
@@ -199,8 +197,11 @@ class Generator:
 
 
 def _engine(options: dict[str, Any], overrides: dict[str, Any]):
+    """vLLM with these arguments; ConfigError where it refuses them and the user has set some."""
     from vllm import LLM
 
+    _leave_out_token_ranks()
+    gc.freeze()  # vLLM collects garbage five times as it starts, among millions of objects that stay
     try:
         return LLM(**options)
     except (TypeError, ValueError) as error:
