@@ -22,6 +22,6 @@ def test_ppo_with_an_engine_of_two_ranks(tokenizer_path, tmp_path):
     assert all(row["mismatch_mean_abs"] < 1e-4 for row in rows)
     assert all(row["sync_slope"] == pytest.approx(1, abs=1e-3) for row in rows)
     refused = subprocess.run(
-        [*GRM, "ppo", "-c", str(config), "engine.processes=1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*GRM, "ppo", "-c", str(config), "ppo.engine.processes=1"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert refused.returncode == 2 and "tensor_parallel_size 2 does not divide 1 ranks" in refused.stderr
