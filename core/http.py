@@ -20,6 +20,10 @@ TOKEN_VARIABLE = "GRM_SERVE_TOKEN"
 """Environment variable with the token that servers ask of their clients: `grm rm-serve` and `grm vllm-serve`."""
 
 
+DROPPED = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.client.IncompleteRead)
+"""Errors of a connection that was there and was closed before the whole answer came. RemoteDisconnected is one."""
+
+
 class NoAnswer(Exception):
     """Why a request has no answer that can be used. Callers say in their own words what to do about it.
 
@@ -50,6 +54,11 @@ def ask_json(url: str, body: dict | None, timeout: float, headers: Mapping[str, 
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = answer.read()
     return json.loads(text) if text else None
+
+
+def was_dropped(error: Exception) -> bool:
+    """Whether `ask_json` raised this because the other side closed the connection; it may have had the request."""
+    return isinstance(getattr(error, "reason", error), DROPPED)
 
 
 def ask_patiently(

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from core import environment, whereabouts
 from core.config import Config
+from core.config.vllm_arguments import rank_faults
 from core.environment import STARTED, num_gpus, own_gpu, variables
 from core.errors import ArtefactError, ConfigError
 from core.locks import writing
@@ -58,7 +59,10 @@ def check_ranks(name: str, cfg: Config, ranks: int) -> None:
     """ConfigError where `ranks` processes cannot share the work of a stage as the configuration says."""
     stage = stages.STAGES[name]
     if stage.distributed:
-        if faults := cfg.batch_faults(stage.engine, ranks):
+        faults = cfg.batch_faults(stage.engine, ranks)
+        if name == "ppo" and not cfg.ppo.vllm_servers:
+            faults += rank_faults(cfg.generation.vllm.overrides, ranks)
+        if faults:
             raise ConfigError(f"the configuration does not fit {ranks} ranks:\n  " + "\n  ".join(faults))
     elif ranks > 1 and not stage.divided:
         raise ConfigError(f"stage {name} runs in one process, and torchrun started {ranks}: use `grm {name}`")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.config.base import NATIVE_DTYPE, Dtype, Fraction, Section
+from core.config.vllm_arguments import name_faults
 
 
 class Splits(Section):
@@ -79,6 +80,17 @@ class Vllm(Section):
     """On a GPU in PPO, free vLLM's memory while the trainer works. No effect on CPU."""
     cpu_kvcache_gib: int = Field(default=1, ge=1)
     """Size of the KV cache of one engine on CPU, in GiB."""
+    overrides: dict[str, Any] = {}
+    """Arguments of vLLM's engine, by its names with underscores, laid over those that follow from this configuration,
+    for the engines of the stages and for `grm vllm-serve` alike: `{kv_cache_dtype: fp8, max_num_batched_tokens: 4096}`.
+    null: vLLM's own default. Those that the stages rely on are refused ([scale.md](scale.md#vllms-own-arguments))."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_arguments(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if overrides and (faults := name_faults(overrides)):
+            raise ValueError("; ".join(faults))
+        return overrides
 
 
 class Generation(Section):

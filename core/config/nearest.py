@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.config.fields import all_fields
+from core.config.spelling import alike
 
 OTHER_NAMES = {
     "adv_estimator": ("estimator",), "advantage_estimator": ("estimator",), "algorithm": ("estimator",),
@@ -64,39 +65,14 @@ def nearest(location: Sequence[str | int]) -> str | None:
 
 def _likeness(wrong: str, parts: list[str], farthest: float) -> float:
     """Of a wrong name to the end of a key, from 0 to 1; 0 when they are too far apart."""
-    here = _alike(wrong, parts[-1], farthest)
+    here = alike(wrong, parts[-1], farthest)
     if len(parts) > 1:  # kl_coef for kl.coef
-        here = max(here, _alike(wrong, "_".join(parts[-2:]), farthest))
+        here = max(here, alike(wrong, "_".join(parts[-2:]), farthest))
     for name, ends in OTHER_NAMES.items():
         for rank, end in enumerate(ends):
             if parts[-1 - end.count(".") :] == end.split("."):
-                here = max(here, (0.95 - 0.02 * rank) * _alike(wrong, name, farthest))
+                here = max(here, (0.95 - 0.02 * rank) * alike(wrong, name, farthest))
     return here
-
-
-def _alike(a: str, b: str, farthest: float) -> float:
-    edits = edit_distance(a, b) / max(len(a), len(b))
-    return 1 - edits if edits <= farthest else 0.0
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Letters to insert, delete or replace, or neighbours to swap, that make `a` of `b`."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        last, before, row = before, row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(row[-1] + 1, before[j] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[j] = min(row[j], last[j - 2] + 1)
-    return row[-1]
-
-
-def nearest_name(wrong: str, known: Sequence[str]) -> str | None:
-    """The one of `known` names that is most like `wrong`; None when none is near."""
-    likeness = {name: _alike(wrong.lower(), name.lower(), 0.5) for name in known}
-    best = max(known, key=likeness.__getitem__, default=None)
-    return best if best is not None and likeness[best] else None
 
 
 def keys_of(section: Sequence[str | int]) -> list[str]:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from core.config.nearest import nearest_name
+from core.config.spelling import nearest_name
 from core.errors import DataError
 
 DEFAULT_DATE = "2024-07-26"

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from core.config import Generation, Lora, Model
 from core.data.chat import ChatTokenizer
-from core.errors import DataError
-from core.generation.cpu_kernels import fused_kernels
+from core.errors import ConfigError, DataError
+from core.generation.options import engine_options
+from core.generation.tensor_parallel import EngineGroup, use_gloo_on_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Completion:
 class Generator:
     """vLLM in this process, behind `generate`, `sync`, `sleep` and `wake`.
 
-    In a torch.distributed program every rank makes one, and each samples its own prompts.
+    In a torch.distributed program every rank makes one, and each samples its own prompts. Where several ranks hold one
+    engine together (`tensor_parallel_size`), all of them must make the same calls.
 
     Args:
         adapter: the kind of adapter that `load_adapter` will be given; None if it will not be called.
@@ -56,55 +58,18 @@ class Generator:
     def __init__(self, model: Model, cfg: Generation, tokenizer: ChatTokenizer, *, adapter: Lora | None = None):
         # vLLM warns of what a CPU lacks before it has read its own level.
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
-        from vllm import LLM
-
-        _leave_out_token_ranks()
-        gc.freeze()  # vLLM collects garbage five times as it starts, among millions of objects that stay
         self._adapter, self._loaded = None, 0
         self.cfg, self.tokenizer = cfg, tokenizer
         self.seconds = {"generate": 0.0, "sync": 0.0}
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        cuda = torch.cuda.is_available()
-        vllm = cfg.vllm
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(vllm.cpu_kvcache_gib))
-        self._sleeps = cuda and vllm.sleep
-        options: dict[str, Any] = {"block_size": vllm.block_size} if vllm.block_size and not cuda else {}
-        if adapter:
-            # vLLM knows these ranks only; a smaller adapter fits a larger slot.
-            slot = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.rank)
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot}
-            # Without this vLLM wraps the LM head too, and then cannot give log-probs of prompts.
-            options |= {"lora_target_modules": list(adapter.targets)}
-        if reads_images(model):  # only text is sampled here, so that the rest of such a model need not be in memory
-            options |= {"language_model_only": True}
-        if cuda:
-            options |= {"gpu_memory_utilization": vllm.gpu_memory_utilization, "enable_sleep_mode": self._sleeps}
-        elif vllm.enforce_eager:
-            options |= fused_kernels()
-        preloaded = os.environ.get("LD_PRELOAD")
-        self._llm = LLM(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=vllm.dtype,
-            max_model_len=vllm.max_model_len,
-            max_num_seqs=vllm.max_num_seqs,
-            enforce_eager=vllm.enforce_eager,
-            # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
-            distributed_executor_backend="external_launcher" if ranks > 1 else None,
-            # Log-probs of the distribution that is sampled from, temperature included.
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            skip_tokenizer_init=True,  # tokens go in, tokens come out
-            disable_log_stats=True,
-            **options,
-        )
-        # vLLM names libraries for workers, of which there are none here. Other programs that this process starts would
-        # load them too, or complain on stderr where the path of one has a space.
-        if preloaded is None:
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preloaded
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cfg.vllm.cpu_kvcache_gib))
+        self._sleeps = torch.cuda.is_available() and cfg.vllm.sleep
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        options = engine_options(model, cfg.vllm, adapter=adapter, ranks=ranks)
+        size = options.get("tensor_parallel_size", 1)
+        if size > 1:
+            use_gloo_on_cpu()
+        self._llm = _engine(options, cfg.vllm.overrides)
+        self._group = EngineGroup(size)
         self._llm.apply_model(separate_classes)
 
     def generate(
@@ -134,7 +99,7 @@ class Generator:
             detokenize=False,
         )
         self._drop_prefixes()
-        torch.manual_seed(seed)
+        torch.manual_seed(self._group.first(seed))
         return self._run(prompts, sampling)
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
@@ -152,8 +117,7 @@ class Generator:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        inputs = [{"prompt_token_ids": list(ids)} for ids in sequences]
-        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
+        outputs = self._group.together(sequences, lambda everyones: self._outputs(everyones, sampling))
         return [
             [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -218,10 +182,13 @@ class Generator:
 
     def _run(self, prompts, sampling) -> list[list[Completion]]:
         started = time.perf_counter()
-        inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        outputs = self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
+        outputs = self._group.together(prompts, lambda everyones: self._outputs(everyones, sampling))
         self.seconds["generate"] += time.perf_counter() - started
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+
+    def _outputs(self, rows: Sequence[Sequence[int]], sampling) -> list:
+        inputs = [{"prompt_token_ids": list(ids)} for ids in rows]
+        return self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter)
 
     def _completion(self, sample) -> Completion:
         ids = list(sample.token_ids)
@@ -229,15 +196,26 @@ class Generator:
         return Completion(ids, logprobs, self.tokenizer.decode(ids), sample.finish_reason == "stop")
 
 
-def reads_images(model: Model) -> bool:
-    """Whether the language model is a part of a larger one."""
-    from transformers import AutoConfig
+def _engine(options: dict[str, Any], overrides: dict[str, Any]):
+    """vLLM with these arguments; ConfigError where it refuses them and the user has set some."""
+    from vllm import LLM
 
-    from core.models.architecture import text_config
-
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.path, **where)
-    return text_config(config) is not config
+    _leave_out_token_ranks()
+    gc.freeze()  # vLLM collects garbage five times as it starts, among millions of objects that stay
+    preloaded = os.environ.get("LD_PRELOAD")
+    try:
+        return LLM(**options)
+    except (TypeError, ValueError) as error:
+        if not overrides:
+            raise
+        raise ConfigError(f"vLLM refuses generation.vllm.overrides {overrides}: {error}") from error
+    finally:
+        # vLLM names libraries for workers, of which there are none here. Other programs that this process starts would
+        # load them too, or complain on stderr where the path of one has a space.
+        if preloaded is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preloaded
 
 
 def _leave_out_token_ranks() -> None:

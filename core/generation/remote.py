@@ -11,6 +11,7 @@ import logging
 import time
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,26 @@ from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.generation.local import Completion
 from core.generation.weight_transfer import NcclTransfer
-from core.http import TOKEN_VARIABLE, ask_json, token_of, with_token
+from core.http import TOKEN_VARIABLE, ask_json, token_of, was_dropped, with_token
 from core.training import distributed
 from core.training.weights import NamedWeights
 
 _log = logging.getLogger(__name__)
 
 
+ONCE = frozenset({"/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"})
+"""Requests that must not be repeated. They are steps of a transfer over NCCL, in which all sides take part once: a
+server that had the request already would take the second one for the next step, or wait for a broadcast that is over.
+
+Every other one may be. Samples are drawn anew, the file has the same weights, and an empty cache is emptied again."""
+
+
 class NoAnswer(DataError):
     """A server that is not there, does not answer in time, or fails."""
+
+
+class Dropped(NoAnswer):
+    """A server that closed the connection. It may have had the request."""
 
 
 class ServerGenerator:
@@ -194,15 +206,21 @@ class ServerGenerator:
         raise AssertionError("the last attempt returns or raises")
 
     def _each(self, request: Callable[[str], Any]) -> None:
-        """Ask every server that is in use, from the first rank; with retries, leave those out that do not answer."""
-        for url in self.left if distributed.rank() == 0 else ():
+        """Let the first rank ask every server that is in use, all at once; with retries, leave those out that do not
+        answer."""
+        urls, silent = self.left if distributed.rank() == 0 else [], dict[str, NoAnswer]()
+        with ThreadPoolExecutor(max(1, len(urls))) as pool:
+            asked = {url: pool.submit(request, url) for url in urls}
+        for url, answer in asked.items():  # all have answered or failed, so that no server is left behind at work
             try:
-                request(url)
+                answer.result()
             except NoAnswer as error:
                 if not self._retries:
                     raise
-                self._leave_out(url, error)
-                _log.warning("%s; goes on with %s (ppo.server_retries)", error, ", ".join(self.left))
+                silent[url] = error
+        for url, fault in silent.items():
+            self._leave_out(url, fault)
+            _log.warning("%s; goes on with %s (ppo.server_retries)", fault, ", ".join(self.left))
 
     def _leave_out(self, url: str, error: NoAnswer) -> None:
         self.lost[url] = str(error)
@@ -216,10 +234,21 @@ class ServerGenerator:
             raise DataError(f"no vLLM server is left: {'; '.join(self.lost.values())}")
 
     def _ask(self, url: str, path: str, body: dict | None = None):
+        """What the server answers. Asked once more where it closed the connection, if the request can be repeated."""
+        try:
+            return self._asked(url, path, body)
+        except Dropped as error:
+            if path in ONCE:
+                raise
+            _log.warning("%s; asked once more", error)
+            return self._asked(url, path, body)
+
+    def _asked(self, url: str, path: str, body: dict | None):
+        kind: type[NoAnswer] = NoAnswer
         try:
             return ask_json(url + path, body, self._timeout, self._headers)
         except urllib.error.HTTPError as error:
-            fault = f"HTTP {error.code}: {error.read().decode(errors='replace')[:300]}"
+            fault = f"HTTP {error.code}: {_text(error)}"
             if error.code == 404:
                 fault += " (start it with `grm vllm-serve`, which opens the endpoints that a sync needs)"
             if error.code == 401:
@@ -230,4 +259,12 @@ class ServerGenerator:
             fault = f"no answer within {self._timeout:g} s (ppo.server_timeout)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             fault = str(getattr(error, "reason", error))
-        raise NoAnswer(f"vLLM server {url}{path}: {fault}")
+            kind = Dropped if was_dropped(error) else NoAnswer
+        raise kind(f"vLLM server {url}{path}: {fault}")
+
+
+def _text(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read().decode(errors="replace")[:300]
+    except (OSError, http.client.HTTPException):  # it has closed the connection
+        return error.reason

@@ -10,6 +10,7 @@ from pathlib import Path
 from core import environment
 from core.config import Model, Vllm
 from core.config.load import load
+from core.generation.options import command_line, server_options
 from core.http import TOKEN_VARIABLE, check_host, token_of
 
 
@@ -53,14 +54,6 @@ def server_command(model: Model, vllm: Vllm, *, host: str, port: int, nccl: bool
         token: ask a token of clients, that of the environment, at every address. vLLM's own `--api-key` leaves those
             open that change weights.
     """
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model.path, "--host", host,
-        "--port", str(port), "--dtype", vllm.dtype, "--max-model-len", str(vllm.max_model_len),
-        "--max-num-seqs", str(vllm.max_num_seqs), "--logprobs-mode", "processed_logprobs",
-        "--generation-config", "vllm", "--worker-extension-cls", "core.generation.worker.WeightReload",
-    ]  # fmt: skip
-    command += ["--enforce-eager"] if vllm.enforce_eager else []
-    command += ["--weight-transfer-config", '{"backend": "nccl"}'] if nccl else []
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--middleware", "core.http.TokenRequired"] if token else []
-    command += ["--revision", model.revision] if model.revision else []
-    return command + (["--trust-remote-code"] if model.trust_remote_code else [])
+    return command + command_line(server_options(model, vllm, nccl=nccl))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from core.config import Dtype
-from core.config.nearest import nearest_name
+from core.config.spelling import nearest_name
 from core.data.chat import ChatTokenizer
 from core.errors import DataError
 from core.files import path_digest, write_json, write_table

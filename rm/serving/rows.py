@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from core.config.nearest import edit_distance
+from core.config.spelling import edit_distance
 from core.data.chat import check_prompt, conversation, response_of
 from core.data.literal import check_unicode
 from core.data.rows import ResponseRow

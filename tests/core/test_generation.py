@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from tests.builders.policies import tiny_policy
 from tests.builders.processes import run_program
 
 
@@ -58,3 +59,46 @@ def test_a_model_of_the_same_class_loads_beside_vllm(monkeypatch):
     assert beside(torch.arange(4)[None]).last_hidden_state.shape == (1, 4, 64)
     assert type(of_vllm[0]) is not type(beside) and isinstance(of_vllm[0], GPTNeoXModel)
     assert of_vllm[0].do_not_compile is not None and "__call__" in vars(type(of_vllm[0]))
+
+
+@pytest.mark.slow
+def test_overrides_reach_vllm_and_its_server(small_policy):
+    found = json.loads(run_program("tests/programs/sampling/vllm_overrides.py", small_policy).splitlines()[-1])
+    assert found["here"] == {
+        "max_num_batched_tokens": 192,
+        "enable_prefix_caching": False,
+        "block_size": 128,  # vLLM's own, since null takes ours away
+        "tensor_parallel_size": 1,  # this process is alone
+        "log_stats": True,
+        "autotune": False,
+        "priority": ["grm_cpu", "native"],  # what the project sets beside it stays
+        "responses": 2,
+    }
+    assert found["server"] == {}
+    assert "vLLM refuses generation.vllm.overrides" in found["refused"] and "fp9" in found["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # the LM head of gemma is tied
+def test_two_ranks_hold_one_engine(tokenizer_path, tmp_path, family):
+    """Both give it the prompts of both, and each gets the responses to its own: those of an engine in one process."""
+    policy = tiny_policy(family, tokenizer_path, tmp_path / "policy")
+    run = lambda ranks: run_program("tests/programs/sampling/tensor_parallel.py", policy, ranks or 1, ranks=ranks)  # noqa: E731
+    ((alone,), ranks) = (json.loads(run(number).splitlines()[-1]) for number in (None, 2))
+    assert [rank["heads"] for rank in ranks] == [2, 2] and alone["heads"] == 4
+    assert [len(rank["greedy"]) for rank in ranks] == [1, 4] and [rank["none"] for rank in ranks] == [1, []]
+    both = {name: [row for rank in ranks for row in rank[name]] for name in ("sampled", "greedy", "before", "after")}
+    tokens = lambda responses: [ids for ids, _ in responses]  # noqa: E731
+    assert tokens(both["greedy"]) == tokens(alone["greedy"])
+    assert [tokens(group) for group in both["sampled"]] == [tokens(group) for group in alone["sampled"]]
+    assert both["sampled"][0] != both["sampled"][1]
+    logprobs = lambda responses: [found for _, found in responses]  # noqa: E731
+    assert furthest(logprobs(both["greedy"]), logprobs(alone["greedy"])) < 1e-3
+    assert furthest(both["before"], alone["before"]) < 1e-3
+    assert furthest(both["after"], alone["after"]) < 1e-3
+    assert furthest(both["after"], both["before"]) > 0.1  # old weights would be noticed
+
+
+def furthest(rows: list[list[float]], others: list[list[float]]) -> float:
+    pairs = [pair for row, other in zip(rows, others, strict=True) for pair in zip(row, other, strict=True)]
+    return max(abs(a - b) for a, b in pairs)

@@ -139,3 +139,15 @@ def test_ppo_under_torchrun_with_one_rank_and_with_two(run_dir, tmp_path):
     assert untimed(row) == untimed(read_rows(run_dir / "ppo" / "metrics.jsonl")[0])
     again = torchrun(2, *job)
     assert again.returncode == 0 and "ppo: up to date" in again.stderr
+
+
+def test_groups_of_ranks_must_divide_them():
+    two = load([], ["generation.vllm.overrides={tensor_parallel_size: 2}", "ppo.rollouts=48", "ppo.micro_batch=4"])
+    launch.check_ranks("ppo", two, 2)
+    with pytest.raises(ConfigError, match="tensor_parallel_size 2 does not divide 3 ranks"):
+        launch.check_ranks("ppo", two, 3)
+    servers = load([], ["generation.vllm.overrides={tensor_parallel_size: 4}", "ppo.vllm_servers=[http://a:1]"])
+    launch.check_ranks("ppo", servers, 2)
+    pipeline = load([], ["generation.vllm.overrides={pipeline_parallel_size: 2}"])
+    with pytest.raises(ConfigError, match="pipeline_parallel_size is for ppo.vllm_servers"):
+        launch.check_ranks("ppo", pipeline, 2)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.config import NATIVE_DTYPE
+from core.http import ask_json
 from core.ranks import free_port
 from tests.builders.processes import GRM, ROOT, answers, background, wait_for
 
@@ -44,3 +45,16 @@ def test_ppo_with_a_vllm_server_that_samples_while_it_trains(run_dir, policy_pat
     for k in changed:  # an average of the way from the base to the last policy: nearer to both than they are
         way = (last[k] - base[k]).float().norm()
         assert 0 < (average[k] - base[k]).float().norm() < way and (average[k] - last[k]).float().norm() < way
+
+
+@pytest.mark.long
+def test_overrides_reach_a_server(policy_path, tmp_path):
+    port = free_port()
+    url, overrides = f"http://127.0.0.1:{port}", "{max_num_batched_tokens: 160, enable_prefix_caching: false}"
+    command = [*GRM, "vllm-serve", "-c", "configs/smoke.yaml", f"generation.vllm.overrides={overrides}"]
+    with background(*command, "--port", port, log=tmp_path / "log") as server:
+        wait_for(lambda: answers(f"{url}/v1/models"), server)
+        found = json.dumps(ask_json(f"{url}/server_info?config_format=json", None, 10))
+        assert '"max_num_batched_tokens": 160' in found and '"enable_prefix_caching": false' in found
+        assert '"logprobs_mode": "processed_logprobs"' in found
+        assert ask_json(f"{url}/reset_prefix_cache", {}, 10) == {"success": True}

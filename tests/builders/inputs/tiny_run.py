@@ -22,12 +22,20 @@ from tests.builders.policies import tiny_policy
 from tests.builders.processes import ROOT
 
 
-def tiny_run(tokenizer: Path, folder: Path, *, new_tokens: int = 8, **ppo: object) -> Path:
-    """The configuration file of a run in `folder`, with responses of at most `new_tokens`; `ppo` are more options."""
+def tiny_run(
+    tokenizer: Path, folder: Path, *, new_tokens: int = 8, overrides: dict | None = None, **ppo: object
+) -> Path:
+    """The configuration file of a run in `folder`, with responses of at most `new_tokens`.
+
+    Args:
+        overrides: of vLLM's arguments.
+        ppo: options besides those here.
+    """
     policy, config = tiny_policy("llama", tokenizer, folder / "policy"), folder / "config.yaml"
     lines = (ROOT / "data" / "prompts.jsonl").read_text().splitlines()
     (folder / "prompts.jsonl").write_text("\n".join(sorted(lines, key=len)[:200]))
-    vllm = {"max_model_len": 184 + new_tokens, "max_num_seqs": 16, "dtype": "float32", "cpu_kvcache_gib": 1}
+    vllm = {"max_model_len": 184 + new_tokens, "max_num_seqs": 16, "dtype": "float32", "cpu_kvcache_gib": 1,
+            "overrides": overrides or {}}  # fmt: skip
     model = {"path": str(policy), "attention": "eager"}
     config.write_text(yaml.safe_dump({
         "run": {"name": "tiny", "dir": str(folder)}, "policy": model, "rm": {"base": model, "variants": {"bt": {}}},
