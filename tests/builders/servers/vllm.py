@@ -17,7 +17,7 @@ class FakeVllm:
 
     Attributes:
         url: its address.
-        seen: path and body of each request, in the order in which they came.
+        seen: path (without what follows a ?) and body of each request, in the order in which they came.
         drops: path -> how many of the next requests to it have no answer.
         how: their connection is reset, closed, or closed in the middle of the answer.
         during: called with the path while a request is under way.
@@ -60,11 +60,12 @@ def fake_vllm() -> Iterator[FakeVllm]:
             self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _reply(self, body: dict | None) -> None:
-            fake.seen.append((self.path, body))
-            fake.during(self.path)
-            text = json.dumps(fake.answer(self.path, body)).encode()
-            drop = fake.drops[self.path] > 0
-            fake.drops[self.path] -= drop
+            path = self.path.partition("?")[0]
+            fake.seen.append((path, body))
+            fake.during(path)
+            text = json.dumps(fake.answer(path, body)).encode()
+            drop = fake.drops[path] > 0
+            fake.drops[path] -= drop
             if drop and fake.how == "reset":  # closed at once, whatever is still to be sent
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if not drop or fake.how == "half":
