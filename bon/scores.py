@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -35,6 +36,9 @@ Writer = Callable[[Path, list[SampleRow], list[float]], None]
 CACHED_STATES = 4 << 30
 """Most bytes of host memory for the states of frozen layers that reward models share, of all processes together."""
 
+SCORER = partial(RewardModel.from_pretrained, lm_head=False)
+"""What makes a reward model that only scores of a folder or hub id."""
+
 
 def score_proxies(folder: Path, pool: SampledPool, out: Path) -> list[str]:
     """Score this process's shards by each reward model that has not done so; returns the names of all of them."""
@@ -45,7 +49,7 @@ def score_proxies(folder: Path, pool: SampledPool, out: Path) -> list[str]:
 
 def score_models(
     models: Mapping[str, tuple[str | Path, Path]], pool: SampledPool, *, title: str = "bon",
-    load: Callable[[str | Path], RewardModel] = RewardModel.from_pretrained,
+    load: Callable[[str | Path], RewardModel] = SCORER,
 ) -> None:  # fmt: skip
     """Score this process's shards by reward models, where that is not done yet; `put_together` makes tables of them.
 

@@ -56,7 +56,8 @@ class PolicyKeeper:
         if self._keep is None:
             return
         steps = sorted(int(p.name.split("-")[1]) for p in self._folder.iterdir())
-        kept = {*steps[-self._keep :], max(scores, key=scores.__getitem__)}
+        coming = [s for s in steps if s > step]  # with `ppo.overlap`, scores come steps later
+        kept = {*steps[-self._keep :], *coming, max(scores, key=scores.__getitem__)}
         for old in set(steps) - kept:
             shutil.rmtree(self.folder(old))
         write_json(self._file, {str(k): v for k, v in scores.items() if k in kept})

@@ -16,6 +16,7 @@ from core.data.chat import ChatTokenizer
 from core.data.streams import stream_seed
 from core.errors import DataError
 from core.models import CausalLM
+from core.models.compiled import compile_layers
 from core.models.layers import FrozenLayers, frozen_layers_of, frozen_levels_of, shared_depth, train_top_layers
 from core.models.loading import load_causal_lm
 from core.models.logits import leave_out_lm_head
@@ -102,6 +103,8 @@ def make_engines(
     reference = actor
     if not ppo.lora:
         base = load_causal_lm(policy, dtype=settings.dtype, float32_head=settings.float32_head, shards=of_frozen)
+        if settings.compile and settings.frozen_zero_stage != 3:  # or rounding alone would be a KL to the actor
+            compile_layers(base)
         reference = frozen(PolicyModule(once.frozen(base), temperature))
         reference.continues = depths.actor
     if ppo.reward_server:
@@ -138,8 +141,7 @@ class _InMemoryOnce:
 
     def __init__(self, settings: config.Engine):
         self._weights = SharedWeights()
-        self._of_trained = settings.zero_stage < 3
-        self._of_frozen = settings.frozen_zero_stage == 0 or (self._of_trained and settings.frozen_zero_stage == "auto")
+        self._of_trained, self._of_frozen = settings.shares_trained, settings.shares_frozen
 
     def trained(self, lm: CausalLM) -> CausalLM:
         """A model of which a part is trained."""

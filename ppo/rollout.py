@@ -19,7 +19,7 @@ from core.training import distributed
 from ppo.forward import Forward, Wide
 from ppo.math import clustered_se, kl_k1, kl_k3
 from ppo.methods.ahead import Ahead
-from ppo.methods.correction import correction_metrics, importance_weights
+from ppo.methods.correction import Weights, correction_metrics, importance_weights
 from ppo.methods.dynamic import Scored, chosen, facts, is_enough, more_prompts
 from ppo.models import Engines
 from ppo.probe import SyncProbe
@@ -91,8 +91,7 @@ class Collector:
         for micro in micros:
             micro.proxy = rewards.to(micro.rows.device)[micro.rows]
         clock.lap("score")
-        self._evaluate(forward)
-        found |= correction_metrics(self._ppo.clip, micros)
+        found |= correction_metrics(self._ppo.clip, self._evaluate(forward))
         clock.lap("logprobs")
         samples, policy, alike = rows_of(step, sampled, rewards, parts), sampled.policy, True
         if self._ppo.ahead:  # then ranks may have begun this step on two sides of a sync
@@ -142,17 +141,23 @@ class Collector:
         return Sampled([rows[i] for i in groups], [prompts[i] for i in groups], policy, groups, completions, carried)
 
     @torch.no_grad()
-    def _evaluate(self, forward: Forward) -> None:
-        """Fill in the log-probs of actor and reference, the critic's outputs and the importance weights."""
-        engines, clip = self._engines, self._ppo.clip
+    def _evaluate(self, forward: Forward) -> list[tuple[Tensor, Weights]]:
+        """Fill in the log-probs of actor and reference, the critic's outputs and the importance weights.
+
+        Returns:
+            The response tokens and the importance weights of each micro-batch; empty where there is no correction.
+        """
+        engines, clip, weights = self._engines, self._ppo.clip, []
         for micro in forward.micros:
             inputs = (micro.input_ids, micro.attention_mask, micro.is_response)
             micro.logprobs = engines.actor(*inputs, frozen=states_at(micro.frozen, engines.actor.continues))[0]
             corrected = importance_weights(clip, micro.logprobs, micro.sampler_logprobs, micro.is_response)
             micro.is_weight = corrected.weights if corrected else None
+            weights += [(micro.is_response, corrected)] if corrected else []
         forward.fill("ref_logprobs", self._of_reference)
         if engines.critic:
             forward.fill("critic_outputs", self._learner.critic_outputs)
+        return weights
 
     def _of_reference(self, rows: Wide) -> Tensor:
         inputs = (rows.input_ids, rows.attention_mask, rows.is_response)

@@ -271,7 +271,8 @@ def save(
         return
     weights = engine.named_weights(model.lm)
     if distributed.rank() == 0:
-        absent = () if has_lm_head(model.lm) else lm_head_of(rm.base, next(model.lm.parameters()).dtype)
+        dtype, depth = next(model.lm.parameters()).dtype, num_layers(rm, variant)
+        absent = () if has_lm_head(model.lm) else lm_head_of(rm.base, dtype, depth)
         save_reward_model(out, model, chain(weights, absent), head, shard_bytes=shard_bytes, base=rm.base.path, **about)
     else:
         weights.take_part()

@@ -79,9 +79,18 @@ def build(
     return model, tokenizer
 
 
-def lm_head_of(base: Model, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of each weight of the LM head of `base`, which is read with one layer only."""
-    lm = load_causal_lm(base, dtype=str(dtype).removeprefix("torch."), num_layers=1)
+def lm_head_of(base: Model, dtype: torch.dtype, depth: int | None) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of each weight of the LM head of `base`.
+
+    Args:
+        depth: layers with which `base` can be loaded, None for all. It is read with one layer, where that goes: some
+            architectures have layers of several kinds, and need one of each.
+    """
+    number = str(dtype).removeprefix("torch.")
+    try:
+        lm = load_causal_lm(base, dtype=number, num_layers=1)
+    except ArtefactError:
+        lm = load_causal_lm(base, dtype=number, num_layers=depth)
     inside = {id(p) for p in lm.get_output_embeddings().parameters()}
     for name, weight in lm.named_parameters():
         if id(weight) in inside:

@@ -155,7 +155,7 @@ def score(
         entry["name"]: (cast(str, entry["path"]), score_file(out, key))
         for key, entry in entries.items() if entry["kind"] == "model"
     }  # fmt: skip
-    load = lambda path: RewardModel.from_pretrained(path, dtype=dtype, reads=reads)  # type: ignore[arg-type]  # noqa: E731
+    load = lambda path: RewardModel.from_pretrained(path, dtype=dtype, reads=reads, lm_head=False)  # type: ignore[arg-type]  # noqa: E731
     pool = SampledPool(out / "samples.parquet", 1, {0: samples})
     score_models(models, pool, title="audit", load=load)
     put_together([file for _, file in models.values()], pool, title="audit")

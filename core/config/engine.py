@@ -56,6 +56,17 @@ class Engine(Section):
         return self
 
     @property
+    def shares_trained(self) -> bool:
+        """Whether PPO's models that are trained may hold frozen weights of others (`core.models.shared_weights`): not
+        where ZeRO-3 divides them."""
+        return self.zero_stage < 3
+
+    @property
+    def shares_frozen(self) -> bool:
+        """The same of models that are not trained."""
+        return self.frozen_zero_stage == 0 or (self.shares_trained and self.frozen_zero_stage == "auto")
+
+    @property
     def shard_bytes(self) -> int:
         """`shard_gib` in bytes."""
         return int(self.shard_gib * 2**30)

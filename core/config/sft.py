@@ -54,7 +54,9 @@ class Sft(Section):
     """Processes, memory and number type of this stage, where they differ from `engine`."""
 
     @model_validator(mode="after")
-    def _no_skipping(self) -> Sft:
+    def _of_others(self) -> Sft:
         if self.optim.skip_above is not None:
             raise ValueError("optim.skip_above is for rm and ppo: stage sft makes every update; leave it out")
+        if self.engine.compile:
+            raise ValueError("engine.compile is for rm and ppo: leave it out")
         return self

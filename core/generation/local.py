@@ -166,7 +166,7 @@ class Generator:
             self._llm.sleep(level=1)
 
     def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
-        """Take the memory that `sleep` gave back; not run on a GPU so far.
+        """Take the memory that `sleep` gave back.
 
         Args:
             parts: only these, where a sync needs the weights before sampling needs the cache; by default both. Both

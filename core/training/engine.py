@@ -209,7 +209,7 @@ class Engine:
                 raise
             said = " ".join(str(error).split())[:300]
             raise ArtefactError(
-                f"{folder} is the state of another model, or by an earlier version ({said}): delete "
+                f"{folder} is the state of another model, or was written by an earlier version ({said}): delete "
                 f"{folder.parent.parent} to start the stage again"
             ) from None
         if path is None:

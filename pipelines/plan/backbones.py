@@ -15,8 +15,7 @@ OUTSIDE = -1
 def saved_params(sizes: Sizes) -> dict[str, int]:
     """Parameters that critic, proxies, reference and frozen layers need not hold, since an earlier model has them."""
     cfg, settings = sizes.cfg.ppo, sizes.cfg.engine_of("ppo")
-    of_trained = settings.zero_stage < 3
-    of_frozen = settings.frozen_zero_stage == 0 or (of_trained and settings.frozen_zero_stage == "auto")
+    of_trained, of_frozen = settings.shares_trained, settings.shares_frozen
     there: set[Block] = set()
     saved = dict.fromkeys(("critic", "proxies", "reference", "frozen layers"), 0)
 

@@ -189,7 +189,7 @@ def checkpoints(sizes: Sizes) -> int:
     KL moves is not known before."""
     ppo = sizes.cfg.ppo
     saved = len({*range(ppo.checkpoint_every, ppo.steps + 1, ppo.checkpoint_every), ppo.steps})
-    return saved if ppo.keep_policies is None else min(saved, ppo.keep_policies + 1)
+    return saved if ppo.keep_policies is None else min(saved, ppo.keep_policies + 1 + ppo.ahead)
 
 
 def pool_tokens(sizes: Sizes) -> tuple[float, float]:

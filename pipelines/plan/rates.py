@@ -84,7 +84,7 @@ class Shares:
 
 ON_GPU = Shares(
     forward=0.45, backward=0.4, logits=0.5, bandwidth=0.6, link=0.6, layer=150e-6,
-    decoding_layer=600e-6, graphs=40,  # the first, and vLLM's start: docs/gpu.md
+    decoding_layer=600e-6, graphs=40,  # 600e-6, and 20 s for vLLM below: docs/gpu.md; 40 s more are assumed
     starts={"command": 5, "process": 10, "tokenizer": 5, "vllm": 20, "deepspeed": 10, "engine": 3, "judge": 3},
     load=1e9, write=1e9, judge=2000,
 )  # fmt: skip

@@ -27,7 +27,6 @@ from torch import Tensor
 from core.config import Clip
 from core.training import distributed
 from ppo.math import MAX_LOG_RATIO
-from ppo.records import Micro
 
 Level = Literal["token", "sequence", "geometric"]
 
@@ -67,50 +66,50 @@ def importance_weights(clip: Clip, logp: Tensor, sampler_logp: Tensor, mask: Ten
     if cap is None and outside is None:
         return None
     ratio = ratios(clip.importance_level, logp, sampler_logp, mask)
-    weights = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
+    # NaN stays NaN, for `ppo.guard` to see, here and below, where the mask is not the negation of "inside".
+    weights = torch.where(ratio.isnan(), ratio, 1.0) if cap is None else ratio.clamp(max=cap)
     truncated, masked = torch.zeros_like(mask) if cap is None else ratio > cap, torch.zeros_like(mask)
     if outside is not None:
         of_mask = ratios(outside.level, logp, sampler_logp, mask)
-        # Not the negation of "inside": NaN must stay NaN, for `ppo.guard` to see.
         masked = (of_mask < outside.low) | (of_mask > outside.high)
         weights = torch.where(masked, 0.0, weights)
     return Weights(weights, ratio, truncated & ~masked, masked)
 
 
-def correction_metrics(clip: Clip, micros: Sequence[Micro]) -> dict[str, float]:
-    """What the correction did to the response tokens of all ranks; {} where there is none. Every rank must call it.
+def correction_metrics(clip: Clip, found: Sequence[tuple[Tensor, Weights]]) -> dict[str, float]:
+    """What the correction did to the response tokens of all ranks. Every rank must call it.
+
+    Args:
+        found: mask [B, T] of the response tokens of each micro-batch, and its weights; empty where there are none.
 
     Returns:
         `is_weight_mean` and `is_weight_max` of the weights as the loss has them, masked ones among them,
         `is_ratio_max` before truncation and mask, and `is_truncated_share` and `is_masked_share`: of the tokens at
-        level token, else of the responses.
+        level token, else of the responses. {} where there is no correction.
     """
-    found = [(m.is_response, importance_weights(clip, m.logprobs, m.sampler_logprobs, m.is_response)) for m in micros]
-    if found[0][1] is None:
+    if not found:
         return {}
-    tokens = rows = total = truncated = masked = 0.0
-    largest, largest_ratio = 0.0, 0.0
     of_mask = clip.importance_mask.level if clip.importance_mask else "token"
-    for mask, w in found:
-        assert w is not None
-        tokens, rows = tokens + float(mask.sum()), rows + len(mask)
-        total += float(w.weights[mask].double().sum())
-        truncated += _count(w.truncated, mask, clip.importance_level)
-        masked += _count(w.masked, mask, of_mask)
-        largest = max(largest, float(w.weights[mask].max()))
-        largest_ratio = max(largest_ratio, float(w.ratio[mask].max()))
-    tokens, rows, total, truncated, masked = distributed.global_sum(tokens, rows, total, truncated, masked)
+    read = distributed.numbers([
+        {"tokens": mask.sum(), "total": w.weights[mask].double().sum(),
+         "truncated": _count(w.truncated, mask, clip.importance_level), "masked": _count(w.masked, mask, of_mask),
+         "weight": w.weights[mask].max(), "ratio": w.ratio[mask].max()}
+        for mask, w in found
+    ])  # fmt: skip
+    sums = [sum(row[name] for row in read) for name in ("tokens", "total", "truncated", "masked")]
+    *sums, rows = distributed.global_sum(*sums, float(sum(len(mask) for mask, _ in found)))
+    tokens, total, truncated, masked = sums
     of = {"token": tokens}
     result = {
         "is_weight_mean": total / tokens,
-        "is_weight_max": distributed.global_max(largest),
-        "is_ratio_max": distributed.global_max(largest_ratio),
+        "is_weight_max": distributed.global_max(max(row["weight"] for row in read)),
+        "is_ratio_max": distributed.global_max(max(row["ratio"] for row in read)),
         "is_truncated_share": truncated / of.get(clip.importance_level, rows),
     }
     return result | ({"is_masked_share": masked / of.get(of_mask, rows)} if clip.importance_mask else {})
 
 
-def _count(chosen: Tensor, mask: Tensor, level: Level) -> int:
+def _count(chosen: Tensor, mask: Tensor, level: Level) -> Tensor:
     """Of tokens or, where all tokens of a response are alike, of responses."""
     chosen = chosen & mask
-    return int((chosen if level == "token" else chosen.any(-1)).sum())
+    return (chosen if level == "token" else chosen.any(-1)).sum()

@@ -25,6 +25,19 @@ def test_the_last_two_and_the_best(tmp_path):
     assert json.loads((tmp_path / "policies.json").read_text()) == {"2": 0.9, "4": 0.5, "5": 0.3}
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_the_best_is_kept_where_scores_come_steps_later(tmp_path, ahead):
+    """With `ppo.overlap` a policy is scored when its rollout is back, and until then must not be deleted."""
+    keeper, scores = PolicyKeeper(tmp_path, 1), {step: 1.0 - 0.01 * step for step in range(1, 13)} | {4: 9.0}
+    for step in range(1, 13):
+        keeper.folder(step).mkdir(parents=True)
+        if step > ahead:
+            keeper.scored(step - ahead, scores[step - ahead])
+    left = {int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()}
+    assert left == {4, *range(13 - ahead, 13)}
+    assert json.loads((tmp_path / "policies.json").read_text())["4"] == 9.0
+
+
 def test_all_are_kept_by_default(tmp_path):
     assert run(tmp_path, None, {1: 0.1, 2: 0.9, 3: 0.4}) == [1, 2, 3]
 

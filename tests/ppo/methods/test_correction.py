@@ -107,6 +107,13 @@ def test_log_ratios_that_are_not_finite_are_not_hidden_by_a_mask():
     for level in LEVELS:
         clip = Clip(importance_level=level, importance_mask=ImportanceMask(level=level))
         assert importance_weights(clip, logp, sampler, MASK).weights.isnan().any()
+        alone = clip.model_copy(update={"importance_weight": None})
+        assert importance_weights(alone, logp, sampler, MASK).weights.isnan().any()
+
+
+def weighed(clip: Clip, micros: list) -> list:
+    found = [(m.is_response, importance_weights(clip, m.logprobs, m.sampler_logprobs, m.is_response)) for m in micros]
+    return [(mask, weights) for mask, weights in found if weights]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -126,15 +133,16 @@ def test_metrics_count_tokens_or_responses(level):
         units = [(k, i) if level != "token" else (k, i, t) for i, n in enumerate(LENGTHS) for t in range(n)]
         masked |= {unit: out for unit, (_, out) in zip(units, outs, strict=True)}
         truncated |= {unit: cut for unit, (_, cut) in zip(units, cuts, strict=True)}
-    found = correction_metrics(clip, micros)
+    found = correction_metrics(clip, weighed(clip, micros))
     assert found == pytest.approx({
         "is_weight_mean": sum(weights) / len(weights), "is_weight_max": max(weights), "is_ratio_max": max(ratios),
         "is_truncated_share": sum(truncated.values()) / len(truncated),
         "is_masked_share": sum(masked.values()) / len(masked),
     })  # fmt: skip
     assert 0 < found["is_truncated_share"] < 1 and 0 < found["is_masked_share"] < 1
-    assert correction_metrics(Clip(importance_weight=None), micros) == {}
-    assert "is_masked_share" not in correction_metrics(Clip(), micros)
+    assert weighed(Clip(importance_weight=None), micros) == []
+    assert correction_metrics(Clip(importance_weight=None), []) == {}
+    assert "is_masked_share" not in correction_metrics(Clip(), weighed(Clip(), micros))
 
 
 def test_a_masked_response_teaches_the_policy_nothing(monkeypatch):

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+from core.config import Model
 from core.config.load import load
 from core.errors import ArtefactError
+from core.models.loading import load_causal_lm
 from core.models.logits import has_lm_head, leave_out_lm_head
 from rm.variants import build, lm_head_of
+from tests.builders.families import tiny
 from tests.builders.planted_pairs import settings, write_base
 from tests.builders.processes import run_program
 from tests.builders.reward_models import tiny_reward_model
@@ -54,7 +57,7 @@ def test_what_is_trained_and_saved_is_the_same(found, layout):
     assert kept["rm"]["files"] == without["rm"]["files"]
     assert found[layout]["critics equal"]
     for model in ("proxy", "policy"):
-        assert "state of another model, or by an earlier version" in without[model]["refused"]
+        assert "state of another model, or was written by an earlier version" in without[model]["refused"]
         assert without[model]["resumed"] and without[model]["grad_norm"] == pytest.approx(
             kept[model]["grad_norm"], rel=1e-6
         )
@@ -69,8 +72,21 @@ def test_a_text_regulariser_keeps_the_head(base, options, kept):
     cfg = load([], settings(base, **options))
     model, _ = build(cfg.rm, cfg.engine, cfg.rm.variants["it"], 0)
     assert has_lm_head(model.lm) is kept
-    names = [name for name, _ in lm_head_of(cfg.rm.base, torch.float32)]
+    names = [name for name, _ in lm_head_of(cfg.rm.base, torch.float32, None)]
     assert names == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+def test_a_head_over_layers_of_several_kinds_is_read_too(tmp_path, family):
+    """Such a model cannot be cut to one layer, and a reward model of it is not to be lost when it is saved."""
+    lm = tiny(family)
+    assert lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
+    lm.save_pretrained(tmp_path)
+    base = Model(path=str(tmp_path), attention="eager")
+    with pytest.raises(ArtefactError):
+        load_causal_lm(base, dtype="float32", num_layers=1)
+    ((name, weight),) = lm_head_of(base, torch.float32, None)
+    assert name == "lm_head.weight" and torch.equal(weight, lm.get_output_embeddings().weight)
 
 
 def test_a_head_that_is_tied_to_the_embeddings_stays(tokenizer_path):
