@@ -87,7 +87,7 @@ def test_policies_that_a_resumed_run_may_not_come_to_are_deleted(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-0002", "step-0004"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_keeps_the_policies_whose_kl_was_measured(small_policy, tmp_path):
     """Real vLLM, two ZeRO-3 ranks, resumed once: the steps are those of the KLs in metrics.jsonl, worked out here, and
     each folder holds the weights after its step, not those after the step in which its KL was known."""
