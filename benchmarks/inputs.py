@@ -12,6 +12,7 @@ from typing import NamedTuple, TypedDict, cast
 
 from benchmarks.workers import ROOT
 from core.config import Model, PreferenceSource, RewardTraining, RewardVariant
+from core.config.base import native_dtype
 from core.data.chat import ChatTokenizer, with_system
 from core.data.sources import read_pairs
 from core.data.tables import Malformed
@@ -111,16 +112,17 @@ def reward_model(folder: Path, policy: str = POLICY) -> tuple[Path, Path]:
     import torch
     from torch import Tensor
 
+    from core.models.loading import load_causal_lm
     from rm.model import RewardModel
     from rm.tools.export import export
-    from rm.variants import build
 
     ours, classifier = folder / "reward_model", folder / "classifier"
     if not (ours.is_dir() and classifier.is_dir()):
         for old in (ours, classifier):
             shutil.rmtree(old, ignore_errors=True)
-        rm = RewardTraining(base=Model(path=str(_there(policy))))
-        model: RewardModel = build(rm, _engine(), RewardVariant(head="linear"), seed=0)[0]
+        base = Model(path=str(_there(policy)))
+        # With its LM head, which what is exported has too.
+        model = RewardModel(load_causal_lm(base, dtype=native_dtype()), "linear", ChatTokenizer(base))
         torch.manual_seed(0)
         with torch.no_grad():  # as wide as the states are long, so that rewards are of the size of 1
             weight = cast(Tensor, model.head.weight)
@@ -153,12 +155,6 @@ def _plain(pair: Pair) -> TokenPair:
 def _mean_tokens(pairs: Sequence[TokenPair]) -> str:
     mean = {side: sum(len(p[side]) for p in pairs) / len(pairs) for side in ("prompt", "chosen", "rejected")}
     return f"{mean['prompt']:.0f} + {mean['chosen']:.0f} and {mean['rejected']:.0f} tokens on average"
-
-
-def _engine():
-    from core.config import Engine
-
-    return Engine(processes=1, zero_stage=0)
 
 
 def _there(policy: str) -> Path:
