@@ -38,19 +38,9 @@ def engine_options(model: Model, vllm: Vllm, *, adapter: Lora | None, ranks: int
     elif faults := rank_faults(overrides, ranks):
         raise ConfigError("; ".join(faults))
     cuda = torch.cuda.is_available()
-    options: dict[str, Any] = {
-        "model": model.path,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "dtype": vllm.dtype,
-        "max_model_len": vllm.max_model_len,
-        "max_num_seqs": vllm.max_num_seqs,
-        "enforce_eager": vllm.enforce_eager,
+    options = _of_both(model, vllm) | {
         # Ranks of a torchrun job: vLLM joins the process group that exists instead of starting workers.
         "distributed_executor_backend": "external_launcher" if ranks and ranks > 1 else None,
-        # Log-probs of the distribution that is sampled from, temperature included.
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",
         "skip_tokenizer_init": True,  # tokens go in, tokens come out
         "disable_log_stats": True,
     }
@@ -71,13 +61,9 @@ def engine_options(model: Model, vllm: Vllm, *, adapter: Lora | None, ranks: int
     return laid_over(options, overrides)
 
 
-def server_options(model: Model, vllm: Vllm, *, nccl: bool) -> dict[str, Any]:
-    """The same for a vLLM server.
-
-    Args:
-        nccl: new weights come over NCCL, otherwise from a file.
-    """
-    options: dict[str, Any] = {
+def _of_both(model: Model, vllm: Vllm) -> dict[str, Any]:
+    """What an engine in the process and a server have in common."""
+    return {
         "model": model.path,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
@@ -85,8 +71,19 @@ def server_options(model: Model, vllm: Vllm, *, nccl: bool) -> dict[str, Any]:
         "max_model_len": vllm.max_model_len,
         "max_num_seqs": vllm.max_num_seqs,
         "enforce_eager": vllm.enforce_eager,
+        # Log-probs of the distribution that is sampled from, temperature included.
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
+    }
+
+
+def server_options(model: Model, vllm: Vllm, *, nccl: bool) -> dict[str, Any]:
+    """The same for a vLLM server.
+
+    Args:
+        nccl: new weights come over NCCL, otherwise from a file.
+    """
+    options = _of_both(model, vllm) | {
         "worker_extension_cls": "core.generation.worker.WeightReload",
     }
     if nccl:
