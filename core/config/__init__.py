@@ -3,7 +3,7 @@
 from core.config.base import NATIVE_DTYPE, Attention, Dtype, Fraction, Lora, Model, Optim, Section, exact_div
 from core.config.data import Data, Generation, Gold, Preferences, PreferenceSource, Splits, Vllm
 from core.config.engine import ENGINE_STAGES, Engine, EngineOfStage, EngineStage
-from core.config.ppo import Clip, Ensemble, ImportanceMask, Kl, Ppo
+from core.config.ppo import Clip, Ensemble, ImportanceLevel, ImportanceMask, Kl, Ppo
 from core.config.reward import Reward
 from core.config.rm import RewardTraining, RewardVariant
 from core.config.sft import Sft
@@ -25,6 +25,7 @@ __all__ = [
     "Fraction",
     "Generation",
     "Gold",
+    "ImportanceLevel",
     "ImportanceMask",
     "Kl",
     "Lora",

@@ -30,8 +30,12 @@ class Kl(Section):
     token (k3). null: never. 0.02 is a usual limit."""
 
 
+ImportanceLevel = Literal["token", "sequence", "geometric"]
+"""Whose ratio pi_trainer / pi_vllm a token has: its own, or that of its response, as a product or a geometric mean."""
+
+
 class ImportanceMask(Section):
-    level: Literal["token", "sequence", "geometric"] = "token"
+    level: ImportanceLevel = "token"
     """Whose ratio is looked at, as in clip.importance_level: that of each token, or of the response, all of whose
     tokens then get weight 0."""
     low: float = Field(default=0.5, ge=0)
@@ -60,7 +64,7 @@ class Clip(Section):
     (arXiv 1912.09729, which uses 3). null: no such bound."""
     importance_weight: float | None = Field(default=2.0, gt=0)
     """Cap of the importance weight pi_trainer / pi_vllm, which corrects for vLLM's arithmetic (null: no weights)."""
-    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    importance_level: ImportanceLevel = "token"
     """Whose ratio the weight of a token is: its own, that of its response (the product over its tokens: unbiased, of a
     variance that grows with length), or the geometric mean over the response."""
     importance_mask: ImportanceMask | None = None

@@ -19,16 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from core.config import Clip
+from core.config import Clip, ImportanceLevel
 from core.training import distributed
 from ppo.math import MAX_LOG_RATIO
-
-Level = Literal["token", "sequence", "geometric"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class Weights:
     masked: Tensor  # bool, where the weight is 0 by the mask
 
 
-def ratios(level: Level, logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Tensor:
+def ratios(level: ImportanceLevel, logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Tensor:
     """r [B, T] of each token: its own, or that of its response."""
     log_ratio = (logp - sampler_logp).detach()
     if level != "token":
@@ -109,7 +106,7 @@ def correction_metrics(clip: Clip, found: Sequence[tuple[Tensor, Weights]]) -> d
     return result | ({"is_masked_share": masked / of.get(of_mask, rows)} if clip.importance_mask else {})
 
 
-def _count(chosen: Tensor, mask: Tensor, level: Level) -> Tensor:
+def _count(chosen: Tensor, mask: Tensor, level: ImportanceLevel) -> Tensor:
     """Of tokens or, where all tokens of a response are alike, of responses."""
     chosen = chosen & mask
     return (chosen if level == "token" else chosen.any(-1)).sum()
