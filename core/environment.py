@@ -37,13 +37,18 @@ def own_gpu(number: int) -> dict[str, str]:
     Raises:
         ConfigError: there are fewer GPUs.
     """
-    count = num_gpus()
-    if not count:
+    gpus = visible_gpus()
+    if not gpus:
         return {}
-    if number >= count:
-        raise ConfigError(f"each process needs a GPU of its own, and here are {count}: lower generation.processes")
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
+    if number >= len(gpus):
+        raise ConfigError(f"each process needs a GPU of its own, and here are {len(gpus)}: lower generation.processes")
+    return {"CUDA_VISIBLE_DEVICES": gpus[number]}
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that torch can use, by what CUDA_VISIBLE_DEVICES calls them."""
+    seen, count = os.environ.get("CUDA_VISIBLE_DEVICES"), num_gpus()
+    return seen.split(",")[:count] if seen else [str(number) for number in range(count)]
 
 
 def is_started() -> bool:

@@ -28,6 +28,8 @@ LAUNCHER = "GRM_LAUNCHER"
 """Environment variable of a rank that `grm` started: the process that did."""
 AGENT = "GRM_AGENT"
 """Environment variable of a rank that torchrun started: the agent that did."""
+PARENT = "GRM_PARENT"
+"""Environment variable of a stage that another command of `grm` started as a program of its own: that command."""
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 GRACE_SECONDS = 30
@@ -42,8 +44,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-class _Asked:
-    """What signals have asked of the ranks: the first one to stop, a second SIGINT to end at once."""
+class Asked:
+    """What signals have asked of processes: the first one to stop, a second SIGINT to end at once."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen] = []
@@ -137,11 +139,17 @@ def run_ranks(
     port = free_port()
     shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     shared |= {"LOCAL_WORLD_SIZE": str(ranks), LAUNCHER: str(os.getpid())}
-    asked = _Asked()
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    with asked_to_stop() as asked:
+        return _run_ranks(command, shared, ranks, asked, stop_seconds, own, failed)
+
+
+def _run_ranks(
+    command: Sequence[str], shared: Mapping[str, str], ranks: int, asked: Asked, stop_seconds: float,
+    own: Callable[[int], Mapping[str, str]], failed: Callable[[int], None],
+) -> int:  # fmt: skip
     running, locks = asked.running, descriptors()
     try:
-        with _held_back(signal.SIGINT):
+        with held_back():
             for rank in range(ranks):
                 numbered = {"RANK": str(rank), "LOCAL_RANK": str(rank), **own(rank)}
                 running.append(subprocess.Popen(command, env={**shared, **numbered}, pass_fds=locks))
@@ -171,17 +179,27 @@ def run_ranks(
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Asked]:
+    """SIGTERM and SIGINT are meanwhile passed on to the processes in `Asked.running`."""
+    asked = Asked()
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def _held_back(number: int) -> Iterator[None]:
-    """A signal waits until the end, and processes that are started meanwhile never get it.
+def held_back() -> Iterator[None]:
+    """SIGINT waits until the end, and processes that are started meanwhile never get it.
 
-    Python would answer SIGINT with a traceback while it starts.
+    Python would answer it with a traceback while it starts.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
@@ -189,11 +207,11 @@ def _held_back(number: int) -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Let this rank get SIGTERM when the process that started it ends in any way, `kill -9` included.
+    """Let this process get SIGTERM when `grm` or torchrun, which started it, ends in any way, `kill -9` included.
 
     Without it the ranks of a command that was killed go on, and write where the next command does.
     """
-    launcher = os.environ.get(LAUNCHER) or os.environ.get(AGENT)
+    launcher = os.environ.get(LAUNCHER) or os.environ.get(AGENT) or os.environ.get(PARENT)
     if launcher is None or not hasattr(ctypes.CDLL(None), "prctl"):
         return
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)

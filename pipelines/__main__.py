@@ -24,6 +24,7 @@ from core.config.load import load
 from core.errors import EXIT_BUSY, EXIT_LOST, EXIT_REFUSED, ArtefactError, Busy, ConfigError, DataError
 from core.locks import writing
 from core.machine import describe
+from core.ranks import end_with_launcher
 from core.reporting.crash import EXIT_CRASHED, crash, refusal
 from core.stopping import EXIT_STOPPED, Stopped
 from pipelines import command_line, launch, runs, stages, verify
@@ -128,6 +129,7 @@ def _stages(command: str, options: argparse.Namespace, given: list[str]) -> int:
         for name in names:
             launch.run_here(name, cfg, force=options.force)
         return 0
+    end_with_launcher()  # where it is `grm study`
     source = None
     if options.source:
         source = runs.check_source(cfg, runs.folder_of(options.source))

@@ -32,17 +32,18 @@ STOP_SECONDS = 1800
 """On SIGTERM the ranks end their step and save; after so long they are killed."""
 
 
-def num_processes(name: str, cfg: Config, gpus: int | None = None) -> int:
-    """Ranks of a stage on this machine, or on one with so many GPUs.
+def num_processes(name: str, cfg: Config, gpus: int | None = None, cores: int | None = None) -> int:
+    """Ranks of a stage on this machine, or on one with so many GPUs and cores.
 
     Raises:
         ConfigError: more ranks that train together than there are GPUs.
     """
     stage, gpus = stages.STAGES[name], num_gpus() if gpus is None else gpus
+    cores = len(os.sched_getaffinity(0)) if cores is None else cores
     if stage.distributed:
         processes = cfg.engine_of(stage.engine).processes
         if processes == "auto":
-            return gpus or min(2, os.cpu_count() or 1)
+            return gpus or min(2, cores)
         if gpus and processes > gpus:
             raise ConfigError(
                 f"{stage.engine}.engine.processes (or engine.processes) is {processes}, and every rank needs a GPU of "
@@ -51,7 +52,7 @@ def num_processes(name: str, cfg: Config, gpus: int | None = None) -> int:
         return processes
     if stage.divided:
         wanted = cfg.generation.processes
-        return gpus or 1 if wanted == "auto" else min(wanted, gpus or wanted)
+        return gpus or 1 if wanted == "auto" else min(wanted, gpus or cores)
     return 1
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from pathlib import Path
 from core.artefacts import read_manifest
 from core.config import Config, Study
 from core.config.load import load
+from core.environment import num_gpus
 from core.errors import ConfigError
 from pipelines import launch, runs
 from pipelines.plan import measured, table
@@ -41,6 +43,7 @@ from pipelines.plan.rates import GPUS, ON_GPU, FromPeaks, rough
 from pipelines.plan.shapes import shape_of
 from pipelines.plan.sizes import Sizes
 from pipelines.stages import ALWAYS
+from study.at_once import parts_of
 from study.matrix import OWN, SHARED, expanded, policy_overrides
 from study.matrix import plan as matrix
 
@@ -50,8 +53,7 @@ def main(argv: list[str]) -> int:
     cfg = load(options.config or ["configs/offline.yaml"], options.overrides)
     if options.gpus and options.measure:
         raise ConfigError("--measure measures this machine, and --gpus plans for another one: give one of them")
-    several = [name for name, stage in ALWAYS.items() if stage.distributed or stage.divided]
-    ranks = {name: launch.num_processes(name, cfg) for name in several}
+    ranks = ranks_of(cfg)
     file = measured.cache_file(cfg, options.cache)
     if options.measure:
         print("measuring this machine: some minutes", file=sys.stderr)
@@ -94,6 +96,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def ranks_of(cfg: Config, gpus: int | None = None) -> dict[str, int]:
+    """Ranks of the stages that may have several, on this machine or on one with so many GPUs: of a study's policies on
+    the share of each."""
+    gpus, cores = num_gpus() if gpus is None else gpus, len(os.sched_getaffinity(0))
+    parts = parts_of(cfg.study.policies_at_once, gpus, cores)
+    several = [name for name, stage in ALWAYS.items() if stage.distributed or stage.divided]
+    of_all = {name: launch.num_processes(name, cfg, gpus) for name in several}
+    return of_all | {name: launch.num_processes(name, cfg, gpus // parts, max(1, cores // parts)) for name in OWN}
+
+
 def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
     """A machine with GPUs from published peaks; ConfigError for a kind that is not known."""
     count, _, kind = text.rpartition("x")
@@ -106,11 +118,7 @@ def on_gpus(cfg: Config, text: str, host_gib: float | None = None) -> Where:
         f"{device.bandwidth / 1e12:.2f} TB/s; assumed shares of them: forward {ON_GPU.forward:g}, backward "
         f"{ON_GPU.backward:g}, decoding {ON_GPU.bandwidth:g} of the bandwidth"
     )
-    ranks = {
-        name: launch.num_processes(name, cfg, gpus)
-        for name, stage in ALWAYS.items()
-        if stage.distributed or stage.divided
-    }
+    ranks = ranks_of(cfg, gpus)
     host = None if host_gib is None else host_gib * 2**30
     return Where(FromPeaks(device, ON_GPU, basis), ranks, device.memory, gpus, host)
 
@@ -160,13 +168,14 @@ def of_configuration(cfg: Config, lengths: Lengths, where: Where, price: float |
     whole = expanded(cfg, arms)
     sizes = sizes_of(whole, lengths, where)
     stages: list[tuple[StagePlan, Sizes]] = [(plan_stage(name, sizes, where), sizes) for name in SHARED]
+    at_once = parts_of(cfg.study.policies_at_once, where.gpus, len(os.sched_getaffinity(0)))
     kinds: dict[tuple, list] = {}  # policies against proxies of one size cost the same
     for policy in policies:
         kinds.setdefault((policy.condition.variant, policy.condition.layers, len(policy.arms)), []).append(policy)
     for alike in kinds.values():
         own = load_over(whole, policy_overrides(whole, alike[0]))
         of_policy = replace(sizes, cfg=own)
-        stages += [(plan_stage(name, of_policy, where, len(alike)), of_policy) for name in OWN]
+        stages += [(plan_stage(name, of_policy, where, len(alike), at_once), of_policy) for name in OWN]
     stages.append((plan_stage("report", sizes, where), sizes))
     plan = assemble(whole, stages, lengths, where, price)
     plan.notes.append(f"the matrix of the study: {len(arms)} reward models, {len(policies)} policies")

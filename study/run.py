@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import yaml
@@ -29,8 +30,9 @@ from core.config.load import load
 from core.errors import ArtefactError, ConfigError
 from core.files import read_table
 from core.locks import writing
-from pipelines import launch
+from pipelines import launch, stages
 from pipelines.inputs import check
+from study.at_once import Training, run_at_once, shares
 from study.design import Arm, Policy
 from study.matrix import OWN, expanded, plan, policy_overrides, shared_stages
 
@@ -104,17 +106,29 @@ def commands(file: Path, policies: list[Policy], cfg: Config, given: Path) -> li
 
 
 def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int:
-    todo: list[tuple[str, Config, list[str]]] = [(stage, cfg, []) for stage in shared_stages(cfg)]
-    for policy in policies:
-        extra = policy_overrides(cfg, policy)
-        todo += [(stage, load([file], extra), extra) for stage in OWN]
-    for stage, settings, extra in todo:
-        if status := launch.bring_up_to_date(stage, settings, [stage, "--config", str(file), *extra]):
+    config = ["--config", str(file)]
+    for stage in shared_stages(cfg):
+        if status := launch.bring_up_to_date(stage, cfg, [stage, *config]):
             return status
         if stage == "preferences":
-            refuse_leaks(settings)
-    for stage, settings, _ in todo:
-        check(stage, settings.run_dir / stage, f"the study needs {stage!r}, and", weights=False)
+            refuse_leaks(cfg)
+    own = {policy: policy_overrides(cfg, policy) for policy in policies}
+    settings = {policy: load([file], extra) for policy, extra in own.items()}
+    parts = shares(cfg.study.policies_at_once)
+    if len(parts) > 1:
+        trainings = [
+            Training(policy.name, settings[policy].run_dir, [[stage, *config, *own[policy]] for stage in OWN])
+            for policy in policies
+            if any(stages.staleness(stage, settings[policy]) != [] for stage in OWN)
+        ]
+        if status := run_at_once(trainings, parts):
+            return status
+    for policy, stage in product(policies, OWN):  # trained or not, each says that it is up to date
+        if status := launch.bring_up_to_date(stage, settings[policy], [stage, *config, *own[policy]]):
+            return status
+    todo = [(stage, cfg) for stage in shared_stages(cfg)] + [(s, settings[p]) for p, s in product(policies, OWN)]
+    for stage, used in todo:
+        check(stage, used.run_dir / stage, f"the study needs {stage!r}, and", weights=False)
     from study.report.build import report
 
     with writing(cfg.run_dir, "study"):

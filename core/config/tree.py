@@ -120,6 +120,9 @@ class Study(Section):
     kl_sweep: tuple[float, ...] = ()
     """Further values of ppo.kl.coef, each for one policy more against the first seed of the first of these conditions
     (empty: none)."""
+    policies_at_once: int = Field(default=1, ge=1)
+    """Policies that are trained at the same time, each on its share of the GPUs, or without GPUs of the cores: at most
+    as many as there are of these. engine.processes is then the processes of one of them."""
 
     @model_validator(mode="after")
     def _once(self) -> Study:

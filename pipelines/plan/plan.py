@@ -56,6 +56,10 @@ class StagePlan:
     ranks: int
     times: int = 1
     """How often it runs; seconds are of one time, disk too."""
+    at_once: int = 1
+    """How many of these times are at the same time."""
+    rounds: float = 1
+    """How many of these times follow each other. Those that share cores take as long together as one after another."""
     ran: float | None = None
     """Seconds in the manifest of this run, if the stage is finished and was run on this machine."""
 
@@ -65,7 +69,7 @@ class StagePlan:
 
     @property
     def total(self) -> float:
-        return self.times * (self.seconds + self.before)
+        return self.rounds * (self.seconds + self.before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +108,16 @@ def sizes_of(cfg: Config, lengths: Lengths, where: Where) -> Sizes:
     return Sizes(cfg, lengths, policy, base, gold, 1, where.memory if where.gpus else None)
 
 
-def plan_stage(name: str, sizes: Sizes, where: Where, times: int = 1) -> StagePlan:
+def plan_stage(name: str, sizes: Sizes, where: Where, times: int = 1, at_once: int = 1) -> StagePlan:
     sizes = replace(sizes, ranks=where.ranks.get(name, 1))
     phases = pools.report(where.report_seconds) if name == "report" else COUNTS[name](sizes)
     seconds = {phase: sum(where.rates.seconds(item) for item in items) for phase, items in phases.items()}
     before = where.rates.seconds(Start("command")) + where.rates.seconds(Start("process", ranks=sizes.ranks))
     gpu_memory = where.memory if where.gpus else None
     memory, disk = memory_of(sizes, name, gpu_memory), disk_of(sizes, name)
+    rounds = times / at_once if where.gpus else times
     ran = None if where.gpus or times > 1 else finished_seconds(sizes.cfg.run_dir / name)
-    return StagePlan(name, seconds, before, memory, disk, sizes.ranks, times, ran)
+    return StagePlan(name, seconds, before, memory, disk, sizes.ranks, times, at_once, rounds, ran)
 
 
 def finished_seconds(folder: Path) -> float | None:
@@ -139,7 +144,10 @@ def assemble(
     ]
     for stage, sizes in stages:
         sizes = replace(sizes, ranks=stage.ranks)
-        found = memory_warnings(sizes, stage.name, stage.memory, where.memory, gpu=bool(where.gpus), host=where.host)
+        all_at_once = replace(sizes, ranks=stage.ranks * stage.at_once)
+        found = memory_warnings(
+            all_at_once, stage.name, stage.memory, where.memory, gpu=bool(where.gpus), host=where.host
+        )
         found += pools.idle(sizes, stage.name)
         warnings += [line for line in found if line not in warnings]
     disks = {f"{i} {stage.name}": disk for i, (stage, _) in enumerate(stages) for disk in [_times(stage)]}
@@ -181,6 +189,7 @@ def _stage_json(plan: Plan, stage: StagePlan) -> Mapping[str, Any]:
     return {
         "stage": stage.name,
         "times": stage.times,
+        "at_once": stage.at_once,
         "seconds": round(stage.seconds, 1),
         "seconds_before": round(stage.before, 1),
         "seconds_of_finished_run": stage.ran,

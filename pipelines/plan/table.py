@@ -65,7 +65,7 @@ def as_text(plan: Plan, *, phases: bool = False) -> str:
 
 def _row(plan: Plan, stage: StagePlan) -> list[str]:
     name = stage.name + (f" x {stage.times}" if stage.times > 1 else "")
-    started = stage.times * (stage.before + stage.phases.get("start", 0.0))
+    started = stage.rounds * (stage.before + stage.phases.get("start", 0.0))
     cells = [name, duration(stage.total), duration(started), str(stage.ranks), size(stage.memory.total)]
     cells += [size(stage.times * stage.disk.left), size(stage.disk.peak)]
     cost = plan.cost(stage.total)

@@ -61,7 +61,8 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(monkeypatch, capsys, sta
     assert said in capsys.readouterr().err
 
 
-def test_each_stage_has_its_own_number_of_ranks():
+def test_each_stage_has_its_own_number_of_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     cfg = load(
         [ROOT / "configs" / "smoke.yaml"], ["rm.engine.processes=1", "ppo.engine.processes=2", "generation.processes=3"]
     )
@@ -70,6 +71,15 @@ def test_each_stage_has_its_own_number_of_ranks():
     launch.check_ranks("ppo", fits_ppo, 3)  # whatever the batches of reward models are
     with pytest.raises(ConfigError, match="rm.global_batch 16 is not divisible by 3 ranks"):
         launch.check_ranks("rm", fits_ppo, 3)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_stage_has_no_more_processes_than_cores_that_it_may_use(monkeypatch, cores):
+    """The machine may have more: a container's or a policy's share of them counts."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    cfg = load([ROOT / "configs" / "study.yaml"], ["generation.processes=2"])
+    assert [launch.num_processes(stage, cfg) for stage in ("rm", "ppo", "bon", "eval")] == [cores] * 4
 
 
 def test_processes_that_divide_a_stage_see_a_gpu_each(monkeypatch):

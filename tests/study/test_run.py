@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -70,3 +71,25 @@ def test_a_killed_study_resumes_to_the_uninterrupted_curves(small_policy, whole,
     assert all((tmp_path / "smoke" / "rm" / n / "metrics.json").stat().st_mtime_ns == t for n, t in kept.items())
     found, expected = ((run / "study" / "curves.csv").read_text() for run in (tmp_path / "smoke", whole))
     assert found == expected
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+def test_policies_at_once_are_stopped_and_continued(small_policy, whole, tmp_path):
+    """SIGTERM to the study reaches both policies, each of which has saved its step; then both end."""
+    for stage in ("prompts", "preferences", "rm", "bon"):
+        shutil.copytree(whole / stage, tmp_path / "smoke" / stage)
+    study = [*command(small_policy, tmp_path), "study.policies_at_once=2"]
+    log, policies = tmp_path / "log", tmp_path / "smoke" / "policies"
+    with background(*study, log=log) as stopped:
+        wait_for(lambda: len(list(policies.glob("*/ppo.partial/metrics.jsonl"))) == 2, stopped, seconds=600)
+        stopped.terminate()
+        assert stopped.wait(timeout=300) == 128 + signal.SIGTERM
+    assert log.read_text().count("ppo stopped") == 2
+    outputs = [file.read_text() for file in policies.glob("*/output.txt")]
+    assert len(outputs) == 2 and all("the same command continues from there" in text for text in outputs)
+    done = subprocess.run(study, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("ppo took") == done.stderr.count("eval took") == 4
+    found = json.loads((tmp_path / "smoke" / "study" / "policies.json").read_text())
+    assert found.keys() == json.loads((whole / "study" / "policies.json").read_text()).keys()
