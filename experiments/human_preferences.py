@@ -117,7 +117,8 @@ def train(cfg: Config, files: dict[str, Path], part: int, parts: int) -> None:
         ])  # fmt: skip
         print(f"{number}/{len(grid)} {file.stem}: trained in {trained:.0f} s, scored in "
               f"{time.time() - started - trained:.0f} s", flush=True)  # fmt: skip
-        del engine, model
+        del model
+        engine.close()
 
 
 def data(

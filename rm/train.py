@@ -114,6 +114,8 @@ def train_variant(
     metrics |= measure(engine, model, val, calibration, out, cache)
     whereabouts.enter(f"save {name}")
     save(cfg.rm, engine, model, variant, out, seed=cfg.run.seed, shard_bytes=cfg.engine_of("rm").shard_bytes)
+    del model
+    engine.close()
     if distributed.rank() == 0:
         write_json(out / "metrics.json", metrics | {"seconds": round(time.monotonic() - started, 1)})
         seal(out)

@@ -47,6 +47,11 @@ def plan(cfg: Config) -> tuple[list[Arm], list[Policy]]:
         raise ConfigError(f"study: no rm.variants {', '.join(unknown)}; there are {', '.join(cfg.rm.variants)}")
     if unused := sorted(set(study.ppo_variants) - set(variants)):
         raise ConfigError(f"study.ppo_variants {', '.join(unused)} are none of study.variants {', '.join(variants)}")
+    if unused := sorted(set(study.ppo_ensemble_variants) - set(study.ppo_variants)):
+        raise ConfigError(
+            f"study.ppo_ensemble_variants {', '.join(unused)} are none of study.ppo_variants "
+            f"{', '.join(study.ppo_variants)}"
+        )
     noises, depths = study.ppo_label_noise or study.label_noise, study.ppo_layers or study.layers or (None,)
     if absent := sorted(set(noises) - set(study.label_noise)):
         raise ConfigError(f"study.ppo_label_noise {absent} are none of study.label_noise {list(study.label_noise)}")
@@ -94,7 +99,8 @@ def policies_of(cfg: Config, chosen: Sequence[Arm]) -> list[Policy]:
         )
     groups: dict[Condition, list[Arm]] = {}
     for arm in chosen:
-        groups.setdefault(arm.condition, []).append(arm)
+        if arm.condition.variant in (study.ppo_ensemble_variants or study.ppo_variants):
+            groups.setdefault(arm.condition, []).append(arm)
     cells = product(groups.values(), study.ppo_ensembles, range(study.ppo_seeds), study.kl_coefs)
     policies += [Policy(tuple(members), coef, seed, rule) for members, rule, seed, coef in cells]
     if len({policy.name for policy in policies}) < len(policies):

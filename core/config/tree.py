@@ -115,6 +115,8 @@ class Study(Section):
     ppo_ensembles: tuple[str, ...] = ()
     """Policies are also trained against ensembles: each of these rules combines all seeds of each of these conditions,
     as ppo.ensemble does: mean, min, median, uwo:WEIGHT, quantile:Q or soft_min:BETA (empty: no ensemble)."""
+    ppo_ensemble_variants: tuple[str, ...] = ()
+    """Variants whose seeds ppo_ensembles combines (empty: all of ppo_variants)."""
     kl_coefs: tuple[float, ...] = (0.02,)
     """Values of ppo.kl.coef. One policy is trained with each, against each of these reward models."""
     kl_sweep: tuple[float, ...] = ()

@@ -25,6 +25,7 @@ from core.models.compiled import compile_layers
 from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.optimizer import Spikes, adamw, guard
+from core.training.release import collect, release
 from core.training.schedule import factor
 from core.training.sharding import Shards, num_bytes, taken_over
 from core.training.weights import NamedWeights
@@ -122,6 +123,14 @@ class Engine:
         self._deepspeed.step()
         if updates:
             self._spikes.add(self.grad_norm)
+
+    def close(self) -> None:
+        """Let go of the module, which DeepSpeed would keep to the end of the process. Nothing is called afterwards."""
+        if hasattr(self, "_deepspeed"):
+            release(self._deepspeed, self.module)
+            del self._deepspeed
+        del self._forward, self.module
+        collect()
 
     def _may_step(self) -> bool:
         if not hasattr(self, "_deepspeed"):  # DeepSpeed steps once while it is made, with gradients of 0
