@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -24,7 +23,6 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     """Run the stage on this process; the metrics of the stage on the first one, nothing on the others."""
     share, tokenizer = Share.of_this_process(), ChatTokenizer(cfg.policy)
     pool = _sample(cfg, tokenizer, inputs["prompts"], out, share)
-    gc.collect()  # the engine's memory, before reward models are loaded
     names, table = score_proxies(inputs["rm"], pool, out), out / "scores" / "gold.parquet"
     gold = score_gold(cfg.gold, table, pool)
     if gold is None or not share.is_first:

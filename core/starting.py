@@ -37,6 +37,13 @@ def working() -> None:
         gc.set_threshold(*_THRESHOLDS)
 
 
+def collect() -> None:
+    """Free models that nothing refers to any more but they themselves, those among them that `working` has frozen."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 def finished(called: float) -> tuple[float, dict[str, float]]:
     """Seconds that a stage took, and how they begin.
 

@@ -7,7 +7,6 @@ each, and then the scoring.
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -61,7 +60,6 @@ def run(cfg: Config, inputs: dict[str, Path], out: Path) -> dict:
     share = Share.of_this_process()
     checkpoints = policies_of(inputs["ppo"])
     tables = sample_checkpoints(cfg, inputs["prompts"], checkpoints, out, share)
-    gc.collect()
     share.wait_for(tables, title="eval")
     rows = [row for table in tables for row in read_table(table)]
     shards = by_prompts(rows)
@@ -195,6 +193,7 @@ def sample_checkpoints(
                     measured = [{**s, **kl} for s, kl in zip(samples, kls, strict=True)]
                     write_part(file, partial(write_table, rows=measured))
                     bar.update()
+        generator.close()
     for step, table in tables.items():
         share.make_whole(table, len(parts), title=f"eval: step {named[step]}")
     if share.is_first:

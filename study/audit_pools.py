@@ -8,7 +8,6 @@ FOLDER/models.json         key -> name, path and kind, in the order of the page
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +68,6 @@ def sampled(cfg: Config, prompts: Sequence[PromptRow], out: Path) -> list[Sample
         out=out, shard_prompts=cfg.bon.shard_prompts, seed=cfg.run.seed, name="audit",
         temperature=cfg.bon.temperature, top_p=cfg.bon.top_p,
     )  # fmt: skip
-    gc.collect()  # the engine's memory, before reward models are loaded
     remove_shards([pool.table])
     return pool.mine
 

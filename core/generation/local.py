@@ -26,6 +26,7 @@ from core.data.chat import ChatTokenizer
 from core.errors import ConfigError, DataError
 from core.generation.options import engine_options
 from core.generation.tensor_parallel import EngineGroup, use_gloo_on_cpu
+from core.starting import collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,14 @@ class Generator:
             [at[token].logprob for token, at in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
         ]
+
+    def close(self) -> None:
+        """Free the memory of vLLM, for the models that come after it. Nothing is sampled afterwards."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace vLLM's weights.

@@ -95,6 +95,7 @@ def sample_pool(
                 ]
                 write_part(shard_file(table, number), partial(write_table, rows=drawn, schema=SampleRow))
                 bar.update(len(prompts))
+        generator.close()  # its memory is that of the reward models that come next
     whereabouts.enter("score")
     share.make_whole(table, len(parts), title=name)
     mine = _read_shards(table, len(parts), shard_prompts * n, share)

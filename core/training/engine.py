@@ -22,10 +22,11 @@ from core.damage import archive_fault
 from core.errors import ArtefactError
 from core.models import CausalLM
 from core.models.compiled import compile_layers
+from core.starting import collect
 from core.training import host_states
 from core.training.distributed import device, global_sum, init_distributed, rank, world_size
 from core.training.optimizer import Spikes, adamw, guard
-from core.training.release import collect, release
+from core.training.release import release
 from core.training.schedule import factor
 from core.training.sharding import Shards, num_bytes, taken_over
 from core.training.weights import NamedWeights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,10 +30,3 @@ def _within(method: Callable) -> Iterator[Any]:
     yield method
     for cell in getattr(method, "__closure__", None) or ():
         yield cell.cell_contents
-
-
-def collect() -> None:
-    """Free what nothing refers to any more but itself, as models, optimisers and engines do."""
-    gc.unfreeze()  # what `core.starting.working` froze, such as the first model of a stage
-    gc.collect()
-    gc.freeze()

@@ -102,3 +102,11 @@ def test_two_ranks_hold_one_engine(tokenizer_path, tmp_path, family):
 def furthest(rows: list[list[float]], others: list[list[float]]) -> float:
     pairs = [pair for row, other in zip(rows, others, strict=True) for pair in zip(row, other, strict=True)]
     return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_stage_that_scores_has_no_vllm_in_memory(small_policy, tmp_path):
+    """Its weights and cache stood beside the reward models: on a GPU `gpu_memory_utilization` of the memory."""
+    out = run_program("tests/programs/sampling/closed.py", small_policy, tmp_path)
+    assert json.loads(out.splitlines()[-1]) == {"samples": 8, "left": [False] * 3}

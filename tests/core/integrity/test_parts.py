@@ -77,6 +77,9 @@ class Sampler:
     def __init__(self):
         self.calls = 0
 
+    def close(self):
+        pass
+
     def generate(self, prompts, *, n, seed, **_):
         self.calls += 1
         rng = np.random.default_rng(seed)
