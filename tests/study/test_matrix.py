@@ -242,6 +242,13 @@ def test_policies_against_ensembles_of_the_seeds(tmp_path):
     assert first.name == "grm-100pairs-noise0.25-x3-uwo0.1-seed0-kl0" and first.condition.combined == 3
 
 
+def test_ensembles_of_some_variants_alone(tmp_path):
+    _, _, both = planned(tmp_path, *ENSEMBLES, "study.ppo_variants=[bt, grm]")
+    _, _, one = planned(tmp_path, *ENSEMBLES, "study.ppo_variants=[bt, grm]", "study.ppo_ensemble_variants=[grm]")
+    of = lambda policies: {(p.condition.variant, bool(p.rule)) for p in policies}  # noqa: E731
+    assert of(both) - of(one) == {("bt", True)} and of(one) == {("bt", False), ("grm", False), ("grm", True)}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -249,6 +256,7 @@ def test_policies_against_ensembles_of_the_seeds(tmp_path):
         ([*ENSEMBLES, "study.ppo_seeds=2", "study.seeds_differ_in=[data, training]"], "differ in their sampling alone"),
         (["ppo.ensemble={members: [grm, bt]}"], "from study.ppo_ensembles"),
         (["study.ppo_ensembles=[mean, mean]"], "ppo_ensembles .* has an entry twice"),
+        ([*ENSEMBLES, "study.ppo_ensemble_variants=[bt]"], "ppo_ensemble_variants bt are none of .*ppo_variants grm"),
     ],
 )
 def test_ensembles_that_cannot_be_trained_against(tmp_path, more, message):

@@ -109,6 +109,16 @@ def test_policies_against_ensembles_score_with_all_members(capsys):
     assert ensembles["memory_parts"]["proxies"] == pytest.approx(3 * alone["memory_parts"]["proxies"])
 
 
+def test_policies_at_once_share_the_gpus(capsys):
+    asked = ["--config", "configs/study.yaml", "ppo.minibatches=1", "ppo.rollouts=64", "--gpus", "8xH100"]
+    of = lambda n: planned(capsys, *asked, f"study.policies_at_once={n}")  # noqa: E731
+    alone, four = of(1), of(4)
+    ppo = [(a, b) for a, b in zip(alone["stages"], four["stages"], strict=True) if a["stage"] == "ppo"]
+    assert ppo and all((a["ranks"], b["ranks"], a["at_once"], b["at_once"]) == (8, 2, 1, 4) for a, b in ppo)
+    total = lambda plan: sum((s["seconds"] + s["seconds_before"]) * s["times"] / s["at_once"] for s in plan["stages"])  # noqa: E731
+    assert four["seconds"] == pytest.approx(total(four), rel=0.01) and four["seconds"] < alone["seconds"]
+
+
 def test_peaks_by_hand():
     """One H100: 0.45 of 989 TFLOP/s forward, 150 us a layer at least; two: a gather of 2 bytes a parameter besides."""
     shape = shape_of_config(_wide(), "wide", "test")
