@@ -121,7 +121,7 @@ def run(cfg: Config, file: Path, arms: list[Arm], policies: list[Policy]) -> int
             for policy in policies
             if any(stages.staleness(stage, settings[policy]) != [] for stage in OWN)
         ]
-        if status := run_at_once(trainings, parts):
+        if trainings and (status := run_at_once(trainings, parts)):
             return status
     for policy, stage in product(policies, OWN):  # trained or not, each says that it is up to date
         if status := launch.bring_up_to_date(stage, settings[policy], [stage, *config, *own[policy]]):
