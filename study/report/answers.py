@@ -250,7 +250,9 @@ def unknown(results: Results, open_: Sequence[Subject], checks: Sequence[Check])
     pooled = [f["seeds"] for f in results.pooled.values()]
     if pooled and min(pooled) < ENOUGH_SEEDS:
         what = "is one policy" if min(pooled) == 1 else f"are {min(pooled)} policies"
-        said.append(f"Whether {optimised_by(results)[0]} with other seeds would: there {what} a condition.")
+        short = sum(seeds < ENOUGH_SEEDS for seeds in pooled)
+        where = "a condition" if short == len(pooled) else f"in {short} of {len(pooled)} conditions"
+        said.append(f"Whether {optimised_by(results)[0]} with other seeds would: there {what} {where}.")
     ends = [f"n = {f['n']}" for f in list(results.findings.values())[:1]]
     if results.policies:
         ends.append(f"a KL of {max(f['kl'] for f in results.policies.values()):.0f} nats of {optimised_by(results)[0]}")

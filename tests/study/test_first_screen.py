@@ -99,6 +99,8 @@ def test_one_policy_is_not_spoken_of_as_a_method(two):
     said = answers(replace(two, pooled=pooled, policies={name: two.policies[name]}, policy_differences=[]), [])
     assert any(s.startswith("PPO against bt (one seed): gold peaked") for s in said.turns)
     assert "Whether PPO with other seeds would: there is one policy a condition." in said.unknown
+    mixed = answers(replace(two, pooled={**two.pooled, **pooled}), [])
+    assert "Whether PPO with other seeds would: there is one policy in 1 of 4 conditions." in mixed.unknown
 
 
 def test_policies_that_turn_are_told_where_their_seeds_together_decide_nothing(two):
