@@ -103,8 +103,8 @@ class Generation(Section):
         default="auto", json_schema_extra={"decides_result": False}
     )
     """Processes on this machine that divide the shards of preferences, bon and eval, each with a vLLM and scorers of
-    its own. auto: one per GPU, and one on CPU. A number: so many, but at most one per GPU where there are GPUs. The
-    result does not depend on it ([scale.md](scale.md))."""
+    its own. auto: one per GPU, and one on CPU. A number: so many, but at most one per GPU, or without GPUs one per core
+    that the command may use. The result does not depend on it ([scale.md](scale.md))."""
     vllm: Vllm = Vllm()
     """The engine that samples."""
 

@@ -17,7 +17,7 @@ class Engine(Section):
     """What DeepSpeed is given. `sft.engine`, `rm.engine` and `ppo.engine` say what differs for one stage."""
 
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Ranks on this machine. auto: one per GPU, or two on CPU."""
+    """Ranks on this machine. auto: one per GPU, or on CPU two, and one where the command may use one core."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """What ZeRO shards over the ranks: 0 nothing, 1 optimiser states, 2 also gradients, 3 also parameters. A higher
     stage needs less memory and more communication."""
