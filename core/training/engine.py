@@ -160,7 +160,13 @@ class Engine:
     def trained_values(self) -> Iterator[Tensor]:
         """What this rank holds of the trained weights: whole tensors, or with ZeRO-3 its shards."""
         for parameter in self._trained():
-            yield getattr(parameter, "ds_tensor", parameter).detach()
+            if not hasattr(parameter, "ds_tensor"):
+                yield parameter.detach()
+                continue
+            share: Tensor = parameter.ds_tensor
+            place = torch.distributed.get_rank(parameter.ds_process_group)
+            # The last shards are longer than what is left for them, and nothing is ever written there.
+            yield share.detach()[: max(0, parameter.ds_numel - place * share.numel())]
 
     @property
     def lr(self) -> float:

@@ -110,3 +110,10 @@ def test_where_frozen_models_are_whole(monkeypatch):
     assert [frozen_zero_stage(Engine(), n * gib) for n in (7, 9)] == [0, 3]
     assert frozen_zero_stage(Engine(frozen_zero_stage=0, offload=True), 50 * gib) == 0
     assert frozen_zero_stage(Engine(zero_stage=2), 50 * gib) == 0
+
+
+@pytest.mark.slow
+def test_padding_of_shards_is_no_weight():
+    """It is memory that nobody has written, and a NaN there once ended PPO: "1 of 7672642 weights of the critic"."""
+    found = json.loads(run_program("tests/programs/training/padding.py", ranks=2).splitlines()[-1])
+    assert found["counted"] == found["numel"] and found["nan"] == 0
