@@ -163,10 +163,11 @@ class Engine:
             if not hasattr(parameter, "ds_tensor"):
                 yield parameter.detach()
                 continue
-            share: Tensor = parameter.ds_tensor
-            place = torch.distributed.get_rank(parameter.ds_process_group)
+            of_zero: Any = parameter  # with the attributes that ZeRO-3 adds
+            place = torch.distributed.get_rank(of_zero.ds_process_group)
             # The last shards are longer than what is left for them, and nothing is ever written there.
-            yield share.detach()[: max(0, parameter.ds_numel - place * share.numel())]
+            share: Tensor = of_zero.ds_tensor
+            yield share.detach()[: max(0, of_zero.ds_numel - place * share.numel())]
 
     @property
     def lr(self) -> float:
