@@ -1,8 +1,7 @@
 """Policies of a study that are trained at the same time, each on its own share of the machine.
 
-Policies do not depend on each other. On a few cores, one process for each policy does more than several processes for
-one: they wait neither for each other nor for the parts of a step that use one core. With several GPUs each policy has
-its own.
+Policies do not depend on each other, so their processes wait neither for each other nor for the parts of a step that
+use one core. With several GPUs each policy has its own.
 """
 
 from __future__ import annotations

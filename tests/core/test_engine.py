@@ -114,6 +114,6 @@ def test_where_frozen_models_are_whole(monkeypatch):
 
 @pytest.mark.slow
 def test_padding_of_shards_is_no_weight():
-    """It is memory that nobody has written, and a NaN there once ended PPO: "1 of 7672642 weights of the critic"."""
+    """It is memory that nobody has written, and may hold a NaN, for which PPO was ended."""
     found = json.loads(run_program("tests/programs/training/padding.py", ranks=2).splitlines()[-1])
     assert found["counted"] == found["numel"] and found["nan"] == 0
